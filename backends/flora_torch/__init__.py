@@ -1,0 +1,1 @@
+"""PyTorch layers for low-rank tensor adapters."""

@@ -1,0 +1,150 @@
+"""What the core needs to know of arrays, whatever library they come from.
+
+The namespace is looked up per call (`array_namespace`): there is no registry and no global backend. Nothing here imports
+torch or jax unless the caller has already given us one of their arrays.
+"""
+
+import math
+import sys
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from flora_tensor._typing import Array, DType, Namespace
+
+
+def array_namespace(where: str, *arrays: Array | None) -> Namespace:
+    """Return the array-API namespace that all ``arrays`` share; ``None`` entries are skipped.
+
+    Torch is looked up first and by hand: `torch.compile` warns when it traces the cached general look-up.
+    """
+    given = [a for a in arrays if a is not None]
+    torch = sys.modules.get("torch")
+    if torch is not None and given and all(isinstance(a, torch.Tensor) for a in given):
+        import array_api_compat.torch as torch_namespace
+
+        return torch_namespace
+    try:
+        return array_api_compat.array_namespace(*given)
+    except TypeError as error:
+        kinds = ", ".join(sorted({f"{type(a).__module__.split('.')[0]}.{type(a).__name__}" for a in given}))
+        message = f"{where}: got {kinds or 'nothing'}; pass arrays of one library (NumPy, PyTorch, JAX, CuPy, …)"
+        raise TypeError(message) from error
+
+
+def is_complex(xp: Namespace, dtype: DType) -> bool:
+    """Tell whether ``dtype`` is a complex floating type."""
+    return bool(xp.isdtype(dtype, "complex floating"))
+
+
+def is_low_precision(xp: Namespace, dtype: DType) -> bool:
+    """Tell whether ``dtype`` is a real floating type of fewer than 32 bits (float16, bfloat16, float8)."""
+    return bool(xp.isdtype(dtype, "real floating")) and xp.finfo(dtype).bits < 32
+
+
+def working_dtype(xp: Namespace, dtype: DType) -> DType:
+    """Return the type to factorize in: float32 for 16-bit floats, the default float for integers, else itself."""
+    if xp.isdtype(dtype, ("integral", "bool")):
+        return default_float(xp)
+    return xp.float32 if is_low_precision(xp, dtype) else dtype
+
+
+def result_dtype(xp: Namespace, dtype: DType) -> DType:
+    """Return the type that results of a factorization of ``dtype`` have: floats keep theirs, integers are promoted."""
+    return default_float(xp) if xp.isdtype(dtype, ("integral", "bool")) else dtype
+
+
+def default_float(xp: Namespace) -> DType:
+    """Return the library's default real floating type."""
+    return xp.__array_namespace_info__().default_dtypes()["real floating"]
+
+
+def epsilon(xp: Namespace, dtype: DType) -> float:
+    """Return the distance from 1 to the next larger number of ``dtype`` (of its real part when complex)."""
+    return float(xp.finfo(dtype).eps)
+
+
+def conjugate(xp: Namespace, x: Array) -> Array:
+    """Return the complex conjugate; real arrays come back as they are."""
+    return xp.conj(x) if is_complex(xp, x.dtype) else x
+
+
+def hermitian(xp: Namespace, matrix: Array) -> Array:
+    """Return the conjugate transpose of a matrix (n, m) as (m, n)."""
+    return conjugate(xp, xp.permute_dims(matrix, (1, 0)))
+
+
+def promote(xp: Namespace, *arrays: Array) -> list[Array]:
+    """Cast all ``arrays`` to their common type, as the array-API promotion rules give it."""
+    dtype = arrays[0].dtype
+    if all(a.dtype == dtype for a in arrays):
+        return list(arrays)
+    dtype = xp.result_type(*arrays)
+    return [xp.astype(a, dtype, copy=False) for a in arrays]
+
+
+def to_numpy(x: Array) -> Any:
+    """Copy or view any array as a NumPy array on the host, detached from a gradient graph; bfloat16 as float32."""
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().resolve_conj().resolve_neg().cpu()
+        return (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
+    if array_api_compat.is_cupy_array(x):  # pragma: no cover
+        return x.get()
+    if "bfloat16" in str(x.dtype):
+        return np.asarray(x).astype(np.float32)
+    return np.asarray(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    """Return ``x`` as a constant: no gradient flows through the result."""
+    if array_api_compat.is_torch_array(x):
+        return x.detach()
+    if array_api_compat.is_jax_array(x):
+        import jax
+
+        return jax.lax.stop_gradient(x)
+    return x
+
+
+def is_differentiated(x: Array) -> bool:
+    """Tell whether somebody differentiates through ``x``: a torch tensor on a tape or with a tangent, or a JAX tracer."""
+    if array_api_compat.is_torch_array(x):
+        import torch.autograd.forward_ad as forward_ad
+        from torch import is_grad_enabled
+
+        if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        return is_grad_enabled() and bool(x.requires_grad)
+    return "jax" in sys.modules and isinstance(x, sys.modules["jax"].core.Tracer)
+
+
+def concrete(x: Array) -> float | None:
+    """Return a zero-dimensional array's value, or ``None`` where it is only a symbol (under jit or vmap)."""
+    try:
+        return float(stop_gradient(x))
+    except (TypeError, RuntimeError):
+        return None
+
+
+def power_of_two(x: Array, xp: Namespace) -> int:
+    """Return ``k`` so that the largest magnitude in ``x · 2**-k`` lies in [1/2, 1); 0 for zero, empty or traced arrays.
+
+    A factorization of ``x · 2**-k`` neither overflows nor underflows, and since the scaling is exact the factors of
+    ``x`` and of ``x · 2**j`` agree bit for bit.
+    """
+    if math.prod(x.shape) == 0:
+        return 0
+    largest = concrete(xp.max(xp.abs(x)))
+    if largest is None or largest == 0.0 or not math.isfinite(largest):
+        return 0
+    return math.frexp(largest)[1]
+
+
+def times_power_of_two(x: Array, k: int) -> Array:
+    """Return ``x · 2**k``, in steps that stay inside float32's range so that no intermediate factor overflows."""
+    while k != 0:
+        step = max(-100, min(100, k))
+        x = x * 2.0**step
+        k -= step
+    return x

@@ -1,0 +1,142 @@
+"""The wording of every refusal: what came, what is needed, what to do."""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flora_tensor._arrays import array_namespace, concrete, to_numpy
+from flora_tensor._typing import Array, Ranks
+
+
+def as_int(where: str, name: str, value: Any) -> int:
+    """Return ``value`` as an ``int``; floats, strings and booleans are refused."""
+    if isinstance(value, bool):
+        raise TypeError(f"{where}: {name} is {value!r}; pass an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{where}: {name} is {value!r}; pass an integer") from None
+
+
+def check_mode(where: str, mode: Any, ndim: int) -> int:
+    """Return ``mode`` as a number from 0 to ``ndim - 1``; negative modes count from the end."""
+    mode = as_int(where, "mode", mode)
+    if not -ndim <= mode < ndim:
+        last = f"{-ndim} to {ndim - 1}" if ndim else "none, as it has no axes"
+        raise ValueError(f"{where}: mode {mode} of a tensor with {ndim} modes; its modes are {last}")
+    return mode % ndim
+
+
+def check_finite(where: str, x: Array, name: str = "x") -> None:
+    """Refuse NaN and infinity, with how many there are and where the first one stands.
+
+    This comes before any factorization: LAPACK's SVD can loop for ever on a single infinity.
+    """
+    xp = array_namespace(where, x)
+    if not xp.isdtype(x.dtype, ("real floating", "complex floating")):
+        return
+    finite = xp.isfinite(x)
+    verdict = concrete(xp.all(finite))
+    if verdict is None or verdict:
+        return
+    bad = ~to_numpy(finite)
+    first = tuple(int(i) for i in next(zip(*bad.nonzero())))
+    raise ValueError(
+        f"{where}: {name} has {int(bad.sum())} entries that are NaN or infinite, the first at {first}; "
+        "a decomposition needs finite numbers"
+    )
+
+
+def check_tensor(where: str, x: Array) -> None:
+    """Refuse a zero-dimensional array and entries that are not finite."""
+    if len(x.shape) == 0:
+        raise ValueError(f"{where}: x is a scalar; a decomposition needs at least one axis")
+    check_finite(where, x)
+
+
+def check_ranks(where: str, ranks: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return ``ranks`` as a tuple that a Tucker decomposition of ``shape`` can have.
+
+    One integer stands for that rank in every mode, lowered where the mode cannot have it. A sequence is taken at its
+    word: a rank below 1, above the mode's size or above the product of the other ranks is an error.
+    """
+    if isinstance(ranks, str | bytes):
+        raise TypeError(f"{where}: ranks is {ranks!r}; pass an integer, or one integer a mode")
+    if not isinstance(ranks, Iterable):
+        rank = as_int(where, "ranks", ranks)
+        if rank < 1:
+            raise ValueError(f"{where}: rank {rank}; pass at least 1")
+        return feasible_ranks([rank] * len(shape), shape)
+    given = tuple(as_int(where, f"ranks[{k}]", r) for k, r in enumerate(ranks))
+    if len(given) != len(shape):
+        raise ValueError(f"{where}: {len(given)} ranks for {len(shape)} modes of shape {tuple(shape)}; pass one a mode")
+    for mode, (rank, size) in enumerate(zip(given, shape)):
+        if rank > size:
+            raise ValueError(f"{where}: rank {rank} for mode {mode} exceeds its size {size}; pass at most {size}")
+        if rank < 1 and size > 0:
+            raise ValueError(f"{where}: rank {rank} for mode {mode}; pass at least 1 and at most {size}")
+        if rank < 0:
+            raise ValueError(f"{where}: rank {rank} for mode {mode} of size 0; pass 0")
+    for mode, rank in enumerate(given):
+        others = math.prod(given[:mode] + given[mode + 1 :])
+        if rank > others:
+            raise ValueError(
+                f"{where}: rank {rank} for mode {mode} exceeds {others}, the product of the other ranks of {given}: "
+                f"no tensor has it; pass at most {others}, as in {feasible_ranks(given, shape)}"
+            )
+    return given
+
+
+def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Lower ``ranks`` until a Tucker decomposition of ``shape`` can have them.
+
+    A mode's rank is at most its size and at most the product of the other ranks. Lowering one may make another
+    infeasible, so the rule is applied until nothing changes.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        The ranks that are wished for, one a mode.
+    shape : sequence of int
+        The size of each mode.
+
+    Returns
+    -------
+    tuple of int
+        The largest ranks, no rank above the wished-for one, that are feasible.
+
+    Examples
+    --------
+    >>> feasible_ranks((32, 32, 3, 3), (64, 64, 3, 3))
+    (32, 32, 3, 3)
+    >>> feasible_ranks((40, 4, 3, 9), (64, 64, 3, 3))
+    (36, 4, 3, 3)
+    """
+    lowered = [min(int(r), int(n)) for r, n in zip(ranks, shape, strict=True)]
+    while True:
+        # The bound is monotone in the ranks, so this descends to its greatest fixed point and never below it.
+        bounds = [min(r, math.prod(lowered[:k] + lowered[k + 1 :])) for k, r in enumerate(lowered)]
+        if bounds == lowered:
+            return tuple(lowered)
+        lowered = bounds
+
+
+def check_fraction(where: str, name: str, value: Any, *, zero: bool = False) -> float:
+    """Return ``value`` as a float in (0, 1], or in [0, 1] with ``zero=True``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: {name} is {value!r}; pass a number") from None
+    if not (0.0 if zero else math.ulp(0.0)) <= number <= 1.0:
+        raise ValueError(f"{where}: {name} is {number}; pass a number {'from 0' if zero else 'above 0'} to 1")
+    return number
+
+
+def exactly_one(where: str, **options: Any) -> str:
+    """Return the name of the one option that is not ``None``; none or several are an error."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        came = " and ".join(given) if given else "none of them"
+        raise TypeError(f"{where}: got {came}; pass exactly one of {', '.join(options)}")
+    return given[0]

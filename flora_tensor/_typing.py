@@ -1,0 +1,20 @@
+"""The names that annotations use.
+
+The array-API standard has no type for "an array of some library", and the libraries do not share a base class.
+``Array`` therefore is ``Any`` by another name: it tells a reader what is meant.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+Array: TypeAlias = Any
+"""An array of NumPy, PyTorch, JAX, CuPy or any other library that follows the array-API standard."""
+
+Namespace: TypeAlias = Any
+"""The array-API namespace (module) that an array belongs to."""
+
+DType: TypeAlias = Any
+"""A data type of some array library."""
+
+Ranks: TypeAlias = int | Sequence[int]
+"""One rank a mode, or one number for all of them."""

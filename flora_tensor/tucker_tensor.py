@@ -1,0 +1,515 @@
+"""The noun of this library, a Tucker tensor, and its exact algebra.
+
+Nothing here forms the dense tensor except `reconstruct`. A factor that is ``None`` stands for the identity: the mode is
+left whole and stores nothing (a *partial* Tucker tensor).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+
+from flora_tensor._arrays import (
+    array_namespace,
+    conjugate,
+    hermitian,
+    power_of_two,
+    promote,
+    times_power_of_two,
+    working_dtype,
+)
+from flora_tensor._checks import check_mode
+from flora_tensor._typing import Array, DType, Namespace
+from flora_tensor.algebra import contract, contraction_order, multi_mode_dot
+
+__all__ = ["TuckerTensor", "add", "inner", "norm", "orthogonalize", "permute_modes", "reconstruct", "scale"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TuckerTensor:
+    """A tensor as a small core and one thin factor per mode: X = G ×_0 U_0 … ×_{N-1} U_{N-1}.
+
+    Parameters
+    ----------
+    core : array, shape (r_0, …, r_{N-1})
+        The core tensor G. Any shape: an adapter's ranks may exceed what a decomposition would need.
+    factors : sequence of (array of shape (I_n, r_n), or None)
+        The factor matrices U_n. ``None`` leaves mode n whole, as the identity would: I_n = r_n, and nothing is stored.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (I_0, …, I_{N-1}), the shape of the dense tensor.
+    ranks : tuple of int
+        (r_0, …, r_{N-1}), the shape of the core.
+    n_parameters : int
+        Numbers stored: ∏ r_n + Σ I_n r_n, the sum over the modes that have a factor.
+
+    Raises
+    ------
+    ValueError
+        If the number of factors is not the core's order, or a factor's shape does not fit the core.
+    TypeError
+        If core and factors are arrays of different libraries.
+
+    Notes
+    -----
+    Instances are immutable, compare by identity, unpack as ``core, factors = tucker``, and are pytrees in JAX. `map` applies a
+    function to every array, for example to move it to another device.
+
+    References
+    ----------
+    Kolda and Bader, *Tensor Decompositions and Applications*, SIAM Review 51 (2009), section 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.ones((2, 2, 1)), [np.ones((8, 2)), np.ones((6, 2)), np.ones((3, 1))])
+    >>> t
+    TuckerTensor(shape=(8, 6, 3), ranks=(2, 2, 1), n_parameters=35, dtype=float64)
+    >>> t.to_tensor().shape
+    (8, 6, 3)
+    """
+
+    core: Array
+    factors: tuple[Array | None, ...]
+
+    def __post_init__(self) -> None:
+        factors = tuple(self.factors)
+        object.__setattr__(self, "factors", factors)
+        ranks = tuple(self.core.shape)
+        array_namespace("TuckerTensor", self.core, *factors)
+        if len(factors) != len(ranks):
+            raise ValueError(
+                f"TuckerTensor: {len(factors)} factors for a core of shape {ranks}; pass one factor (or None) a mode"
+            )
+        for mode, (factor, rank) in enumerate(zip(factors, ranks)):
+            if factor is not None and (len(factor.shape) != 2 or factor.shape[1] != rank):
+                raise ValueError(
+                    f"TuckerTensor: factor {mode} has shape {tuple(factor.shape)}, but the core has shape {ranks}; "
+                    f"pass a matrix with {rank} columns"
+                )
+        _register_with_jax()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (I_0, …, I_{N-1}) of the dense tensor."""
+        return tuple(r if u is None else u.shape[0] for u, r in zip(self.factors, self.core.shape))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks (r_0, …, r_{N-1}), which are the core's shape."""
+        return tuple(self.core.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The order N: how many modes the tensor has."""
+        return len(self.core.shape)
+
+    @property
+    def dtype(self) -> DType:
+        """The core's data type."""
+        return self.core.dtype
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the core and the factors store."""
+        return math.prod(self.core.shape) + sum(math.prod(u.shape) for u in self.factors if u is not None)
+
+    def to_tensor(self) -> Array:
+        """Form the dense tensor; the same as `reconstruct`."""
+        return reconstruct(self)
+
+    def map(self, function: Callable[[Array], Array]) -> "TuckerTensor":
+        """Apply ``function`` to the core and to every factor, as in ``t.map(lambda a: a.to("cuda"))``."""
+        return TuckerTensor(function(self.core), tuple(None if u is None else function(u) for u in self.factors))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.core, self.factors))
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).rsplit(".", maxsplit=1)[-1]
+        whole = [mode for mode, u in enumerate(self.factors) if u is None]
+        partial = f", whole_modes={tuple(whole)}" if whole else ""
+        return (
+            f"TuckerTensor(shape={self.shape}, ranks={self.ranks}, n_parameters={self.n_parameters}{partial}, "
+            f"dtype={dtype})"
+        )
+
+
+def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
+    """Form the dense tensor of a Tucker tensor.
+
+    The factors are multiplied onto the core in the order that takes the fewest multiply-adds and the least writing to
+    memory (sorted by a closed form that is optimal over all orders; see `algebra.contraction_order`).
+
+    Parameters
+    ----------
+    tucker : TuckerTensor
+        The tensor, of shape (I_0, …, I_{N-1}).
+    out : array, shape (I_0, …, I_{N-1}), optional
+        A NumPy or PyTorch array to write into, of the result's data type. Saves the allocation, which for large tensors costs
+        more than the arithmetic.
+
+    Returns
+    -------
+    array, shape (I_0, …, I_{N-1})
+        The dense tensor; ``out`` itself where it was given.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` has another shape or data type, or cannot be written to.
+    TypeError
+        If ``out`` belongs to a library whose arrays cannot be written to.
+
+    References
+    ----------
+    Kolda and Bader (2009), equation 4.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> reconstruct(t)
+    array([[3., 3.],
+           [3., 3.]])
+    >>> buffer = np.empty((2, 2))
+    >>> reconstruct(t, out=buffer) is buffer
+    True
+    """
+    if out is None:
+        return multi_mode_dot(tucker.core, tucker.factors)
+    xp = array_namespace("reconstruct", tucker.core, *tucker.factors, out)
+    arrays = promote(xp, tucker.core, *(u for u in tucker.factors if u is not None))
+    _check_out(out, tucker.shape, arrays[0].dtype)
+    x, factors = arrays[0], arrays[1:]
+    modes = [mode for mode, u in enumerate(tucker.factors) if u is not None]
+    order = contraction_order([u.shape[1] for u in factors], [u.shape[0] for u in factors])
+    for step, i in enumerate(order):
+        direct = step == len(order) - 1 and _is_contiguous(out)
+        x = contract(xp, x, factors[i], modes[i], out if direct else None)
+        if direct:
+            return out
+    out[...] = x
+    return out
+
+
+def inner(a: TuckerTensor, b: TuckerTensor) -> Array:
+    """Take the inner product ⟨A, B⟩ = Σ conj(A) · B of two Tucker tensors without forming either.
+
+    Parameters
+    ----------
+    a, b : TuckerTensor
+        Two tensors of one shape (I_0, …, I_{N-1}), of any ranks.
+
+    Returns
+    -------
+    array, shape ()
+        The inner product, conjugate-linear in ``a``. For ⟨A, A⟩ with cancellation in mind use `norm`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    Bader and Kolda, *Efficient MATLAB computations with sparse and factored tensors*, SISC 30 (2007), section 4.2.3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> float(inner(t, t))
+    36.0
+    """
+    xp = _same_shape("inner", a, b)
+    grams = [_gram(xp, u, v) for u, v in zip(a.factors, b.factors)]
+    projected = multi_mode_dot(b.core, grams)
+    left, right = promote(xp, a.core, projected)
+    return xp.sum(conjugate(xp, left) * right)
+
+
+def norm(a: TuckerTensor) -> Array:
+    """Take the Frobenius norm ‖A‖ without forming the tensor.
+
+    The factors are orthogonalized first, so the result is accurate to rounding even where terms cancel, as in
+    ``norm(add(a, scale(b, -1)))``; the square root of `inner` would lose half the digits there.
+
+    Parameters
+    ----------
+    a : TuckerTensor
+        A tensor of shape (I_0, …, I_{N-1}).
+
+    Returns
+    -------
+    array, shape ()
+        The norm, real, of the core's (real) data type; 16-bit floats are computed and returned in float32.
+
+    Notes
+    -----
+    Differentiable where every factor has full column rank, as QR is.
+
+    References
+    ----------
+    Bader and Kolda (2007), section 4.2.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> round(float(norm(t)), 12)
+    6.0
+    """
+    xp = array_namespace("norm", a.core, *a.factors)
+    work = _at_working_precision(xp, a)
+    core = _orthogonalized(xp, work).core
+    k = power_of_two(core, xp)
+    flat = xp.reshape(times_power_of_two(core, -k), (-1,))
+    return times_power_of_two(xp.linalg.vector_norm(flat), k)
+
+
+def add(a: TuckerTensor, b: TuckerTensor) -> TuckerTensor:
+    """Add two Tucker tensors exactly, without forming either.
+
+    Parameters
+    ----------
+    a, b : TuckerTensor
+        Two tensors of one shape (I_0, …, I_{N-1}), with ranks r and s.
+
+    Returns
+    -------
+    TuckerTensor
+        A + B with ranks r + s: factors side by side, a block-diagonal core. A mode whose factor both tensors share (the
+        same object, or ``None``) keeps it, and the cores are added along it. Use `round_tucker` to lower the ranks again.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    Bader and Kolda (2007), section 4.2; Lee and Cichocki, *Fundamental tensor operations for large-scale data analysis*
+    (2018), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> add(t, t).to_tensor()
+    array([[6., 6.],
+           [6., 6.]])
+    """
+    xp = _same_shape("add", a, b)
+    shared = [u is v for u, v in zip(a.factors, b.factors)]
+    u_s = [u if s else _explicit(xp, a, k) for k, (u, s) in enumerate(zip(a.factors, shared))]
+    v_s = [v if s else _explicit(xp, b, k) for k, (v, s) in enumerate(zip(b.factors, shared))]
+    factors = [u if s else xp.concat(promote(xp, u, v), axis=1) for u, v, s in zip(u_s, v_s, shared)]
+    left, right = promote(xp, a.core, b.core)
+    for mode, is_shared in enumerate(shared):
+        if not is_shared:
+            r, s = a.ranks[mode], b.ranks[mode]
+            left, right = _pad(xp, left, mode, 0, s), _pad(xp, right, mode, r, 0)
+    return TuckerTensor(left + right, tuple(factors))
+
+
+def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
+    """Multiply a Tucker tensor by a number.
+
+    Parameters
+    ----------
+    a : TuckerTensor
+        A tensor of shape (I_0, …, I_{N-1}).
+    c : number or array of shape ()
+        The number.
+
+    Returns
+    -------
+    TuckerTensor
+        c · A: the core is scaled, the factors are shared with ``a``.
+
+    Raises
+    ------
+    ValueError
+        If ``c`` is an array with axes.
+
+    References
+    ----------
+    Bader and Kolda (2007), section 4.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> scale(t, 2.0).to_tensor()
+    array([[6., 6.],
+           [6., 6.]])
+    """
+    if getattr(c, "shape", ()) != ():
+        raise ValueError(f"scale: c has shape {tuple(c.shape)}; pass a number")  # type: ignore[union-attr]
+    return TuckerTensor(a.core * c, a.factors)
+
+
+def orthogonalize(a: TuckerTensor) -> TuckerTensor:
+    """Rewrite a Tucker tensor with orthonormal factors, exactly and without forming it.
+
+    Parameters
+    ----------
+    a : TuckerTensor
+        A tensor of shape (I_0, …, I_{N-1}), ranks r.
+
+    Returns
+    -------
+    TuckerTensor
+        The same tensor to rounding, with U_nᴴ U_n = I. Ranks become min(r_n, I_n). ``None`` factors stay. 16-bit floats are computed
+        in float32 and cast back.
+
+    Notes
+    -----
+    Afterwards ‖A‖ = ‖core‖, and compressing the core compresses the tensor with the same error: see `round_tucker`.
+
+    References
+    ----------
+    Bader and Kolda (2007), section 4.2.4; Hackbusch, *Tensor Spaces and Numerical Tensor Calculus* (2012), section 8.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> float(abs(orthogonalize(t).core[0, 0]).round(12))
+    6.0
+    """
+    xp = array_namespace("orthogonalize", a.core, *a.factors)
+    result = _orthogonalized(xp, _at_working_precision(xp, a))
+    return result.map(lambda array: xp.astype(array, a.dtype, copy=False)) if a.dtype != result.dtype else result
+
+
+def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
+    """Reorder the modes of a Tucker tensor, as ``permute_dims`` reorders a dense one's.
+
+    Parameters
+    ----------
+    a : TuckerTensor
+        A tensor of shape (I_0, …, I_{N-1}).
+    axes : sequence of int
+        A permutation of 0, …, N-1: mode k of the result is mode ``axes[k]`` of ``a``.
+
+    Returns
+    -------
+    TuckerTensor
+        The permuted tensor, of shape (I_{axes[0]}, …, I_{axes[N-1]}).
+
+    Raises
+    ------
+    ValueError
+        If ``axes`` is not a permutation.
+
+    References
+    ----------
+    Kolda and Bader (2009), section 4; the core is permuted and the factors change places.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((5, 1))])
+    >>> permute_modes(t, (1, 0)).shape
+    (5, 2)
+    """
+    order = [check_mode("permute_modes", k, a.ndim) for k in axes]
+    if sorted(order) != list(range(a.ndim)):
+        raise ValueError(f"permute_modes: axes {tuple(axes)} of a tensor with {a.ndim} modes; pass each mode once")
+    xp = array_namespace("permute_modes", a.core)
+    return TuckerTensor(xp.permute_dims(a.core, tuple(order)), tuple(a.factors[k] for k in order))
+
+
+def _same_shape(where: str, a: TuckerTensor, b: TuckerTensor) -> Namespace:
+    if a.shape != b.shape:
+        raise ValueError(f"{where}: shapes {a.shape} and {b.shape} differ; pass tensors of one shape")
+    return array_namespace(where, a.core, *a.factors, b.core, *b.factors)
+
+
+def _at_working_precision(xp: Namespace, a: TuckerTensor) -> TuckerTensor:
+    """Bring core and factors to one type that QR can work in."""
+    dtype = xp.result_type(a.core, *(u for u in a.factors if u is not None))
+    dtype = working_dtype(xp, dtype)
+    return a.map(lambda array: xp.astype(array, dtype, copy=False))
+
+
+def _orthogonalized(xp: Namespace, a: TuckerTensor) -> TuckerTensor:
+    pairs = [(None, None) if u is None else xp.linalg.qr(u) for u in a.factors]
+    return TuckerTensor(multi_mode_dot(a.core, [r for _, r in pairs]), tuple(q for q, _ in pairs))
+
+
+def _gram(xp: Namespace, u: Array | None, v: Array | None) -> Array | None:
+    """Return Uᴴ V, either of which may be the identity."""
+    if u is None or v is None:
+        return v if u is None else hermitian(xp, u)
+    u, v = promote(xp, u, v)
+    return xp.matmul(hermitian(xp, u), v)
+
+
+def _explicit(xp: Namespace, a: TuckerTensor, mode: int) -> Array:
+    """Return a mode's factor, the identity spelled out where none is stored."""
+    factor = a.factors[mode]
+    if factor is not None:
+        return factor
+    return xp.eye(a.ranks[mode], dtype=a.dtype, device=array_api_compat.device(a.core))
+
+
+def _pad(xp: Namespace, x: Array, mode: int, before: int, after: int) -> Array:
+    """Put zeros before and after a mode."""
+
+    def zeros(size: int) -> Array:
+        shape = (*x.shape[:mode], size, *x.shape[mode + 1 :])
+        return xp.zeros(shape, dtype=x.dtype, device=array_api_compat.device(x))
+
+    return xp.concat([zeros(before), x, zeros(after)], axis=mode)
+
+
+def _check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
+    if not (array_api_compat.is_numpy_array(out) or array_api_compat.is_torch_array(out)):
+        kind = type(out).__module__.split(".")[0]
+        raise TypeError(f"reconstruct: out is an array of {kind}; pass a NumPy or PyTorch array, or leave it out")
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise ValueError(
+            f"reconstruct: out has shape {tuple(out.shape)} and type {out.dtype}; pass shape {shape} and type {dtype}"
+        )
+    if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
+        raise ValueError("reconstruct: out is read-only; pass an array that can be written to")
+
+
+def _is_contiguous(out: Array) -> bool:
+    if array_api_compat.is_numpy_array(out):
+        return bool(out.flags.c_contiguous)
+    return bool(out.is_contiguous())
+
+
+_jax_knows_us = False
+
+
+def _register_with_jax() -> None:
+    """Make `TuckerTensor` a pytree as soon as the user has imported jax; the core never imports it itself."""
+    global _jax_knows_us
+    if _jax_knows_us or "jax" not in sys.modules:
+        return
+    jax = sys.modules["jax"]
+    if not hasattr(jax, "tree_util"):  # jax itself is still being imported
+        return
+
+    def flatten(t: TuckerTensor) -> tuple[tuple[Any, Any], None]:
+        return (t.core, t.factors), None
+
+    def unflatten(_: None, children: tuple[Any, Any]) -> TuckerTensor:
+        # Transformations rebuild trees with placeholders for leaves: no validation here.
+        t = object.__new__(TuckerTensor)
+        object.__setattr__(t, "core", children[0])
+        object.__setattr__(t, "factors", tuple(children[1]))
+        return t
+
+    jax.tree_util.register_pytree_node(TuckerTensor, flatten, unflatten)
+    _jax_knows_us = True
