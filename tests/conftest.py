@@ -1,0 +1,24 @@
+"""Hypothesis profiles, and the fixture that runs a test over every array library."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from support import NAMESPACES, namespace
+
+# Data-dependent shapes make the first examples slow (compilation, imports), which says nothing about the tests.
+_QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+
+# "ci" repeats the same examples on every machine: a red run is a change in the code. "nightly" looks for new ones.
+settings.register_profile("ci", derandomize=True, database=None, max_examples=40, **_QUIET)
+settings.register_profile("dev", max_examples=40, **_QUIET)
+settings.register_profile("nightly", max_examples=1000, **_QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# Session-wide, because hypothesis refuses fixtures that are made anew for each test function.
+@pytest.fixture(scope="session", params=NAMESPACES)
+def xp(request: pytest.FixtureRequest):
+    """The array-API namespace of each library in turn."""
+    return namespace(request.param)
