@@ -1,0 +1,65 @@
+# make help lists the targets. Everything runs from .venv, which is made on first use and refreshed when
+# pyproject.toml or constraints.txt change.
+
+PYTHON = python3
+BIN = .venv/bin
+READY = .venv/.ready
+
+# One thread for each worker: the test suite runs two of them, and oversubscribed BLAS is many times slower.
+ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help install demo test doctest lint types notebooks bench check clean
+
+help:
+	@echo "make install    make .venv with the library, every extra and the development tools"
+	@echo "make demo       extract an adapter from a real fine-tuning, merge it, attach it, train on (demo-output/)"
+	@echo "make test       run the tests and the doctests"
+	@echo "make lint       check style and formatting"
+	@echo "make types      check types"
+	@echo "make notebooks  execute the notebooks and check that they are stored without outputs"
+	@echo "make bench      run the benchmark programs on small sizes"
+	@echo "make check      all of the above except the demo"
+	@echo "make clean      remove what the other targets left, except .venv"
+
+install: $(READY)
+
+# pip installs dependency groups since 25.1, so pip itself comes first.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[all]' --group dev
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/flora-tensor demo
+
+test: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --quiet
+	$(MAKE) doctest
+
+doctest: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest --quiet --doctest-modules --doctest-glob=README.md \
+		flora_tensor backends/flora_torch README.md
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+notebooks: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/run_notebooks.py notebooks
+
+bench: $(READY)
+	@for program in tests/benchmarks/*.py; do \
+		echo "== $$program --small"; \
+		$(ONE_THREAD) $(BIN)/python "$$program" --small || exit 1; \
+	done
+
+check: lint types test notebooks bench
+
+clean:
+	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis
+	find flora_tensor backends tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
