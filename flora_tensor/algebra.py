@@ -1,8 +1,8 @@
 """Unfolding, folding and mode products: the verbs that everything else is made of.
 
-Conventions follow Kolda and Bader, *Tensor Decompositions and Applications*, SIAM Review 51 (2009), with TensorLy's two
-changes: modes count from zero, and an unfolding keeps the remaining modes in C order. All functions are pure, accept the
-arrays of any array-API library and return arrays of that library; all are differentiable and can be traced
+Conventions follow Kolda and Bader, *Tensor Decompositions and Applications*, SIAM Review 51 (2009), with TensorLy's
+two changes: modes count from zero, and an unfolding keeps the remaining modes in C order. All functions are pure,
+accept the arrays of any array-API library and return arrays of that library; all are differentiable and can be traced
 (`torch.compile(fullgraph=True)`, `torch.func.vmap`, `jax.jit`).
 """
 
@@ -65,7 +65,7 @@ def unfold(x: Array, mode: int) -> Array:
     xp = array_namespace("unfold", x)
     mode = check_mode("unfold", mode, len(x.shape))
     order = (mode, *(k for k in range(len(x.shape)) if k != mode))
-    columns = math.prod(n for k, n in enumerate(x.shape) if k != mode)
+    columns = math.prod(x.shape[:mode]) * math.prod(x.shape[mode + 1 :])
     return xp.reshape(xp.permute_dims(x, order), (x.shape[mode], columns))
 
 
@@ -171,9 +171,10 @@ def multi_mode_dot(
     x : array, shape (I_0, …, I_{N-1})
         The tensor.
     matrices : sequence of (array of shape (J_k, I_k), or None)
-        One matrix per entry of ``modes``; ``None`` leaves the mode as it is. With ``transpose`` each has shape (I_k, J_k).
+        One matrix per entry of ``modes``; ``None`` leaves the mode as it is. With ``transpose`` each has shape
+        (I_k, J_k).
     modes : sequence of int, optional
-        The mode of each matrix; by default 0, 1, …, N-1. A mode that occurs twice is multiplied in the order given.
+        The mode of each matrix; by default 0, 1, 2, …. A mode that occurs twice is multiplied in the order given.
     transpose : bool
         Multiply by the conjugate transpose of each matrix, as projecting onto factors needs it.
 
@@ -205,34 +206,62 @@ def multi_mode_dot(
     wanted = range(len(matrices)) if modes is None else modes
     if len(wanted) != len(matrices):
         raise ValueError(f"{where}: {len(matrices)} matrices for {len(wanted)} modes; pass one matrix (or None) a mode")
-    steps = [(check_mode(where, k, len(x.shape)), m) for k, m in zip(wanted, matrices) if m is not None]
+    checked = [check_mode(where, k, len(x.shape)) for k in wanted]
+    steps = [(k, m) for k, m in zip(checked, matrices) if m is not None]
+    sizes = list(x.shape)
+    for k, m in steps:
+        _check_matrix(where, m, k, sizes[k], transpose)
+        sizes[k] = m.shape[1] if transpose else m.shape[0]
     if transpose:
-        steps = [(k, hermitian(xp, _check_matrix(where, m, k))) for k, m in steps]
+        steps = [(k, hermitian(xp, m)) for k, m in steps]
     if len({k for k, _ in steps}) == len(steps):
-        for k, m in steps:
-            _check_matrix(where, m, k, x.shape[k])
         order = contraction_order([m.shape[1] for _, m in steps], [m.shape[0] for _, m in steps])
         steps = [steps[i] for i in order]
     for k, m in steps:
-        _check_matrix(where, m, k, x.shape[k])
-        x = contract(xp, *promote(xp, x, m), k)
+        x, m = promote(xp, x, m)
+        x = contract(xp, x, m, k)
     return x
 
 
 def contraction_order(inner: Sequence[int], outer: Sequence[int]) -> list[int]:
     """Order mode products that turn sizes ``inner`` into ``outer`` so that they cost least.
 
-    A product along mode k on a tensor of s elements takes ``s · outer_k`` multiply-adds and writes ``s · outer_k/inner_k``
-    elements, each worth β multiply-adds. Comparing "a before b" with "b before a" (nothing else changes), a goes first iff
+    A product along mode k on a tensor of s elements takes s · outer_k multiply-adds and writes s · ρ_k elements, with
+    ρ_k = outer_k/inner_k, each worth β multiply-adds: it costs s · A_k, where A_k = outer_k (1 + β/inner_k). Of two
+    neighbors, a before b costs s (A_a + ρ_a A_b) and b before a costs s (A_b + ρ_b A_a); what comes later sees the
+    same size either way. So a goes first iff
 
-        (inner-to-outer key)   (outer_a − inner_a) / (inner_a (outer_a + β))  <  the same for b,
+        (ρ_a − 1)/A_a  <  (ρ_b − 1)/A_b,    where    (ρ − 1)/A = (outer − inner) / (outer (inner + β)),
 
     an order that is total and independent of s: sorting by that key is optimal over all N! orders (exchange argument).
+
+    Parameters
+    ----------
+    inner, outer : sequence of int
+        The sizes of the modes before and after their products.
+
+    Returns
+    -------
+    list of int
+        The indices of the products, in the order in which to take them.
+
+    References
+    ----------
+    Smith, *Various optimizers for single-stage production*, Naval Research Logistics Quarterly 3 (1956), for the
+    exchange argument.
+
+    Examples
+    --------
+    >>> contraction_order([8, 64, 3], [512, 8, 3])
+    [1, 2, 0]
     """
 
     def key(i: int) -> float:
         a, b = inner[i], outer[i]
-        return (b - a) / (a * (b + _WRITE_COST)) if a > 0 else -math.inf
+        if a == 0 or b == 0:
+            # While a mode is empty every product is free: empty one as soon, and fill one as late, as possible.
+            return math.inf if a == 0 else -math.inf
+        return (b - a) / (b * (a + _WRITE_COST))
 
     return sorted(range(len(inner)), key=key)
 
@@ -269,16 +298,15 @@ def _matmul(xp: Namespace, a: Array, b: Array, out: Array | None, shape: tuple[i
     return view
 
 
-def _check_matrix(where: str, matrix: Array, mode: int, size: int | None = None) -> Array:
+def _check_matrix(where: str, matrix: Array, mode: int, size: int, transpose: bool = False) -> None:
     """Refuse what cannot multiply a mode of ``size`` entries."""
     if len(matrix.shape) != 2:
         raise ValueError(
             f"{where}: the matrix for mode {mode} has shape {tuple(matrix.shape)}; pass a matrix "
             "(a vector v as v[None, :])"
         )
-    if size is not None and matrix.shape[1] != size:
+    if matrix.shape[0 if transpose else 1] != size:
         raise ValueError(
             f"{where}: the matrix for mode {mode} has shape {tuple(matrix.shape)}, but mode {mode} has size {size}; "
-            f"pass a matrix with {size} columns"
+            f"pass a matrix with {size} {'rows' if transpose else 'columns'}"
         )
-    return matrix

@@ -1,7 +1,7 @@
 """Execute notebooks and check that they are stored without outputs: ``python tests/run_notebooks.py notebooks``.
 
-Ends with status 1 if a notebook fails, takes longer than its limit or was stored with outputs, or if there is none. Each
-one runs in an empty directory of its own, so that what it writes does not land beside the sources.
+Ends with status 1 if a notebook fails, takes longer than its limit or was stored with outputs, or if there is none.
+Each one runs in an empty directory of its own, so that what it writes does not land beside the sources.
 """
 
 import sys
