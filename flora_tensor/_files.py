@@ -1,0 +1,249 @@
+"""Files that appear whole or not at all, and JSON that is read strictly.
+
+The recipe for every output: build it under another name in the same directory, flush it to the disk, read it back,
+rename it, flush the directory. Whatever happens between, the old output stays until the new one is complete.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Collection, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flora_tensor._errors import InputError
+
+__all__ = ["canonical_json", "locked", "parse_json", "read_json", "staged_directory", "staged_file", "write_file"]
+
+MAX_JSON_BYTES = 100_000_000
+
+
+def canonical_json(value: Any) -> str:
+    """Write a value as JSON in one way only: keys sorted, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Read a JSON table; duplicate keys, NaN, deep nesting and text that is not UTF-8 are refused."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates cannot be written again
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{where}: not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON table is needed, not {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated[:100]!r} stands twice")
+    return table
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of at most 100 MB."""
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(f"{path}: more than {MAX_JSON_BYTES} bytes; a file of this kind is smaller")
+    return parse_json(data, str(path))
+
+
+def create_exclusive(path: Path) -> int:
+    """Create a file that must not exist, with the permissions of the user's umask, and return its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o666)
+
+
+def write_at(fd: int, data: "bytes | np.ndarray", position: int) -> None:
+    """Write all of ``data``, bytes or contiguous uint8, at a position of an open file."""
+    view, done = data.data if isinstance(data, np.ndarray) else memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + (1 << 30)], position + done)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create a file with this content and flush it to the disk."""
+    fd = create_exclusive(path)
+    try:
+        write_at(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk, where the system can."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:  # pragma: no cover - some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def check_free_space(where: str, target: Path, n_bytes: int) -> None:
+    """Refuse to begin work whose result, with a margin of 1 % and 1 MiB, does not fit on the disk."""
+    need = n_bytes + n_bytes // 100 + (1 << 20)
+    free = shutil.disk_usage(_existing_parent(target)).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC, f"{where}: the result takes {need} bytes, but the disk has {free} free", str(target)
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = Path(os.path.realpath(path))
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextlib.contextmanager
+def locked(where: str, target: Path) -> Generator[None]:
+    """Hold the lock on an output, ``.NAME.lock`` beside it, so that two runs cannot write it at once.
+
+    The operating system releases the lock when its holder dies, so a killed run never blocks the next one.
+    """
+    import fcntl
+
+    lock = target.parent / f".{target.name}.lock"
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(lock) and os.path.samestat(os.fstat(fd), lock.stat()):
+                break
+            os.close(fd)  # the holder before us removed the file between our two calls
+        except BlockingIOError:
+            holder = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            message = f"{where}: process {holder or 'unknown'} is writing {target}; wait for it to end"
+            raise BlockingIOError(errno.EAGAIN, message) from None
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staged_directory(where: str, target: Path, *, overwrite: bool, owned: Collection[str]) -> Generator[Path]:
+    """Yield an empty directory that becomes ``target`` if the block succeeds, and vanishes if it does not.
+
+    With ``overwrite`` an existing directory is replaced only if all it holds are regular files named in ``owned``:
+    a mistyped path must not cost the user other files.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(where, target):
+        check_target(where, target, overwrite=overwrite, owned=owned)
+        _remove_leftovers(target)
+        stage = target.parent / f".{target.name}.partial-{secrets.token_hex(6)}"
+        stage.mkdir()
+        try:
+            yield stage
+            sync_directory(stage)
+            _swap_in(stage, target)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        sync_directory(target.parent)
+
+
+def check_target(where: str, target: Path, *, overwrite: bool, owned: Collection[str]) -> None:
+    """Refuse an output directory that exists and must not be replaced; an empty one may always be."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise FileExistsError(errno.EEXIST, f"{where}: a file is in the way; choose another directory", str(target))
+    entries = list(target.iterdir())
+    if entries and not overwrite:
+        message = f"{where}: the directory exists; choose another one, or pass overwrite=True (--overwrite)"
+        raise FileExistsError(errno.EEXIST, message, str(target))
+    foreign = sorted(e.name for e in entries if e.name not in owned or not stat.S_ISREG(e.lstat().st_mode))
+    if foreign:
+        message = f"{where}: holds {foreign[0]!r}, which is not of its making; remove it yourself or choose another one"
+        raise FileExistsError(errno.EEXIST, message, str(target))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Clear what killed runs left; the lock proves that none of them is alive."""
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.partial-"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _swap_in(stage: Path, target: Path) -> None:
+    """Give the finished directory its name; a directory cannot replace a full one, so the old one steps aside first."""
+    if not target.exists() or not any(target.iterdir()):
+        stage.rename(target)
+        return
+    aside = target.parent / f".{target.name}.old-{secrets.token_hex(6)}"
+    target.rename(aside)
+    try:
+        stage.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_file(where: str, target: Path, *, overwrite: bool) -> Generator[Path]:
+    """Yield a path whose file becomes ``target`` if the block succeeds, and vanishes if it does not.
+
+    A link is followed, so that the file it points to is replaced and the link stays; an old file's permissions are
+    kept.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(where, target):
+        old_mode = check_target_file(where, target, overwrite=overwrite)
+        _remove_leftovers(target)
+        stage = target.parent / f".{target.name}.partial-{secrets.token_hex(6)}"
+        try:
+            yield stage
+            if old_mode is not None:
+                stage.chmod(old_mode)
+            stage.replace(target)
+        except BaseException:
+            stage.unlink(missing_ok=True)
+            raise
+        sync_directory(target.parent)
+
+
+def check_target_file(where: str, target: Path, *, overwrite: bool) -> int | None:
+    """Refuse an output file that must not be replaced; return the permissions of the one that is."""
+    if not os.path.lexists(target):
+        return None
+    status = target.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileExistsError(errno.EEXIST, f"{where}: not a regular file; choose another path", str(target))
+    if not overwrite:
+        message = f"{where}: the file exists; choose another one, or pass overwrite=True (--overwrite)"
+        raise FileExistsError(errno.EEXIST, message, str(target))
+    return stat.S_IMODE(status.st_mode)

@@ -1,0 +1,639 @@
+"""The adapter directory: `adapter_config.json` and `adapter_model.safetensors`, read and written without PyTorch.
+
+The layout is the one of Hugging Face PEFT. For the parameter ``weight`` of a module ``m`` the tensors are named
+``base_model.model.m.tucker_update.core``, ``….factor_0``, ``….factor_1``, …; for another parameter ``p`` of it
+``base_model.model.m.tucker_update.p.core``, and so on. A factor that is the identity is absent. Tensors that are stored
+whole (biases, norms) keep their own name after ``base_model.model.`` and hold the new value, not the change.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from warnings import warn
+
+import numpy as np
+
+from flora_tensor._arrays import to_numpy
+from flora_tensor._errors import InputError
+from flora_tensor._files import canonical_json, read_json, staged_directory, write_file
+from flora_tensor._safetensors import (
+    READABLE,
+    Header,
+    SafetensorsWriter,
+    decode,
+    dtype_code,
+    encode,
+    read_header,
+    read_span,
+)
+from flora_tensor._version import __version__
+from flora_tensor._warnings import FloraWarning
+from flora_tensor.arrangement import Arrangement
+from flora_tensor.tucker_tensor import TuckerTensor
+
+__all__ = ["Adapter", "load_adapter", "save_adapter"]
+
+FORMAT_VERSION = "1.0"
+CONFIG_NAME = "adapter_config.json"
+MODEL_NAME = "adapter_model.safetensors"
+REPORT_NAME = "extraction_report.json"
+# What a directory of ours may hold, and so what overwriting one may remove. PEFT puts a model card beside an adapter.
+OWNED_NAMES = (CONFIG_NAME, MODEL_NAME, REPORT_NAME, "README.md")
+PREFIX = "base_model.model."
+MARK = "tucker_update"
+# A scale beyond float32's range cannot have been meant, and overflows every weight.
+MAX_SCALE = 2.0**128
+_METADATA = {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": FORMAT_VERSION})}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter(Mapping[str, TuckerTensor]):
+    """The change of a model's weights: a mapping from a weight's name to a Tucker tensor, and what goes with it.
+
+    Parameters
+    ----------
+    tensors : mapping of str to TuckerTensor
+        For each weight its change, of the *arranged* weight's shape and without the scale.
+    arrangements : mapping of str to Arrangement, optional
+        Which axes form a mode. A weight not named here has its own axes.
+    scales : mapping of str to float, optional
+        The number s that the change is multiplied by. A weight not named here has ``config["scale"]``, or 1.
+    shapes : mapping of str to tuple of int, optional
+        The weights' own shapes. One that is not named here, and whose arrangement is native, has its tensor's shape.
+    whole : mapping of str to array, optional
+        Tensors stored whole, with their new value.
+    config : mapping of str to Any, optional
+        The adapter's `adapter_config.json`; keys that this library does not know are kept.
+    dtypes : mapping of str to str, optional
+        The types that tensors have in the file (``"BF16"``), by the name of the weight or of the tensor stored whole.
+        One that is not named here keeps its arrays' own.
+    missing_keys, unexpected_keys : tuple of str
+        What `load_adapter` did not find, and what it did not know; both are empty unless it was called with
+        ``strict=False``.
+
+    Raises
+    ------
+    ValueError
+        If an arrangement, a shape and a tensor do not fit each other, a scale is not a finite number, or a name is
+        used twice.
+
+    Notes
+    -----
+    The mappings are read-only. `delta` gives a weight's change as a dense array.
+
+    References
+    ----------
+    Si et al., *Maintaining structural integrity in parameter spaces for parameter efficient fine-tuning* (FLoRA),
+    ICLR 2025, equation 5, for ΔW = s · G ×_0 U_0 … ×_{N-1} U_{N-1}.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((3, 1))])
+    >>> adapter = Adapter({"fc.weight": t}, scales={"fc.weight": 2.0})
+    >>> adapter
+    Adapter(1 weight, 0 tensors whole, n_parameters=6)
+    >>> adapter.delta("fc.weight")
+    array([[2., 2., 2.],
+           [2., 2., 2.]])
+    """
+
+    tensors: Mapping[str, TuckerTensor]
+    arrangements: Mapping[str, Arrangement] = field(default_factory=dict[str, Arrangement])
+    scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    whole: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    dtypes: Mapping[str, str] = field(default_factory=dict[str, str])
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = set(self.tensors)
+        for option in ("arrangements", "scales", "shapes"):
+            if unknown := set(getattr(self, option)) - names:
+                raise ValueError(f"Adapter: {option} names {min(unknown)!r}, which has no tensor; remove it")
+        if both := names & set(self.whole):
+            raise ValueError(f"Adapter: {min(both)!r} is stored whole and as a Tucker tensor; pass one of the two")
+        default = check_scale("Adapter: config's scale", self.config.get("scale", 1.0))
+        arrangements = {n: self.arrangements.get(n) or Arrangement.native(t.ndim) for n, t in self.tensors.items()}
+        shapes = {n: _own_shape(n, t, arrangements[n], self.shapes.get(n)) for n, t in self.tensors.items()}
+        scales = {n: check_scale(f"Adapter: scale of {n!r}", self.scales.get(n, default)) for n in self.tensors}
+        for name, table in (("arrangements", arrangements), ("scales", scales), ("shapes", shapes)):
+            object.__setattr__(self, name, MappingProxyType(table))
+        for name in ("tensors", "whole", "config", "dtypes"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __getitem__(self, name: str) -> TuckerTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the adapter stores, Tucker tensors and whole tensors together."""
+        whole = sum(math.prod(array.shape) for array in self.whole.values())
+        return whole + sum(tensor.n_parameters for tensor in self.tensors.values())
+
+    def delta(self, name: str, *, dtype: Any = None) -> Any:
+        """Form a weight's change s · ΔW as a dense array.
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+        dtype : NumPy data type, optional
+            The type to compute in and to return; the tensor's own by default. Given, the result is a NumPy array.
+
+        Returns
+        -------
+        array, of the weight's own shape
+            The change, with the scale applied and the arrangement undone.
+
+        Raises
+        ------
+        KeyError
+            If the adapter does not change this weight.
+
+        References
+        ----------
+        Si et al. (2025), equation 5.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((4, 1)), np.ones((1, 1))])
+        >>> adapter = Adapter({"w": t}, {"w": Arrangement("(o h) (i w)")}, shapes={"w": (2, 1, 2, 1)})
+        >>> adapter.delta("w").shape
+        (2, 1, 2, 1)
+        """
+        tensor = self.tensors[name]
+        if dtype is not None:
+            tensor = tensor.map(lambda array: to_numpy(array).astype(dtype, copy=False))
+        # The scale goes onto the small core: one pass over it and not over the dense tensor.
+        scaled = TuckerTensor(tensor.core * self.scales[name], tensor.factors)
+        return self.arrangements[name].restore(scaled.to_tensor(), self.shapes[name])
+
+    def __repr__(self) -> str:
+        weights = f"{len(self)} weight{'s' if len(self) != 1 else ''}"
+        whole = f"{len(self.whole)} tensor{'s' if len(self.whole) != 1 else ''} whole"
+        return f"Adapter({weights}, {whole}, n_parameters={self.n_parameters})"
+
+
+def check_scale(where: str, value: Any) -> float:
+    """Return a scale as a float; anything that is not a finite number in float32's range is refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_SCALE:
+        raise ValueError(f"{where} is {value!r}; pass a finite number, below 2^128 in magnitude")
+    return float(value)
+
+
+def _own_shape(
+    name: str, tensor: TuckerTensor, arrangement: Arrangement, shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Return the weight's shape, proved to be the one that the arranged tensor comes from."""
+    if shape is None and not arrangement.is_native:
+        raise ValueError(
+            f"Adapter: the arrangement {arrangement.pattern!r} of {name!r} does not tell the weight's shape; "
+            "pass it in shapes"
+        )
+    shape = tensor.shape if shape is None else tuple(shape)
+    if arrangement.shape(shape) != tensor.shape:
+        raise ValueError(
+            f"Adapter: {name!r} has shape {shape}, arranged {arrangement.shape(shape)}, but its core "
+            f"{tensor.ranks} and factors {[None if u is None else tuple(u.shape) for u in tensor.factors]} make {tensor.shape}"
+        )
+    return shape
+
+
+def tensor_key(name: str, part: str) -> str:
+    """Return the key in the file of a weight's ``core`` or ``factor_k``.
+
+    Examples
+    --------
+    >>> tensor_key("conv1.weight", "core")
+    'base_model.model.conv1.tucker_update.core'
+    >>> tensor_key("attn.in_proj_weight", "factor_0")
+    'base_model.model.attn.tucker_update.in_proj_weight.factor_0'
+    """
+    module, _, parameter = name.rpartition(".")
+    if not parameter or MARK in name.split("."):
+        raise ValueError(f"save_adapter: the weight's name {name!r} cannot be stored; rename it")
+    middle = [MARK] if parameter == "weight" else [MARK, parameter]
+    return PREFIX + ".".join([*([module] if module else []), *middle, part])
+
+
+def whole_key(name: str) -> str:
+    """Return the key in the file of a tensor that is stored whole."""
+    if not name or MARK in name.split("."):
+        raise ValueError(f"save_adapter: the tensor's name {name!r} cannot be stored; rename it")
+    return PREFIX + name
+
+
+def split_key(key: str) -> tuple[str, str | None] | None:
+    """Return (weight, part) for a part of a Tucker tensor, (name, None) for a whole one, ``None`` for any other key.
+
+    Examples
+    --------
+    >>> split_key("base_model.model.attn.tucker_update.in_proj_weight.factor_0")
+    ('attn.in_proj_weight', 'factor_0')
+    >>> split_key("base_model.model.fc.bias")
+    ('fc.bias', None)
+    """
+    if not key.startswith(PREFIX) or len(key) == len(PREFIX):
+        return None
+    words = key.removeprefix(PREFIX).split(".")
+    if MARK not in words:
+        return ".".join(words), None
+    at = words.index(MARK)
+    module, parameter, part = words[:at], ["weight", *words[at + 1 : -1]], words[-1]
+    if len(parameter) > 2 or part == MARK or (part != "core" and factor_number(part) is None):
+        return None
+    if len(parameter) == 2 and parameter[1] in ("weight", ""):
+        return None  # `weight` is never spelled out
+    return ".".join([*module, parameter[-1]]), part
+
+
+def factor_number(part: str) -> int | None:
+    """Return k of ``factor_k``, written without leading zeros, else ``None``."""
+    digits = part.removeprefix("factor_")
+    if part == digits or not digits.isascii() or not digits.isdigit() or len(digits) > 2:
+        return None
+    return int(digits) if str(int(digits)) == digits else None
+
+
+def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapter:
+    """Read an adapter directory, everything it claims checked, without PyTorch.
+
+    Parameters
+    ----------
+    path : path
+        A directory with `adapter_config.json` and `adapter_model.safetensors`.
+    strict : bool, default True
+        Whether a key of the tensor file that is unknown, or one that the config promises and the file lacks, is an
+        error. With ``strict=False`` both are listed in ``missing_keys`` and ``unexpected_keys``, and incomplete
+        weights are left out.
+
+    Returns
+    -------
+    Adapter
+        NumPy arrays, finite; 16-bit floats come as float32, which holds each of their values.
+
+    Raises
+    ------
+    InputError
+        If the directory is no adapter, is of a newer major format, or its parts contradict each other. It is a
+        ValueError.
+    OSError
+        If a file cannot be read.
+
+    Warns
+    -----
+    FloraWarning
+        If the adapter is of a newer minor format than this library knows.
+
+    References
+    ----------
+    The format is described at the head of `flora_tensor.adapter_file`; its layout is that of Hugging Face PEFT.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((3, 1))])
+    >>> directory = pathlib.Path(tempfile.mkdtemp()) / "adapter"
+    >>> _ = save_adapter(directory, {"fc.weight": t})
+    >>> load_adapter(directory)["fc.weight"].shape
+    (2, 3)
+    """
+    directory = Path(path)
+    config_path, model_path = directory / CONFIG_NAME, directory / MODEL_NAME
+    if directory.is_dir() and not config_path.exists():
+        raise InputError(f"{directory}: has no {CONFIG_NAME}; it is not a flora_tensor adapter")
+    config = read_json(config_path)
+    _check_format(config, config_path)
+    if not model_path.exists():
+        raise InputError(f"{directory}: has no {MODEL_NAME}; the adapter is incomplete")
+    fd = os.open(model_path, os.O_RDONLY)
+    try:
+        return _read_tensors(fd, model_path, config, strict=strict)
+    finally:
+        os.close(fd)
+
+
+def _check_format(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse configs of other methods and of formats that this version cannot know."""
+    kind, version = config.get("peft_type"), config.get("format_version")
+    if kind != "FLORA":
+        raise InputError(f"{path}: not a flora_tensor adapter: peft_type is {kind!r}; 'FLORA' is needed")
+    numbers = version.split(".") if isinstance(version, str) else []
+    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 9 for n in numbers):
+        raise InputError(
+            f"{path}: not a flora_tensor adapter: format_version is {version!r}; one such as '1.0' is needed"
+        )
+    known = [int(n) for n in FORMAT_VERSION.split(".")]
+    major, minor = (int(n) for n in numbers)
+    if major != known[0]:
+        raise InputError(f"{path}: format {version}, but this version reads {FORMAT_VERSION}; upgrade flora-tensor")
+    if minor > known[1]:
+        warn(f"{path}: format {version} is newer than {FORMAT_VERSION}; what it adds is ignored", FloraWarning, 3)
+
+
+def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) -> Adapter:
+    header = read_header(fd, path)
+    if not header.tensors:
+        raise InputError(f"{path}: holds no tensors; an adapter has at least one")
+    plan = _Plan.of(header, config, path)
+    missing, unexpected = plan.differences()
+    if strict and (missing or unexpected):
+        raise InputError(_key_message(path, missing, unexpected))
+    arrays: dict[str, np.ndarray] = {}
+
+    def read(key: str) -> np.ndarray:
+        info = header.tensors[key]
+        if info.dtype not in READABLE or info.dtype == "C64":
+            raise InputError(f"{path}: tensor {key!r} is of type {info.dtype}; an adapter holds real numbers")
+        arrays[key] = decode(read_span(fd, info.start, info.n_bytes, path), info.dtype, info.shape)
+        if not np.isfinite(arrays[key]).all():
+            raise InputError(f"{path}: tensor {key!r} has NaN or infinite entries; the adapter is damaged")
+        return arrays[key]
+
+    tensors = {name: _assemble(name, parts, read, path) for name, parts in plan.complete().items()}
+    whole = {name: read(key) for name, key in plan.whole.items()}
+    dtypes = {name: header.tensors[plan.parts[name]["core"]].dtype for name in tensors}
+    dtypes |= {name: header.tensors[key].dtype for name, key in plan.whole.items()}
+    try:
+        return Adapter(
+            tensors,
+            {n: a for n, a in plan.arrangements.items() if n in tensors},
+            {n: s for n, s in plan.scales.items() if n in tensors},
+            {n: s for n, s in plan.shapes.items() if n in tensors},
+            whole,
+            config,
+            dtypes,
+            tuple(missing),
+            tuple(unexpected),
+        )
+    except ValueError as error:
+        raise InputError(f"{path.parent}: {error}") from None
+
+
+def _key_message(path: Path, missing: list[str], unexpected: list[str]) -> str:
+    lists = [
+        f"{what} {', '.join(repr(k) for k in keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for what, keys in (("lacks", missing), ("has the unknown", unexpected))
+        if keys
+    ]
+    return f"{path}: {' and '.join(lists)}; pass strict=False to load what fits"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the config promises and what the tensor file holds, before any data is read."""
+
+    parts: dict[str, dict[str, str]]  # weight -> part -> key
+    whole: dict[str, str]  # name -> key
+    promised_whole: list[str]
+    unknown: list[str]
+    ranks: dict[str, tuple[int, ...]]
+    arrangements: dict[str, Arrangement]
+    scales: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, header: Header, config: Mapping[str, Any], path: Path) -> "_Plan":
+        where = f"{path.parent / CONFIG_NAME}"
+        promised = config.get("whole", [])
+        if not isinstance(promised, list) or not all(isinstance(n, str) for n in promised):
+            raise InputError(f"{where}: whole must be a list of names")
+        parts: dict[str, dict[str, str]] = {}
+        whole: dict[str, str] = {}
+        unknown: list[str] = []
+        expected_whole = set(promised)
+        for key in header.tensors:
+            name, part = split_key(key) or (None, None)
+            if name is not None and part is not None:
+                parts.setdefault(name, {})[part] = key
+            elif name is not None and name in expected_whole:
+                whole[name] = key
+            else:
+                unknown.append(key)
+        return cls(parts, whole, promised, unknown, *_weight_tables(config, where))
+
+    def differences(self) -> tuple[list[str], list[str]]:
+        """Return the keys that are missing and those that are unexpected."""
+        missing = [PREFIX + name for name in self.promised_whole if name not in self.whole]
+        missing += [_key_or_name(name, "core") for name in self.ranks if name not in self.parts]
+        unexpected = list(self.unknown)
+        for name, parts in self.parts.items():
+            if "core" not in parts:
+                missing.append(_key_or_name(name, "core"))
+        for table in (self.scales, self.shapes, self.arrangements):
+            missing += [_key_or_name(name, "core") for name in table if name not in self.parts]
+        return list(dict.fromkeys(missing)), unexpected
+
+    def complete(self) -> dict[str, tuple[dict[str, str], tuple[int, ...] | None, tuple[int, ...] | None]]:
+        """Return, of each weight that has a core, the keys of its parts, its promised ranks and its arranged shape."""
+        result: dict[str, tuple[dict[str, str], tuple[int, ...] | None, tuple[int, ...] | None]] = {}
+        for name, parts in self.parts.items():
+            if "core" in parts:
+                shape = self.shapes.get(name)
+                arrangement = self.arrangements.get(name)
+                if shape is not None and arrangement is not None:
+                    try:
+                        shape = arrangement.shape(shape)
+                    except ValueError as error:
+                        raise InputError(f"weight {name!r}: {error}") from None
+                result[name] = (parts, self.ranks.get(name), shape)
+        return result
+
+
+def _key_or_name(name: str, part: str) -> str:
+    try:
+        return tensor_key(name, part)
+    except ValueError:
+        return name
+
+
+def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any]:
+    """Read the tables that the config keeps by weight name."""
+    ranks = {n: _sizes(v, f"{where}: rank_pattern of {n!r}") for n, v in _table(config, "rank_pattern", where)}
+    shapes = {n: _sizes(v, f"{where}: weight_shapes of {n!r}") for n, v in _table(config, "weight_shapes", where)}
+    try:
+        scales = {n: check_scale(f"scale_pattern of {n!r}", v) for n, v in _table(config, "scale_pattern", where)}
+        check_scale("scale", config.get("scale", 1.0))
+        patterns = {n: _arrangement(n, v) for n, v in _table(config, "arrangement_pattern", where)}
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    return ranks, patterns, scales, shapes
+
+
+def _table(config: Mapping[str, Any], key: str, where: str) -> Any:
+    table = config.get(key, {})
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: {key} must be a table by weight name, not {type(table).__name__}")
+    return table.items()
+
+
+def _sizes(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
+        raise InputError(f"{where} must be a list of non-negative integers, not {str(value)[:100]}")
+    return tuple(value)
+
+
+def _arrangement(name: str, value: Any) -> Arrangement:
+    sizes = value.get("sizes", {}) if isinstance(value, dict) else None
+    if (
+        not isinstance(sizes, dict)
+        or not isinstance(value.get("pattern"), str)
+        or not all(type(n) is int and n > 0 for n in sizes.values())
+    ):
+        raise ValueError(f"arrangement_pattern of {name!r} must have a pattern and positive sizes")
+    return Arrangement(value["pattern"], sizes)
+
+
+def _assemble(
+    name: str,
+    plan: tuple[dict[str, str], tuple[int, ...] | None, tuple[int, ...] | None],
+    read: Any,
+    path: Path,
+) -> TuckerTensor:
+    """Put a weight's core and factors together; every contradiction names the weight and the shapes."""
+    parts, ranks, shape = plan
+    core = read(parts["core"])
+    numbers = {factor_number(part): key for part, key in parts.items() if part != "core"}
+    factors = [read(numbers[k]) if k in numbers else None for k in range(core.ndim)]
+    shapes = f"core {core.shape}, factors {[None if u is None else u.shape for u in factors]}"
+    if beyond := sorted(k for k in numbers if k is not None and k >= core.ndim):
+        raise InputError(f"{path}: weight {name!r} has a factor {beyond[0]}, but {shapes}: no such mode")
+    for dtype in {str(a.dtype) for a in (core, *factors) if a is not None}:
+        if not dtype.startswith("float"):
+            raise InputError(f"{path}: weight {name!r} is stored as {dtype}; core and factors must be floats")
+    if ranks is not None and ranks != core.shape:
+        raise InputError(f"{path}: weight {name!r}: the config says ranks {ranks}, but it has {shapes}")
+    try:
+        tensor = TuckerTensor(core, tuple(factors))
+    except ValueError as error:
+        raise InputError(f"{path}: weight {name!r}: {shapes} do not fit: {error}") from None
+    if shape is not None and tensor.shape != shape:
+        absent = [k for k, u in enumerate(factors) if u is None]
+        hint = f"; factors {absent} are missing" if absent else ""
+        raise InputError(f"{path}: weight {name!r} is of arranged shape {shape}, but it has {shapes}{hint}")
+    return tensor
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTensor], *, overwrite: bool = False) -> Path:
+    """Write an adapter directory, whole or not at all; the same adapter gives the same bytes.
+
+    The directory is built beside its place, flushed to the disk, read back and compared, and only then renamed. A
+    run that is killed leaves the old directory as it was.
+
+    Parameters
+    ----------
+    path : path
+        The directory to write. Its parents are made where they are missing.
+    adapter : Adapter, or mapping of str to TuckerTensor
+        What to write; arrays of any library. A plain mapping means native arrangements and scale 1.
+    overwrite : bool, default False
+        Whether an adapter directory that exists is replaced. A directory that holds anything else never is.
+
+    Returns
+    -------
+    Path
+        The directory.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to write, an entry is not finite, or a name cannot be stored.
+    FileExistsError
+        If the directory exists and ``overwrite`` is false, or holds files that this library did not write.
+    OSError
+        If the disk is full or cannot be written to.
+
+    References
+    ----------
+    Pillai et al., *All file systems are not created equal*, OSDI 2014, for the order of flushing and renaming.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((3, 1))])
+    >>> written = save_adapter(pathlib.Path(tempfile.mkdtemp()) / "adapter", {"fc.weight": t})
+    >>> sorted(file.name for file in written.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
+    if not adapter and not adapter.whole:
+        raise ValueError("save_adapter: the adapter is empty; pass at least one tensor")
+    stored = dict(_stored_arrays(adapter))
+    with staged_directory("save_adapter", Path(path), overwrite=overwrite, owned=OWNED_NAMES) as stage:
+        layout = [(key, dtype, tuple(array.shape)) for key, (array, dtype) in stored.items()]
+        with SafetensorsWriter(stage / MODEL_NAME, layout, _METADATA) as writer:
+            for key, (array, dtype) in stored.items():
+                writer.write(key, encode_finite(key, to_numpy(array), dtype))
+            writer.finish()
+        write_config(stage / CONFIG_NAME, build_config(adapter))
+        load_adapter(stage)
+    return Path(path)
+
+
+def _stored_arrays(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Give the key, array and stored type of everything in the adapter."""
+    for name, tensor in adapter.items():
+        for part, array in [("core", tensor.core), *((f"factor_{k}", u) for k, u in enumerate(tensor.factors))]:
+            if array is not None:
+                yield tensor_key(name, part), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
+    for name, array in adapter.whole.items():
+        yield whole_key(name), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
+
+
+def encode_finite(key: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return an array's bytes in its stored type; what is not finite, before or after rounding, is refused."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"save_adapter: {key!r} has NaN or infinite entries; an adapter must be finite")
+    data = encode(array, dtype)
+    if not np.isfinite(decode(data, dtype, array.shape)).all():
+        raise ValueError(f"save_adapter: {key!r} overflows {dtype}; store it as F32, or move its size into the scale")
+    return data
+
+
+def build_config(adapter: Adapter) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`; keys of ``adapter.config`` that we do not compute are kept."""
+    default = check_scale("save_adapter: config's scale", adapter.config.get("scale", 1.0))
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter)
+    config: dict[str, Any] = {"task_type": None, "inference_mode": True, "base_model_name_or_path": None}
+    config |= adapter.config
+    config |= {
+        "peft_type": "FLORA",
+        "target_modules": sorted(modules),
+        "rank_pattern": {name: list(tensor.ranks) for name, tensor in adapter.items()},
+        "scale": default,
+        "scale_pattern": {name: s for name, s in adapter.scales.items() if s != default},
+        "arrangement_pattern": {
+            name: {"pattern": a.pattern, "sizes": dict(a.sizes)}
+            for name, a in adapter.arrangements.items()
+            if not a.is_native
+        },
+        "weight_shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
+        "whole": sorted(adapter.whole),
+        "format_version": FORMAT_VERSION,
+        "flora_tensor_version": __version__,
+    }
+    return config
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`, for people to read, in one way only."""
+    try:
+        text = json.dumps(config, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_adapter: the config cannot be written as JSON: {error}") from None
+    write_file(path, (text + "\n").encode())
