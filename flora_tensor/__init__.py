@@ -7,6 +7,16 @@ from flora_tensor._checks import feasible_ranks
 from flora_tensor._version import __version__
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.arrangement import Arrangement
+from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
+from flora_tensor.ranks import RankChoice, select_ranks
+from flora_tensor.spectra import (
+    Frontier,
+    ModeSpectra,
+    Spectrum,
+    error_table,
+    hosvd_spectrum,
+    mode_spectra,
+)
 from flora_tensor.tucker_tensor import (
     TuckerTensor,
     add,
@@ -20,18 +30,32 @@ from flora_tensor.tucker_tensor import (
 
 __all__ = [
     "Arrangement",
+    "Frontier",
+    "ModeSpectra",
+    "RankChoice",
+    "Spectrum",
+    "TuckerFit",
     "TuckerTensor",
     "__version__",
     "add",
+    "error_table",
     "feasible_ranks",
     "fold",
+    "hooi",
+    "hosvd",
+    "hosvd_spectrum",
     "inner",
     "mode_dot",
+    "mode_spectra",
     "multi_mode_dot",
     "norm",
     "orthogonalize",
     "permute_modes",
     "reconstruct",
+    "round_tucker",
     "scale",
+    "select_ranks",
+    "st_hosvd",
+    "tucker",
     "unfold",
 ]

@@ -35,24 +35,33 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
 
 def is_complex(xp: Namespace, dtype: DType) -> bool:
     """Tell whether ``dtype`` is a complex floating type."""
-    return bool(xp.isdtype(dtype, "complex floating"))
+    return not is_low_precision(dtype) and bool(xp.isdtype(dtype, "complex floating"))
 
 
-def is_low_precision(xp: Namespace, dtype: DType) -> bool:
-    """Tell whether ``dtype`` is a real floating type of fewer than 32 bits (float16, bfloat16, float8)."""
-    return bool(xp.isdtype(dtype, "real floating")) and xp.finfo(dtype).bits < 32
+def is_low_precision(dtype: DType) -> bool:
+    """Tell whether ``dtype`` is a floating type of fewer than 32 bits.
+
+    Told by name: NumPy's own ``isdtype`` refuses the bfloat16 and float8 types that the package ml_dtypes adds.
+    """
+    name = str(dtype).rsplit(".", maxsplit=1)[-1]
+    return name in ("float16", "bfloat16") or name.startswith(("float8_", "float6_", "float4_"))
+
+
+def is_exact(xp: Namespace, dtype: DType) -> bool:
+    """Tell whether ``dtype`` holds integers or booleans, which have neither NaN nor rounding."""
+    return not is_low_precision(dtype) and bool(xp.isdtype(dtype, ("integral", "bool")))
 
 
 def working_dtype(xp: Namespace, dtype: DType) -> DType:
-    """Return the type to factorize in: float32 for 16-bit floats, the default float for integers, else itself."""
-    if xp.isdtype(dtype, ("integral", "bool")):
+    """Return the type to factorize in: float32 for shorter floats, the default float for integers, else itself."""
+    if is_exact(xp, dtype):
         return default_float(xp)
-    return xp.float32 if is_low_precision(xp, dtype) else dtype
+    return xp.float32 if is_low_precision(dtype) else dtype
 
 
 def result_dtype(xp: Namespace, dtype: DType) -> DType:
     """Return the type that results of a factorization of ``dtype`` have: floats keep theirs, integers are promoted."""
-    return default_float(xp) if xp.isdtype(dtype, ("integral", "bool")) else dtype
+    return default_float(xp) if is_exact(xp, dtype) else dtype
 
 
 def default_float(xp: Namespace) -> DType:
@@ -127,16 +136,28 @@ def concrete(x: Array) -> float | None:
         return None
 
 
-def power_of_two(x: Array, xp: Namespace) -> int:
+def largest_magnitude(xp: Namespace, x: Array) -> float | None:
+    """Return max |x| without a temporary of x's size (real x); NaN where x holds one, None where x is traced, 0 if empty."""
+    if math.prod(x.shape) == 0:
+        return 0.0
+    if is_complex(xp, x.dtype):
+        return concrete(xp.max(xp.abs(x)))
+    if not is_low_precision(x.dtype) and xp.isdtype(x.dtype, "bool"):
+        return 1.0
+    high, low = concrete(xp.max(x)), concrete(xp.min(x))
+    if high is None or low is None:
+        return None
+    return math.nan if math.isnan(high) or math.isnan(low) else max(abs(high), abs(low))
+
+
+def power_of_two(xp: Namespace, x: Array) -> int:
     """Return ``k`` so that the largest magnitude in ``x · 2**-k`` lies in [1/2, 1); 0 for zero, empty or traced arrays.
 
     A factorization of ``x · 2**-k`` neither overflows nor underflows, and since the scaling is exact the factors of
     ``x`` and of ``x · 2**j`` agree bit for bit.
     """
-    if math.prod(x.shape) == 0:
-        return 0
-    largest = concrete(xp.max(xp.abs(x)))
-    if largest is None or largest == 0.0 or not math.isfinite(largest):
+    largest = largest_magnitude(xp, x)
+    if not largest or not math.isfinite(largest):
         return 0
     return math.frexp(largest)[1]
 
@@ -148,3 +169,29 @@ def times_power_of_two(x: Array, k: int) -> Array:
         x = x * 2.0**step
         k -= step
     return x
+
+
+def accumulation_dtype(xp: Namespace, x: Array) -> DType:
+    """Return float64 where the library and the device of ``x`` have it, else the real working type of ``x``."""
+    on_mps = "mps" in str(array_api_compat.device(x))
+    available = xp.__array_namespace_info__().dtypes(kind="real floating")
+    if "float64" in available and not on_mps:
+        return xp.float64
+    return xp.float32
+
+
+def sum_of_squares(xp: Namespace, x: Array) -> Array:
+    """Return Σ |x|² as a scalar array, accumulated in float64 block by block where there is float64."""
+    dtype = accumulation_dtype(xp, x)
+    flat = xp.reshape(x, (-1,))
+    total = xp.zeros((), dtype=dtype, device=array_api_compat.device(x))
+    block = 1 << 20
+    for start in range(0, flat.shape[0], block):
+        part = flat[start : start + block]
+        if is_complex(xp, x.dtype):
+            real, imag = xp.astype(xp.real(part), dtype), xp.astype(xp.imag(part), dtype)
+            total = total + xp.sum(real * real) + xp.sum(imag * imag)
+        else:
+            part = xp.astype(part, dtype, copy=False)
+            total = total + xp.sum(part * part)
+    return total

@@ -1,0 +1,285 @@
+"""Rank rules: by tolerance, by energy, by budget; each exact over all rank tuples.
+
+Given the core of the full HOSVD the error of every rank tuple is known exactly (`spectra.error_table`), so the cheapest
+tuple within a tolerance, and the best within a budget, are found by looking at all of them. Errors fall as any rank
+grows: for fixed other ranks only one rank of the longest mode needs a look.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
+from flora_tensor._typing import Array
+from flora_tensor.spectra import (
+    ErrorTable,
+    FloatArray,
+    IntArray,
+    Spectrum,
+    hosvd_spectrum,
+    n_parameters_of,
+)
+
+__all__ = ["RankChoice", "select_ranks"]
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """Chosen ranks and what they cost; made by `select_ranks`.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        One rank a mode.
+    n_parameters : int
+        ∏ r_n + Σ I_n r_n.
+    relative_error : float
+        ‖X − X_r‖ / ‖X‖ of the HOSVD truncated to these ranks, exactly; HOOI can only lower it.
+    lower_bound : float
+        No tensor of these ranks has a smaller relative error.
+    method : str
+        The criterion that chose them.
+    notes : tuple of str
+        What a reader should know about the choice, if anything.
+    """
+
+    ranks: tuple[int, ...]
+    n_parameters: int
+    relative_error: float
+    lower_bound: float
+    method: str
+    notes: tuple[str, ...] = ()
+
+
+def select_ranks(
+    x: Array | Spectrum,
+    *,
+    rtol: float | None = None,
+    energy: float | None = None,
+    max_parameters: int | None = None,
+    max_ratio: float | None = None,
+    max_ranks: Sequence[int] | None = None,
+) -> RankChoice:
+    """Choose the ranks of a Tucker decomposition by exactly one criterion, optimally over all rank tuples.
+
+    Parameters
+    ----------
+    x : array of shape (I_0, …, I_{N-1}), or Spectrum
+        The tensor, or its `hosvd_spectrum`, which saves computing it again for a second choice.
+    rtol : float, optional
+        The fewest parameters with ‖X − X_r‖ ≤ rtol · ‖X‖.
+    energy : float, optional
+        The share of ‖X‖² to keep, in (0, 1]: the same as ``rtol = √(1 − energy)``.
+    max_parameters : int, optional
+        The smallest error with ∏ r_n + Σ I_n r_n ≤ max_parameters.
+    max_ratio : float, optional
+        The same budget as a share of the dense tensor's ∏ I_n entries, in (0, 1].
+    max_ranks : sequence of int, optional
+        Bounds on the ranks, beside the criterion.
+
+    Returns
+    -------
+    RankChoice
+        Feasible ranks, every one at least 1, their number of parameters, exact error and lower bound.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, no rank tuple satisfies the criterion (the budget is below the smallest Tucker
+        tensor of this shape, or ``max_ranks`` forbid the tolerance), or ``x`` holds NaN or infinity.
+    TypeError
+        Unless exactly one criterion is given.
+
+    References
+    ----------
+    The error of each tuple: De Lathauwer, De Moor and Vandewalle, SIMAX 21 (2000), property 10, evaluated without
+    cancellation as in `error_table`. Ghadiri, Fahrbach, Fu and Mirrokni, *Approximately optimal core shapes for Tucker
+    decompositions*, ICML 2023, treat the problem given the singular values only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.einsum("i,j,k->ijk", np.arange(1.0, 6), np.ones(4), np.ones(3))
+    >>> select_ranks(x, rtol=1e-6).ranks
+    (1, 1, 1)
+    >>> select_ranks(x, max_parameters=20).n_parameters
+    13
+    """
+    criterion = exactly_one(
+        "select_ranks", rtol=rtol, energy=energy, max_parameters=max_parameters, max_ratio=max_ratio
+    )
+    where = "select_ranks"
+    spectrum = x if isinstance(x, Spectrum) else hosvd_spectrum(x)
+    caps = _caps(where, max_ranks, spectrum.max_ranks)
+    if criterion in ("rtol", "energy"):
+        tolerance = check_tolerance(where, rtol) if energy is None else _tolerance_of(where, energy)
+        ranks = fewest_parameters(spectrum, spectrum.shape, tolerance**2, caps)
+        if ranks is None:
+            raise ValueError(
+                f"{where}: no ranks up to max_ranks={caps} reach a relative error of {tolerance:g}; raise max_ranks"
+            )
+    else:
+        dense = math.prod(spectrum.shape)
+        if max_ratio is not None:
+            budget = math.floor(check_fraction(where, "max_ratio", max_ratio) * dense)
+        else:
+            budget = as_int(where, "max_parameters", max_parameters)
+        ranks = smallest_error(spectrum, spectrum.shape, budget, where, caps)
+    return choice_of(spectrum, ranks, criterion)
+
+
+def choice_of(spectrum: Spectrum, ranks: tuple[int, ...], method: str, notes: tuple[str, ...] = ()) -> RankChoice:
+    """Look up what ``ranks`` cost."""
+    return RankChoice(
+        ranks=ranks,
+        n_parameters=int(n_parameters_of(ranks, spectrum.shape)),
+        relative_error=spectrum.error(ranks),
+        lower_bound=spectrum.lower_bound(ranks),
+        method=method,
+        notes=notes,
+    )
+
+
+def fewest_parameters(
+    spectrum: Spectrum, shape: Sequence[int], relative_squares: float, caps: Sequence[int] | None = None
+) -> tuple[int, ...] | None:
+    """Return the ranks of fewest parameters whose squared error stays within ``relative_squares`` · ‖X‖², or None.
+
+    Parameters are counted for a tensor of ``shape``, which is the spectrum's own unless a core stands for a larger
+    tensor.
+    """
+    caps = caps or spectrum.max_ranks
+    if 0 in spectrum.shape:
+        return (0,) * len(shape)
+    if len(shape) <= 2:  # a matrix: both ranks are equal, and so many as the tail demands
+        tail = spectrum.squared_tails[0]
+        rank = max(1, int(np.argmax(tail <= relative_squares * tail[0] * _SLACK)))
+        return (rank,) * len(shape) if rank <= min(caps) else None
+    return _search(spectrum, caps, lambda table: _fewest(table, shape, relative_squares * table.total * _SLACK))
+
+
+def smallest_error(
+    spectrum: Spectrum, shape: Sequence[int], budget: int, where: str, caps: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return the ranks of smallest error that store at most ``budget`` numbers for a tensor of ``shape``."""
+    caps = caps or spectrum.max_ranks
+    if 0 in spectrum.shape:
+        return (0,) * len(shape)
+    least = 1 + sum(shape)
+    if budget < least:
+        raise ValueError(
+            f"{where}: a budget of {budget} parameters for shape {tuple(shape)}, whose smallest Tucker tensor "
+            f"(rank 1 in every mode) stores {least}; pass at least {least}"
+        )
+    if len(shape) <= 2:
+        ranks = np.arange(1, min(caps) + 1)
+        tail = spectrum.squared_tails[0][ranks]
+        affordable = n_parameters_of([ranks] * len(shape), shape) <= budget
+        return (int(ranks[np.argmin(np.where(affordable, tail, np.inf))]),) * len(shape)
+    found = _search(spectrum, caps, lambda table: _best(table, shape, budget))
+    return found or (1,) * len(shape)
+
+
+# Tolerances are met up to the rounding of the sums that they are compared with.
+_SLACK = 1 + 1e-13
+
+
+def _search(
+    spectrum: Spectrum, caps: Sequence[int], pick: Callable[[ErrorTable], tuple[int, ...] | None]
+) -> tuple[int, ...] | None:
+    """Apply ``pick`` to the errors of all tuples; where they do not fit in memory, to grids that close in on the best."""
+    table = spectrum.table.up_to(caps)
+    chosen = pick(table)
+    while chosen is not None and not table.is_dense_around(chosen):
+        table = spectrum.table_around(chosen, table).up_to(caps)
+        finer = pick(table)
+        if finer is None or finer == chosen:
+            break
+        chosen = finer
+    return chosen
+
+
+def _fewest(table: ErrorTable, shape: Sequence[int], allowed: float) -> tuple[int, ...] | None:
+    """Return the cheapest tuple on the grid with an error of at most ``allowed``."""
+    split = _Split.of(table, shape)
+    # Errors fall along the longest mode: count those above the tolerance to find the first rank within it.
+    first = np.count_nonzero(split.errors > allowed, axis=-1)
+    index = np.maximum(first, np.searchsorted(split.points, split.least))
+    inside = index < len(split.points)
+    rank = split.points[np.minimum(index, len(split.points) - 1)]
+    valid = inside & (rank <= split.most)
+    if not valid.any():
+        return None
+    cost = np.where(valid, split.other_products * rank + split.other_sums + split.size * rank, np.iinfo(np.int64).max)
+    error = np.take_along_axis(split.errors, np.minimum(index, len(split.points) - 1)[..., None], axis=-1)[..., 0]
+    return split.tuple_at(_first_of_least(cost, error), rank)
+
+
+def _best(table: ErrorTable, shape: Sequence[int], budget: int) -> tuple[int, ...] | None:
+    """Return the tuple on the grid of smallest error among those of at most ``budget`` parameters."""
+    split = _Split.of(table, shape)
+    affordable = (budget - split.other_sums) // (split.other_products + split.size)
+    index = np.searchsorted(split.points, np.minimum(affordable, split.most), side="right") - 1
+    rank = split.points[np.maximum(index, 0)]
+    valid = (index >= 0) & (rank >= np.maximum(split.least, 1))
+    if not valid.any():
+        return None
+    error = np.take_along_axis(split.errors, np.maximum(index, 0)[..., None], axis=-1)[..., 0]
+    cost = split.other_products * rank + split.other_sums + split.size * rank
+    return split.tuple_at(_first_of_least(np.where(valid, error, np.inf), cost), rank)
+
+
+def _first_of_least(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Return the index of the least ``first``, ties broken by the least ``second``."""
+    among = np.where(first == first.min(), second, second.max() + 1)
+    return tuple(int(i) for i in np.unravel_index(int(np.argmin(among)), first.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A table with its longest mode last and rank 0 left out elsewhere, and what the other modes' ranks imply."""
+
+    errors: FloatArray
+    mode: int
+    points: IntArray  # ranks of the longest mode, 0 included
+    size: int  # its size in the tensor
+    grids: tuple[IntArray, ...]  # ranks of the other modes
+    other_products: IntArray
+    other_sums: IntArray
+    least: IntArray  # the longest mode's rank must reach this, or another mode's rank would not be feasible …
+    most: IntArray  # … and must not exceed this, or its own would not be
+
+    @classmethod
+    def of(cls, table: ErrorTable, shape: Sequence[int]) -> "_Split":
+        mode = max(range(len(table.grid)), key=lambda k: len(table.grid[k]))
+        errors = np.moveaxis(table.errors, mode, -1)[(*(slice(1, None),) * (len(shape) - 1), slice(None))]
+        grids = tuple(g[1:] for k, g in enumerate(table.grid) if k != mode)
+        sizes = [n for k, n in enumerate(shape) if k != mode]
+        ranks = np.meshgrid(*grids, indexing="ij", sparse=True)
+        products = np.broadcast_to(math.prod(ranks[1:], start=ranks[0]), errors.shape[:-1])
+        sums = sum(n * r for n, r in zip(sizes, ranks)) + np.zeros_like(products)
+        least = np.ones_like(products)
+        for r in ranks:  # r ≤ rank · (product of the others) ⇔ rank ≥ r² / product of all
+            least = np.maximum(least, -(-(r * r) // products))
+        return cls(errors, mode, table.grid[mode], shape[mode], grids, products, sums, least, products)
+
+    def tuple_at(self, index: tuple[int, ...], rank: IntArray) -> tuple[int, ...]:
+        others = [int(g[i]) for g, i in zip(self.grids, index)]
+        return (*others[: self.mode], int(rank[index]), *others[self.mode :])
+
+
+def _caps(where: str, max_ranks: Sequence[int] | None, most: tuple[int, ...]) -> tuple[int, ...]:
+    if max_ranks is None:
+        return most
+    given = tuple(as_int(where, f"max_ranks[{k}]", r) for k, r in enumerate(max_ranks))
+    if len(given) != len(most) or min(given, default=1) < 1:
+        raise ValueError(f"{where}: max_ranks is {given}; pass {len(most)} integers of at least 1, one a mode")
+    return tuple(min(r, m) for r, m in zip(given, most))
+
+
+def _tolerance_of(where: str, energy: float) -> float:
+    return math.sqrt(1.0 - check_fraction(where, "energy", energy))

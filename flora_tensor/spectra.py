@@ -1,0 +1,532 @@
+"""Singular values of the unfoldings, and the exact error of every choice of ranks.
+
+The truncated HOSVD that keeps the leading r_k singular vectors of every mode has the error
+
+    E(r) = ‖X − X_r‖² = ‖G‖² − ‖G[:r_0, …, :r_{N-1}]‖²,
+
+where G is the core of the full HOSVD: one table over the core holds the exact error of every rank tuple. The difference
+cancels; `error_table` sums the discarded part itself instead.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flora_tensor._arrays import (
+    array_namespace,
+    power_of_two,
+    result_dtype,
+    stop_gradient,
+    sum_of_squares,
+    times_power_of_two,
+    to_numpy,
+    working_dtype,
+)
+from flora_tensor._bases import left_basis
+from flora_tensor._checks import as_int, check_tensor
+from flora_tensor._typing import Array, Namespace
+from flora_tensor.algebra import multi_mode_dot, unfold
+
+__all__ = ["Frontier", "ModeSpectra", "Spectrum", "error_table", "hosvd_spectrum", "mode_spectra"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+# A full table beyond this many rank tuples (256 MiB) gives way to one on a coarse grid, exact at its points.
+_MAX_TABLE = 1 << 25
+
+# A frontier is listed over at most this many rank tuples; a geometric grid thins the modes beyond it.
+_MAX_FRONTIER = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class ModeSpectra:
+    """The singular values of a tensor's unfoldings.
+
+    Attributes
+    ----------
+    values : tuple of arrays
+        One vector of singular values per mode, in decreasing order, in the units of the tensor. Mode k has at most
+        min(I_k, ∏_{j≠k} I_j) of them.
+    norm : float
+        The tensor's Frobenius norm ‖X‖; Σ σ² = ‖X‖² in every mode where all singular values are listed.
+    shape : tuple of int
+        The tensor's shape.
+    kind : str
+        ``"exact"``: all singular values of X. ``"sequential"``: of the tensors that ST-HOSVD meets, mode by mode, each
+        already truncated in the modes before; exact in the first mode, below the exact ones in the others.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle, *A multilinear singular value decomposition*, SIMAX 21 (2000), definition 4.
+    """
+
+    values: tuple[Array, ...]
+    norm: float
+    shape: tuple[int, ...]
+    kind: str = "exact"
+
+    def tails(self) -> tuple[FloatArray, ...]:
+        """Return for each mode t with t[r] = Σ_{i≥r} σ_i², the squared norm that rank r leaves out; length m + 1."""
+        return tuple(_suffix_sums(to_numpy(v)) for v in self.values)
+
+    def __repr__(self) -> str:
+        counts = tuple(int(v.shape[0]) for v in self.values)
+        return f"ModeSpectra(shape={self.shape}, kind={self.kind!r}, counts={counts}, norm={self.norm:.6g})"
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """The best error for every number of parameters: rank tuples that no other tuple beats in both.
+
+    Attributes
+    ----------
+    n_parameters : numpy array of int64, shape (K,)
+        Numbers stored, strictly increasing. The first entry is 0: nothing kept.
+    error_squared : numpy array of float64, shape (K,)
+        ‖X − X_r‖², strictly decreasing; the first entry is ‖X‖².
+    ranks : numpy array of int64, shape (K, N)
+        The rank tuples; all zeros in the first row.
+    norm_squared : float
+        ‖X‖².
+    """
+
+    n_parameters: IntArray
+    error_squared: FloatArray
+    ranks: IntArray
+    norm_squared: float
+
+    def __len__(self) -> int:
+        return len(self.n_parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A full HOSVD and, through it, the exact error of every truncation; made by `hosvd_spectrum`.
+
+    Attributes
+    ----------
+    values : tuple of arrays
+        The singular values of each unfolding, decreasing, shape (m_k,) with m_k = min(I_k, ∏_{j≠k} I_j).
+    core : array, shape (m_0, …, m_{N-1})
+        The core of the full HOSVD, all-orthogonal.
+    factors : tuple of arrays
+        The left singular vectors of each unfolding, shape (I_k, m_k).
+    norm : float
+        ‖X‖.
+    shape : tuple of int
+        The tensor's shape.
+    """
+
+    values: tuple[Array, ...]
+    core: Array
+    factors: tuple[Array, ...]
+    norm: float
+    shape: tuple[int, ...]
+
+    @property
+    def max_ranks(self) -> tuple[int, ...]:
+        """The multilinear ranks that the table covers: the core's shape."""
+        return tuple(self.core.shape)
+
+    @cached_property
+    def _squares(self) -> FloatArray:
+        """The core's squared magnitudes, in float64 and in units of 2**(2·exponent)."""
+        core = to_numpy(self.core)
+        magnitudes = np.abs(core).astype(np.float64) if np.iscomplexobj(core) else core.astype(np.float64)
+        magnitudes = np.ldexp(magnitudes, -self._exponent)
+        return magnitudes * magnitudes
+
+    @cached_property
+    def _exponent(self) -> int:
+        """A power of two that brings squares into range, whatever the magnitude of the data."""
+        return math.frexp(self.norm)[1] if self.norm > 0 else 0
+
+    @cached_property
+    def table(self) -> "ErrorTable":
+        """The errors of all rank tuples (on a grid where the whole table would not fit), as relative squares."""
+        return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_TABLE))
+
+    def table_around(self, ranks: Sequence[int], coarse: "ErrorTable") -> "ErrorTable":
+        """The errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one, and exact at its points."""
+        return ErrorTable.of_squares(self._squares, coarse.grid_around(ranks, self.max_ranks))
+
+    def error(self, ranks: Sequence[int]) -> float:
+        """Return the exact relative error ‖X − X_r‖ / ‖X‖ of the HOSVD truncated to ``ranks``.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            One rank a mode, each from 0 to the mode's number of singular values.
+
+        Returns
+        -------
+        float
+            The relative error, free of cancellation; 0 for a zero tensor.
+
+        Raises
+        ------
+        ValueError
+            If a rank is out of range or their number is not the tensor's order.
+
+        References
+        ----------
+        De Lathauwer, De Moor and Vandewalle (2000), property 10, as an identity on the core.
+        """
+        given = tuple(as_int("Spectrum.error", f"ranks[{k}]", r) for k, r in enumerate(ranks))
+        if len(given) != len(self.max_ranks):
+            raise ValueError(f"Spectrum.error: {len(given)} ranks for {len(self.max_ranks)} modes; pass one a mode")
+        for mode, (rank, most) in enumerate(zip(given, self.max_ranks)):
+            if not 0 <= rank <= most:
+                raise ValueError(f"Spectrum.error: rank {rank} for mode {mode}; pass a number from 0 to {most}")
+        total = float(self._squares.sum())
+        return math.sqrt(_discarded(self._squares, given) / total) if total > 0 else 0.0
+
+    def lower_bound(self, ranks: Sequence[int]) -> float:
+        """Return max_k tail_k: no tensor of multilinear ranks ``ranks`` has a smaller relative error.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            One rank a mode.
+
+        Returns
+        -------
+        float
+            √(max_k Σ_{i≥r_k} σ_i²) / ‖X‖; 0 for a zero tensor.
+
+        References
+        ----------
+        De Lathauwer, De Moor and Vandewalle (2000), property 10.
+        """
+        return self._bound(ranks, max)
+
+    def upper_bound(self, ranks: Sequence[int]) -> float:
+        """Return √(Σ_k tail_k) / ‖X‖, which no HOSVD truncated to ``ranks`` exceeds and which is ≤ √N times the best.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            One rank a mode.
+
+        Returns
+        -------
+        float
+            The bound; 0 for a zero tensor.
+
+        References
+        ----------
+        De Lathauwer, De Moor and Vandewalle (2000), property 10.
+        """
+        return self._bound(ranks, sum)
+
+    def frontier(self) -> Frontier:
+        """List the rank tuples that no other beats in both parameters and error.
+
+        Returns
+        -------
+        Frontier
+            From nothing kept (0 parameters) to the exact tensor. All tuples are compared where there are at most 2²⁰;
+            beyond that a geometric grid of ranks is, whose errors are exact.
+        """
+        if self.norm == 0.0 or 0 in self.shape:
+            none = np.zeros((1, len(self.shape)), dtype=np.int64)
+            return Frontier(none[:, 0], np.zeros(1), none, 0.0)
+        if len(self.shape) <= 2:
+            candidates = _equal_ranks(self, self.squared_tails[0])
+        else:
+            candidates = _feasible_tuples(
+                ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER)), self.shape
+            )
+        return _frontier_of(*candidates, unit=2.0 ** (2 * self._exponent))
+
+    @cached_property
+    def squared_tails(self) -> tuple[FloatArray, ...]:
+        """For each mode the vector Σ_{i≥r} σ_i², r = 0, …, m_k, in units of a power of four near ‖X‖²."""
+        return tuple(_suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self._exponent)) for v in self.values)
+
+    def _bound(self, ranks: Sequence[int], combine: Any) -> float:
+        total = float(self._squares.sum())
+        if total == 0:
+            return 0.0
+        return math.sqrt(combine(float(t[min(r, len(t) - 1)]) for t, r in zip(self.squared_tails, ranks)) / total)
+
+    def __repr__(self) -> str:
+        return f"Spectrum(shape={self.shape}, max_ranks={self.max_ranks}, norm={self.norm:.6g})"
+
+
+def mode_spectra(x: Array) -> ModeSpectra:
+    """Compute the singular values of every unfolding of a tensor.
+
+    Parameters
+    ----------
+    x : array, shape (I_0, …, I_{N-1})
+        The tensor, N ≥ 1. 16-bit floats are computed in float32, integers are promoted.
+
+    Returns
+    -------
+    ModeSpectra
+        One vector of min(I_k, ∏_{j≠k} I_j) singular values per mode, decreasing, each with absolute error of order
+        eps · σ_1 as LAPACK's SVD gives them.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has no axes, or holds NaN or infinity.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle, *A multilinear singular value decomposition*, SIMAX 21 (2000).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> spectra = mode_spectra(np.diag([3.0, 2.0]))
+    >>> [v.round(12).tolist() for v in spectra.values]
+    [[3.0, 2.0], [3.0, 2.0]]
+    """
+    xp, scaled, k = prepare("mode_spectra", x)
+    values = tuple(times_power_of_two(left_basis(unfold(scaled, mode)).values, k) for mode in range(len(x.shape)))
+    dtype = result_dtype(xp, x.dtype)
+    real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
+    norm = math.ldexp(frobenius(xp, scaled), k)
+    return ModeSpectra(tuple(xp.astype(v, real, copy=False) for v in values), norm, tuple(x.shape))
+
+
+def hosvd_spectrum(x: Array) -> Spectrum:
+    """Compute the full HOSVD of a tensor, from which the error of every truncation follows.
+
+    Parameters
+    ----------
+    x : array, shape (I_0, …, I_{N-1})
+        The tensor, N ≥ 1. 16-bit floats are computed in float32, integers are promoted.
+
+    Returns
+    -------
+    Spectrum
+        Singular values, core and factors of the full HOSVD, in the type that the work was done in (float32 for 16-bit
+        input).
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has no axes, or holds NaN or infinity.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle, *A multilinear singular value decomposition*, SIMAX 21 (2000), theorem 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> spectrum = hosvd_spectrum(np.diag([3.0, 4.0]))
+    >>> spectrum.error((1, 1)), spectrum.frontier().n_parameters.tolist()
+    (0.6, [0, 5, 12])
+    """
+    xp, scaled, k = prepare("hosvd_spectrum", stop_gradient(x))
+    return spectrum_of(xp, scaled, k)
+
+
+def spectrum_of(xp: Namespace, scaled: Array, k: int) -> Spectrum:
+    """Compute the `Spectrum` of ``scaled · 2**k``; ``scaled`` is finite, in a working type and of moderate magnitude."""
+    bases = [left_basis(unfold(scaled, mode)) for mode in range(len(scaled.shape))]
+    core = multi_mode_dot(scaled, [b.vectors for b in bases], transpose=True)
+    return Spectrum(
+        values=tuple(times_power_of_two(b.values, k) for b in bases),
+        core=times_power_of_two(core, k),
+        factors=tuple(b.vectors for b in bases),
+        norm=math.ldexp(frobenius(xp, scaled), k),
+        shape=tuple(scaled.shape),
+    )
+
+
+def prepare(where: str, x: Array) -> tuple[Namespace, Array, int]:
+    """Check a tensor and bring it to the working type and to magnitudes near 1: return (xp, x · 2**-k, k)."""
+    xp = array_namespace(where, x)
+    check_tensor(where, x)
+    work = xp.astype(x, working_dtype(xp, x.dtype), copy=False)
+    k = power_of_two(xp, work)
+    # Near 1 nothing can overflow or vanish, and scaling would only copy. The bits agree either way.
+    return (xp, work, 0) if abs(k) <= 16 else (xp, times_power_of_two(work, -k), k)
+
+
+def frobenius(xp: Namespace, x: Array) -> float:
+    """Return ‖x‖ as a float, accumulated in float64."""
+    return math.sqrt(float(sum_of_squares(xp, stop_gradient(x))))
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorTable:
+    """Squared errors of rank tuples on a grid: ``errors[i, j, …]`` belongs to ``(grid[0][i], grid[1][j], …)``."""
+
+    errors: FloatArray
+    grid: tuple[IntArray, ...]
+    total: float
+
+    @classmethod
+    def of_squares(cls, squares: FloatArray, grid: tuple[IntArray, ...]) -> "ErrorTable":
+        """Build the table of a core's squares at the points of ``grid``, each from 0 to the core's size."""
+        for mode, points in enumerate(grid):
+            if len(points) <= squares.shape[mode]:
+                squares = np.add.reduceat(squares, points[:-1], axis=mode)
+        errors = _table_of_squares(squares)
+        return cls(errors, grid, float(errors[(0,) * errors.ndim]))
+
+    def up_to(self, caps: Sequence[int]) -> "ErrorTable":
+        """Leave out the ranks above ``caps``."""
+        ends = [int(np.searchsorted(g, cap, side="right")) for g, cap in zip(self.grid, caps)]
+        errors = self.errors[tuple(slice(end) for end in ends)]
+        return ErrorTable(errors, tuple(g[:end] for g, end in zip(self.grid, ends)), self.total)
+
+    def is_dense_around(self, ranks: Sequence[int]) -> bool:
+        """Tell whether the neighbors of ``ranks`` on the grid are the numbers next to them."""
+        return all(high - low <= 2 for low, high in self._neighbors(ranks))
+
+    def grid_around(self, ranks: Sequence[int], max_ranks: Sequence[int]) -> tuple[IntArray, ...]:
+        """Return a grid with a few points everywhere and many between the neighbors of ``ranks``."""
+        each = max(24, int(_MAX_TABLE ** (1 / len(self.grid))) // 2)
+        grid: list[IntArray] = []
+        for (low, high), most in zip(self._neighbors(ranks), max_ranks):
+            inside = np.unique(np.linspace(low, high, min(each, high - low + 1)).round().astype(np.int64))
+            grid.append(np.unique(np.concatenate([[0], _thinned(most, 12), inside])))
+        return tuple(grid)
+
+    def _neighbors(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
+        at = [int(np.searchsorted(g, r)) for g, r in zip(self.grid, ranks)]
+        return [(int(g[max(i - 1, 0)]), int(g[min(i + 1, len(g) - 1)])) for g, i in zip(self.grid, at)]
+
+
+def rank_grid(max_ranks: Sequence[int], most: int) -> tuple[IntArray, ...]:
+    """Choose ranks 0 = g_0 < g_1 < … < g_last = m for each mode so that at most about ``most`` tuples result.
+
+    Small ranks are all kept; beyond them the points grow geometrically. The longest modes are thinned first.
+    """
+    counts = [m + 1 for m in max_ranks]
+    while math.prod(counts) > most and max(counts) > 24:
+        longest = max(range(len(counts)), key=counts.__getitem__)
+        counts[longest] = max(24, counts[longest] * 3 // 4)
+    return tuple(_thinned(m, count) for m, count in zip(max_ranks, counts))
+
+
+def _thinned(most: int, count: int) -> IntArray:
+    if count > most:
+        return np.arange(most + 1)
+    dense = count // 2
+    sparse = np.geomspace(dense, most, count - dense)
+    return np.unique(np.concatenate([np.arange(dense), np.rint(sparse).astype(np.int64), [most]]))
+
+
+def error_table(core: Array) -> FloatArray:
+    """Compute the exact squared error of every rank tuple from the core of a full HOSVD.
+
+    Parameters
+    ----------
+    core : array, shape (m_0, …, m_{N-1})
+        The core G of a Tucker tensor with orthonormal factors, as `hosvd_spectrum` gives it.
+
+    Returns
+    -------
+    numpy array of float64, shape (m_0 + 1, …, m_{N-1} + 1)
+        Entry (r_0, …, r_{N-1}) is ‖G‖² − ‖G[:r_0, …, :r_{N-1}]‖², the squared error of keeping these ranks. It is a sum
+        of non-negative terms: errors far below eps · ‖G‖² keep their relative accuracy.
+
+    Raises
+    ------
+    ValueError
+        If ``core`` has no axes, or holds NaN or infinity.
+
+    Notes
+    -----
+    The discarded entries fall into N disjoint boxes: box k keeps i_j < r_j for the modes j before k, discards i_k ≥ r_k
+    and leaves the later modes free. A box's sum is a suffix sum along mode k and prefix sums along the modes before it,
+    of the squares summed over the modes behind it.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle (2000), property 10; the split into boxes avoids its cancellation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> error_table(np.diag([2.0, 1.0]))
+    array([[5., 5., 5.],
+           [5., 1., 1.],
+           [5., 1., 0.]])
+    """
+    check_tensor("error_table", core)
+    host = np.abs(to_numpy(core)).astype(np.float64)
+    return _table_of_squares(host * host)
+
+
+def _table_of_squares(squares: FloatArray) -> FloatArray:
+    """Sum the boxes of `error_table`; the longest mode is worked on last, where sums run along contiguous memory."""
+    order = sorted(range(squares.ndim), key=lambda k: (squares.shape[k], k))
+    back = np.argsort(order)
+    squares = np.transpose(squares, order)
+    errors = np.zeros(tuple(n + 1 for n in squares.shape))
+    for mode in reversed(range(squares.ndim)):
+        # Shapes: `free` (n_0, …, n_mode) sums over the modes behind; `box` has one entry more per mode.
+        free = squares if mode == squares.ndim - 1 else squares.sum(axis=tuple(range(mode + 1, squares.ndim)))
+        box = errors if mode == squares.ndim - 1 else np.zeros(tuple(n + 1 for n in free.shape))
+        box[(*(slice(1, None),) * mode, slice(None, -1))] = free
+        reverse = box[..., ::-1]
+        np.cumsum(reverse, axis=-1, out=reverse)
+        for before in range(mode):
+            np.cumsum(box, axis=before, out=box)
+        if box is not errors:
+            errors += box.reshape(box.shape + (1,) * (squares.ndim - 1 - mode))
+    return np.transpose(errors, back)
+
+
+def _discarded(squares: FloatArray, ranks: tuple[int, ...]) -> float:
+    """Sum the squares outside the leading block, box by box."""
+    total = 0.0
+    for mode, rank in enumerate(ranks):
+        total += float(squares[(*(slice(r) for r in ranks[:mode]), slice(rank, None))].sum())
+    return total
+
+
+def _suffix_sums(values: npt.NDArray[Any]) -> FloatArray:
+    """Return t with t[r] = Σ_{i≥r} v_i², one entry longer than ``values``, summed from the smallest up."""
+    squares = values.astype(np.float64) ** 2
+    return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+
+
+def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Return ∏ r_k + Σ I_k r_k for ranks that are numbers or arrays that broadcast."""
+    return math.prod(ranks[1:], start=ranks[0]) + sum(n * r for n, r in zip(shape, ranks))
+
+
+def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit: float) -> Frontier:
+    """Keep the tuples that no other beats; ``errors`` are in units of ``unit``."""
+    order = np.lexsort((errors, parameters))
+    ranks, parameters, errors = ranks[order], parameters[order], errors[order]
+    best = np.minimum.accumulate(errors)
+    keep = np.concatenate([[True], errors[1:] < best[:-1]])
+    ranks, parameters, errors = ranks[keep], parameters[keep], errors[keep]
+    return Frontier(parameters, errors * unit, ranks, float(errors[0] * unit))
+
+
+def _equal_ranks(spectrum: Spectrum, tail: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+    """List the rank pairs of a matrix: its core is diagonal, so only equal ranks can be best."""
+    ranks = [np.arange(spectrum.max_ranks[0] + 1)] * len(spectrum.shape)
+    parameters = np.where(ranks[0] > 0, n_parameters_of(ranks, spectrum.shape), 0)
+    return np.stack(ranks, axis=1), parameters, tail
+
+
+def _feasible_tuples(table: ErrorTable, shape: Sequence[int]) -> tuple[IntArray, IntArray, FloatArray]:
+    """List the grid's rank tuples that a decomposition can have, and (0, …, 0): ranks, parameters and errors."""
+    grids = np.meshgrid(*table.grid, indexing="ij", sparse=True)
+    feasible = np.ones(table.errors.shape, dtype=bool)
+    for k, g in enumerate(grids):
+        others = math.prod((h.astype(np.float64) for j, h in enumerate(grids) if j != k), start=np.float64(1))
+        feasible &= (g <= others) & (g >= 1)
+    feasible[(0,) * feasible.ndim] = True
+    where = np.nonzero(feasible)
+    ranks = np.stack([g[i] for g, i in zip(table.grid, where)], axis=1)
+    return ranks, n_parameters_of(list(ranks.T), shape), table.errors[where]
