@@ -95,8 +95,8 @@ class Arrangement:
     def candidates(cls, ndim: int) -> "tuple[Arrangement, ...]":
         """Return the arrangements worth trying for a weight with ``ndim`` axes, the native one first.
 
-        For a convolution these are ``o i h w``, ``o (i h w)`` and the separable ``(o h) (i w)``; with three kernel axes the
-        separable one splits them as ``(o d) (i h w)``. Vectors and matrices have the native one only.
+        For a convolution these are ``o i h w``, ``o (i h w)`` and the separable ``(o h) (i w)``; with three kernel axes
+        the separable one splits them as ``(o d) (i h w)``. Vectors and matrices have the native one only.
         """
         names = _axis_names(ndim)
         patterns = [" ".join(names)]

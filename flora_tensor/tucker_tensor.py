@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from flora_tensor._arrays import (
     array_namespace,
     conjugate,
     hermitian,
+    is_differentiated,
     power_of_two,
     promote,
+    result_dtype,
     times_power_of_two,
     working_dtype,
 )
@@ -57,8 +60,8 @@ class TuckerTensor:
 
     Notes
     -----
-    Instances are immutable, compare by identity, unpack as ``core, factors = tucker``, and are pytrees in JAX. `map` applies a
-    function to every array, for example to move it to another device.
+    Instances are immutable, compare by identity, unpack as ``core, factors = tucker``, and are pytrees in JAX. `map`
+    applies a function to every array, for example to move it to another device.
 
     References
     ----------
@@ -151,8 +154,8 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     tucker : TuckerTensor
         The tensor, of shape (I_0, …, I_{N-1}).
     out : array, shape (I_0, …, I_{N-1}), optional
-        A NumPy or PyTorch array to write into, of the result's data type. Saves the allocation, which for large tensors costs
-        more than the arithmetic.
+        A NumPy or PyTorch array to write into, of the result's data type and any layout; it may be the core or a factor
+        itself. Saves the allocation, which for large tensors costs more than the arithmetic.
 
     Returns
     -------
@@ -162,7 +165,7 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     Raises
     ------
     ValueError
-        If ``out`` has another shape or data type, or cannot be written to.
+        If ``out`` has another shape or data type, cannot be written to, or a gradient is being recorded.
     TypeError
         If ``out`` belongs to a library whose arrays cannot be written to.
 
@@ -185,12 +188,13 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
         return multi_mode_dot(tucker.core, tucker.factors)
     xp = array_namespace("reconstruct", tucker.core, *tucker.factors, out)
     arrays = promote(xp, tucker.core, *(u for u in tucker.factors if u is not None))
-    _check_out(out, tucker.shape, arrays[0].dtype)
+    _check_out(out, tucker.shape, arrays)
     x, factors = arrays[0], arrays[1:]
     modes = [mode for mode, u in enumerate(tucker.factors) if u is not None]
     order = contraction_order([u.shape[1] for u in factors], [u.shape[0] for u in factors])
+    writable = _is_contiguous(out) and not any(_may_overlap(out, a) for a in arrays)
     for step, i in enumerate(order):
-        direct = step == len(order) - 1 and _is_contiguous(out)
+        direct = writable and step == len(order) - 1
         x = contract(xp, x, factors[i], modes[i], out if direct else None)
         if direct:
             return out
@@ -268,7 +272,7 @@ def norm(a: TuckerTensor) -> Array:
     xp = array_namespace("norm", a.core, *a.factors)
     work = _at_working_precision(xp, a)
     core = _orthogonalized(xp, work).core
-    k = power_of_two(core, xp)
+    k = power_of_two(xp, core)
     flat = xp.reshape(times_power_of_two(core, -k), (-1,))
     return times_power_of_two(xp.linalg.vector_norm(flat), k)
 
@@ -285,7 +289,8 @@ def add(a: TuckerTensor, b: TuckerTensor) -> TuckerTensor:
     -------
     TuckerTensor
         A + B with ranks r + s: factors side by side, a block-diagonal core. A mode whose factor both tensors share (the
-        same object, or ``None``) keeps it, and the cores are added along it. Use `round_tucker` to lower the ranks again.
+        same object, or ``None``) keeps it, and the cores are added along it. Use `round_tucker` to lower the ranks
+        again.
 
     Raises
     ------
@@ -366,8 +371,8 @@ def orthogonalize(a: TuckerTensor) -> TuckerTensor:
     Returns
     -------
     TuckerTensor
-        The same tensor to rounding, with U_nᴴ U_n = I. Ranks become min(r_n, I_n). ``None`` factors stay. 16-bit floats are computed
-        in float32 and cast back.
+        The same tensor to rounding, with U_nᴴ U_n = I. Ranks become min(r_n, I_n). ``None`` factors stay. 16-bit floats
+        are computed in float32 and cast back, integers are promoted.
 
     Notes
     -----
@@ -386,7 +391,8 @@ def orthogonalize(a: TuckerTensor) -> TuckerTensor:
     """
     xp = array_namespace("orthogonalize", a.core, *a.factors)
     result = _orthogonalized(xp, _at_working_precision(xp, a))
-    return result.map(lambda array: xp.astype(array, a.dtype, copy=False)) if a.dtype != result.dtype else result
+    dtype = result_dtype(xp, _common_dtype(xp, a))
+    return result.map(lambda array: xp.astype(array, dtype, copy=False))
 
 
 def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
@@ -433,16 +439,31 @@ def _same_shape(where: str, a: TuckerTensor, b: TuckerTensor) -> Namespace:
     return array_namespace(where, a.core, *a.factors, b.core, *b.factors)
 
 
+def _common_dtype(xp: Namespace, a: TuckerTensor) -> DType:
+    return xp.result_type(a.core, *(u for u in a.factors if u is not None))
+
+
 def _at_working_precision(xp: Namespace, a: TuckerTensor) -> TuckerTensor:
     """Bring core and factors to one type that QR can work in."""
-    dtype = xp.result_type(a.core, *(u for u in a.factors if u is not None))
-    dtype = working_dtype(xp, dtype)
+    dtype = working_dtype(xp, _common_dtype(xp, a))
     return a.map(lambda array: xp.astype(array, dtype, copy=False))
 
 
 def _orthogonalized(xp: Namespace, a: TuckerTensor) -> TuckerTensor:
-    pairs = [(None, None) if u is None else xp.linalg.qr(u) for u in a.factors]
-    return TuckerTensor(multi_mode_dot(a.core, [r for _, r in pairs]), tuple(q for q, _ in pairs))
+    # Core and factors are brought to magnitude one first: huge and tiny ones may cancel in the result, but a partial
+    # product of them would leave the type's range.
+    exponent = power_of_two(xp, a.core)
+    core = times_power_of_two(a.core, -exponent)
+    orthonormal: list[Array | None] = []
+    triangular: list[Array | None] = []
+    for u in a.factors:
+        k = 0 if u is None else power_of_two(xp, u)
+        q, r = (None, None) if u is None else xp.linalg.qr(times_power_of_two(u, -k))
+        orthonormal.append(q)
+        triangular.append(r)
+        exponent += k
+    core = times_power_of_two(multi_mode_dot(core, triangular), exponent)
+    return TuckerTensor(core, tuple(orthonormal))
 
 
 def _gram(xp: Namespace, u: Array | None, v: Array | None) -> Array | None:
@@ -471,7 +492,8 @@ def _pad(xp: Namespace, x: Array, mode: int, before: int, after: int) -> Array:
     return xp.concat([zeros(before), x, zeros(after)], axis=mode)
 
 
-def _check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
+def _check_out(out: Array, shape: tuple[int, ...], arrays: Sequence[Array]) -> None:
+    dtype = arrays[0].dtype
     if not (array_api_compat.is_numpy_array(out) or array_api_compat.is_torch_array(out)):
         kind = type(out).__module__.split(".")[0]
         raise TypeError(f"reconstruct: out is an array of {kind}; pass a NumPy or PyTorch array, or leave it out")
@@ -479,14 +501,28 @@ def _check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
         raise ValueError(
             f"reconstruct: out has shape {tuple(out.shape)} and type {out.dtype}; pass shape {shape} and type {dtype}"
         )
-    if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
-        raise ValueError("reconstruct: out is read-only; pass an array that can be written to")
+    if array_api_compat.is_numpy_array(out):
+        if not out.flags.writeable:
+            raise ValueError("reconstruct: out is read-only; pass an array that can be written to")
+        return
+    if any(is_differentiated(a) for a in (out, *arrays)):
+        raise ValueError("reconstruct: out cannot record gradients; leave it out, or use torch.no_grad()")
+    for mode, (size, stride) in enumerate(zip(shape, out.stride())):
+        if size > 1 and stride == 0:
+            raise ValueError(f"reconstruct: out repeats its memory along mode {mode}; pass an array of its own")
 
 
 def _is_contiguous(out: Array) -> bool:
     if array_api_compat.is_numpy_array(out):
         return bool(out.flags.c_contiguous)
     return bool(out.is_contiguous())
+
+
+def _may_overlap(a: Array, b: Array) -> bool:
+    """Tell whether writing to ``a`` may change ``b``; torch multiplies into an operand without a warning."""
+    if array_api_compat.is_numpy_array(a):
+        return np.may_share_memory(a, b)
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 _jax_knows_us = False
