@@ -4,9 +4,14 @@ A change of a weight with N axes as a Tucker tensor: ΔW = s · G ×₁ U₁ …
 """
 
 from flora_tensor._checks import feasible_ranks
+from flora_tensor._errors import InputError, ResourceError
 from flora_tensor._version import __version__
+from flora_tensor._warnings import FloraWarning
+from flora_tensor.adapter_file import Adapter, load_adapter, save_adapter
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
+from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
 from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint, open_checkpoint
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
 from flora_tensor.ranks import RankChoice, select_ranks
 from flora_tensor.spectra import (
@@ -29,15 +34,20 @@ from flora_tensor.tucker_tensor import (
 )
 
 __all__ = [
+    "Allocation",
     "Arrangement",
     "Frontier",
+    "InputError",
     "ModeSpectra",
+    "RankAssignment",
     "RankChoice",
+    "ResourceError",
     "Spectrum",
     "TuckerFit",
     "TuckerTensor",
     "__version__",
     "add",
+    "allocate_ranks",
     "error_table",
     "feasible_ranks",
     "fold",
@@ -45,14 +55,17 @@ __all__ = [
     "hosvd",
     "hosvd_spectrum",
     "inner",
+    "load_adapter",
     "mode_dot",
     "mode_spectra",
     "multi_mode_dot",
     "norm",
+    "open_checkpoint",
     "orthogonalize",
     "permute_modes",
     "reconstruct",
     "round_tucker",
+    "save_adapter",
     "scale",
     "select_ranks",
     "st_hosvd",

@@ -6,6 +6,7 @@ rename it, flush the directory. Whatever happens between, the old output stays u
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import secrets
@@ -151,8 +152,8 @@ def locked(where: str, target: Path) -> Generator[None]:
 def staged_directory(where: str, target: Path, *, overwrite: bool, owned: Collection[str]) -> Generator[Path]:
     """Yield an empty directory that becomes ``target`` if the block succeeds, and vanishes if it does not.
 
-    With ``overwrite`` an existing directory is replaced only if all it holds are regular files named in ``owned``:
-    a mistyped path must not cost the user other files.
+    With ``overwrite`` an existing directory is replaced only if all that it holds are regular files matching the globs
+    ``owned``: a mistyped path must not cost the user other files.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,10 +182,14 @@ def check_target(where: str, target: Path, *, overwrite: bool, owned: Collection
     if entries and not overwrite:
         message = f"{where}: the directory exists; choose another one, or pass overwrite=True (--overwrite)"
         raise FileExistsError(errno.EEXIST, message, str(target))
-    foreign = sorted(e.name for e in entries if e.name not in owned or not stat.S_ISREG(e.lstat().st_mode))
+    foreign = sorted(e.name for e in entries if not _is_owned(e, owned))
     if foreign:
         message = f"{where}: holds {foreign[0]!r}, which is not of its making; remove it yourself or choose another one"
         raise FileExistsError(errno.EEXIST, message, str(target))
+
+
+def _is_owned(entry: Path, owned: Collection[str]) -> bool:
+    return stat.S_ISREG(entry.lstat().st_mode) and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in owned)
 
 
 def _remove_leftovers(target: Path) -> None:

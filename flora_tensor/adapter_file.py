@@ -207,9 +207,10 @@ def _own_shape(
         )
     shape = tensor.shape if shape is None else tuple(shape)
     if arrangement.shape(shape) != tensor.shape:
+        factors = [None if u is None else tuple(u.shape) for u in tensor.factors]
         raise ValueError(
-            f"Adapter: {name!r} has shape {shape}, arranged {arrangement.shape(shape)}, but its core "
-            f"{tensor.ranks} and factors {[None if u is None else tuple(u.shape) for u in tensor.factors]} make {tensor.shape}"
+            f"Adapter: {name!r} has shape {shape}, arranged {arrangement.shape(shape)}, but its core {tensor.ranks} "
+            f"and factors {factors} make {tensor.shape}"
         )
     return shape
 
@@ -450,7 +451,7 @@ class _Plan:
                     try:
                         shape = arrangement.shape(shape)
                     except ValueError as error:
-                        raise InputError(f"weight {name!r}: {error}") from None
+                        raise InputError(f"{CONFIG_NAME}: weight {name!r}: {error}") from None
                 result[name] = (parts, self.ranks.get(name), shape)
         return result
 
