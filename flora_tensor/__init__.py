@@ -34,8 +34,11 @@ from flora_tensor.tucker_tensor import (
 )
 
 __all__ = [
+    "Adapter",
     "Allocation",
     "Arrangement",
+    "Checkpoint",
+    "FloraWarning",
     "Frontier",
     "InputError",
     "ModeSpectra",
