@@ -187,7 +187,7 @@ def sum_of_squares(xp: Namespace, x: Array) -> Array:
     total = xp.zeros((), dtype=dtype, device=array_api_compat.device(x))
     block = 1 << 20
     for start in range(0, flat.shape[0], block):
-        part = flat[start : start + block]
+        part = flat[start : min(start + block, flat.shape[0])]
         if is_complex(xp, x.dtype):
             real, imag = xp.astype(xp.real(part), dtype), xp.astype(xp.imag(part), dtype)
             total = total + xp.sum(real * real) + xp.sum(imag * imag)

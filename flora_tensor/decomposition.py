@@ -141,7 +141,7 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     (3, 3, 2)
     """
     xp, scaled, k = prepare("hosvd", x)
-    _, target = _target("hosvd", tuple(x.shape), ranks, rtol)
+    target = _target("hosvd", tuple(x.shape), ranks, rtol)
     return _finished("hosvd", xp, x, _hosvd(xp, scaled, target), k)
 
 
@@ -194,8 +194,9 @@ def st_hosvd(
     TuckerTensor(shape=(6, 5, 4), ranks=(2, 2, 2), n_parameters=38, dtype=float64)
     """
     xp, scaled, k = prepare("st_hosvd", x)
-    _, target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
-    order = _cheapest_order(tuple(x.shape), target) if mode_order is None else _checked_order(mode_order, len(x.shape))
+    target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
+    shape = tuple(x.shape)
+    order = _cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
     return _finished("st_hosvd", xp, x, _st_hosvd(xp, scaled, target, order), k)
 
 
@@ -251,11 +252,11 @@ def hooi(
     True
     """
     xp, scaled, k = prepare("hooi", x)
-    target = check_ranks("hooi", ranks, tuple(x.shape))
+    wanted = check_ranks("hooi", ranks, tuple(x.shape))
     most = as_int("hooi", "max_sweeps", max_sweeps)
     if most < 0:
         raise ValueError(f"hooi: max_sweeps is {most}; pass 0 or more")
-    start = _start(xp, scaled, target, init)
+    start = _start(xp, scaled, wanted, init)
     result, _ = _hooi(xp, scaled, start, most, float(tolerance))
     return _finished("hooi", xp, x, _all_orthogonal(xp, result), k)
 
@@ -267,7 +268,7 @@ def tucker(
     rtol: float | None = None,
     max_parameters: int | None = None,
     method: Method = "auto",
-    rng: "int | np.random.Generator | None" = None,
+    rng: "int | np.random.Generator | None" = None,  # noqa: ARG001
 ) -> TuckerFit:
     """Decompose a tensor as well as its ranks, a tolerance or a parameter budget allow, and say how good the result is.
 
@@ -318,13 +319,11 @@ def tucker(
     >>> fit = tucker(x, rtol=1e-6)
     >>> fit.tucker.ranks, fit.relative_error < 1e-6
     ((2, 2, 2), True)
-    >>> tucker(x, max_parameters=40).tucker.n_parameters
-    29
+    >>> tucker(x, max_parameters=40).tucker.ranks
+    (1, 2, 2)
     """
     if method not in ("auto", "hosvd", "st_hosvd", "hooi"):
         raise ValueError(f"tucker: method is {method!r}; pass 'auto', 'hosvd', 'st_hosvd' or 'hooi'")
-    if sum(option is not None for option in (ranks, rtol, max_parameters)) > 1:
-        exactly_one("tucker", ranks=ranks, rtol=rtol, max_parameters=max_parameters)
     xp, scaled, k = prepare("tucker", x)
     if largest_magnitude(xp, scaled) is None:
         raise ValueError(
@@ -392,8 +391,8 @@ def round_tucker(
     --------
     >>> import numpy as np
     >>> from flora_tensor import add
-    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((4, 1)), np.ones((5, 1))])
-    >>> add(t, t).ranks, round_tucker(add(t, t), rtol=1e-12).ranks
+    >>> a, b = (TuckerTensor(np.full((1, 1), c), [np.ones((4, 1)), np.ones((5, 1))]) for c in (3.0, 2.0))
+    >>> add(a, b).ranks, round_tucker(add(a, b), rtol=1e-12).ranks
     ((2, 2), (1, 1))
     """
     exactly_one("round_tucker", ranks=ranks, rtol=rtol, max_parameters=max_parameters)
@@ -413,43 +412,47 @@ def round_tucker(
     return TuckerTensor(core, tuple(factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
-# What a caller asked for, checked: ranks, a tolerance, or a number of parameters.
-_Target = tuple[int, ...] | float | int
+@dataclass(frozen=True)
+class _Target:
+    """What a caller asked for, checked: one of ranks, a tolerance and a number of parameters."""
+
+    ranks: tuple[int, ...] | None = None
+    rtol: float = 0.0
+    max_parameters: int | None = None
 
 
 def _target(
     where: str, shape: tuple[int, ...], ranks: Ranks | None, rtol: float | None, max_parameters: int | None = None
-) -> tuple[Literal["ranks", "rtol", "max_parameters"], _Target]:
-    if ranks is not None and rtol is not None:
-        exactly_one(where, ranks=ranks, rtol=rtol)
+) -> _Target:
+    if sum(option is not None for option in (ranks, rtol, max_parameters)) > 1:
+        exactly_one(where, ranks=ranks, rtol=rtol, max_parameters=max_parameters)
     if rtol is not None:
-        return "rtol", check_tolerance(where, rtol)
+        return _Target(rtol=check_tolerance(where, rtol))
     if max_parameters is not None:
-        return "max_parameters", as_int(where, "max_parameters", max_parameters)
-    return "ranks", feasible_ranks(shape, shape) if ranks is None else check_ranks(where, ranks, shape)
+        return _Target(max_parameters=as_int(where, "max_parameters", max_parameters))
+    return _Target(feasible_ranks(shape, shape) if ranks is None else check_ranks(where, ranks, shape))
 
 
 def _fit(
-    xp: Namespace, x: Array, shape: tuple[int, ...], target: tuple[str, _Target], method: Method
+    xp: Namespace, x: Array, shape: tuple[int, ...], target: _Target, method: Method
 ) -> tuple[_Truncation, tuple[float, float], str]:
-    """Decompose a prepared tensor; parameters count by ``shape``. Return the result, its bounds times ‖x‖, and what ran."""
-    kind, value = target
-    if kind == "ranks" or (kind == "rtol" and method in ("hosvd", "st_hosvd")):
-        return _fit_directly(xp, x, value, method)
+    """Decompose a prepared tensor, parameters counted by ``shape``: the result, its bounds times ‖x‖, and what ran."""
+    if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
+        return _fit_directly(xp, x, target, method)
     spectrum = spectrum_of(xp, stop_gradient(x), 0)
-    if kind == "rtol":
-        chosen = fewest_parameters(spectrum, shape, float(value) ** 2) or spectrum.max_ranks
+    if target.max_parameters is not None:
+        chosen = smallest_error(spectrum, shape, target.max_parameters, "tucker")
     else:
-        chosen = smallest_error(spectrum, shape, int(value), "tucker")
+        chosen = fewest_parameters(spectrum, shape, target.rtol**2) or spectrum.max_ranks
     if method in ("hosvd", "st_hosvd"):
-        return _fit_directly(xp, x, chosen, method)
+        return _fit_directly(xp, x, _Target(chosen), method)
     result = _truncated(xp, x, spectrum, chosen)
     bounds = (spectrum.lower_bound(chosen) * spectrum.norm, spectrum.upper_bound(chosen) * spectrum.norm)
     if len(x.shape) <= 2 or chosen == spectrum.max_ranks:
         return result, bounds, "hosvd"
     result, sweeps = _hooi(xp, x, result, _MOST_SWEEPS, _ENOUGH)
-    if kind == "rtol":
-        result = _trimmed(xp, result, shape, float(value), spectrum.norm)
+    if target.max_parameters is None:
+        result = _trimmed(xp, result, shape, target.rtol, spectrum.norm)
     return result, bounds, f"hosvd, then {sweeps} sweeps of hooi"
 
 
@@ -458,14 +461,14 @@ def _fit_directly(
 ) -> tuple[_Truncation, tuple[float, float], str]:
     """Decompose to given ranks, or by the tolerance rule of the method itself."""
     ndim = len(x.shape)
-    full = isinstance(target, tuple) and target == feasible_ranks(x.shape, x.shape)
+    full = target.ranks == feasible_ranks(x.shape, x.shape)
     if method == "hosvd" or (full and method == "auto"):
         result = _hosvd(xp, x, target)
-        tails = [_tail(xp, v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+        tails = [_tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
         return result, (math.sqrt(max(tails)), math.sqrt(sum(tails))), "hosvd"
-    order = _cheapest_order(x.shape, target)
+    order = _cheapest_order(x.shape, target.ranks)
     result = _st_hosvd(xp, x, target, order)
-    tails = [_tail(xp, v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+    tails = [_tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
     bounds = (math.sqrt(tails[order[0]]), math.sqrt(sum(tails)))
     if method == "st_hosvd" or ndim <= 2:
         return result, bounds, "st_hosvd"
@@ -475,11 +478,11 @@ def _fit_directly(
 
 def _hosvd(xp: Namespace, x: Array, target: _Target) -> _Truncation:
     bases = [left_basis(unfold(x, mode)) for mode in range(len(x.shape))]
-    if isinstance(target, tuple):
-        ranks = target
+    if target.ranks is not None:
+        ranks = target.ranks
     else:
-        allowed = target**2 * float(sum_of_squares(xp, stop_gradient(x))) / len(x.shape)
-        ranks = tuple(_rank_within(xp, b.values, allowed) for b in bases)
+        allowed = target.rtol**2 * float(sum_of_squares(xp, stop_gradient(x))) / len(x.shape)
+        ranks = tuple(_rank_within(b.values, allowed) for b in bases)
     factors = [b.vectors[:, :r] for b, r in zip(bases, ranks)]
     core = multi_mode_dot(x, factors, transpose=True)
     result = _Truncation(core, factors, [b.values for b in bases], "exact")
@@ -489,14 +492,14 @@ def _hosvd(xp: Namespace, x: Array, target: _Target) -> _Truncation:
 def _st_hosvd(xp: Namespace, x: Array, target: _Target, order: Sequence[int]) -> _Truncation:
     factors: list[Array] = [None] * len(order)
     values: list[Array] = [None] * len(order)
-    left = 0.0 if isinstance(target, tuple) else target**2 * float(sum_of_squares(xp, stop_gradient(x)))
+    left = target.rtol**2 * float(sum_of_squares(xp, stop_gradient(x)))
     for step, mode in enumerate(order):
         basis = left_basis(unfold(x, mode))
-        if isinstance(target, tuple):
-            rank = target[mode]
+        if target.ranks is not None:
+            rank = target.ranks[mode]
         else:
-            rank = _rank_within(xp, basis.values, left / (len(order) - step))
-            left -= _tail(xp, basis.values, rank)
+            rank = _rank_within(basis.values, left / (len(order) - step))
+            left -= _tail(basis.values, rank)
         factors[mode], values[mode] = basis.vectors[:, :rank], basis.values
         x = multi_mode_dot(x, [factors[mode]], modes=[mode], transpose=True)
     result = _Truncation(x, factors, values, "sequential" if len(order) > 1 else "exact")
@@ -507,7 +510,7 @@ def _st_hosvd(xp: Namespace, x: Array, target: _Target, order: Sequence[int]) ->
 def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> _Truncation:
     """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
     if is_differentiated(x):
-        return _hosvd(xp, x, ranks)
+        return _hosvd(xp, x, _Target(ranks))
     core = spectrum.core[tuple(slice(r) for r in ranks)]
     factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
     return _Truncation(core, factors, list(spectrum.values), "exact")
@@ -579,20 +582,20 @@ def _trimmed(xp: Namespace, result: _Truncation, shape: Sequence[int], rtol: flo
     return _Truncation(small.core, factors, result.values, result.kind)
 
 
-def _rank_within(xp: Namespace, values: Array, allowed: float) -> int:
+def _rank_within(values: Array, allowed: float) -> int:
     """Return the smallest rank ≥ 1 whose discarded squares stay within ``allowed``."""
     squares = to_numpy(stop_gradient(values)).astype(np.float64) ** 2
     tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
     return max(1, int(np.argmax(tails <= allowed))) if squares.size else 0
 
 
-def _tail(xp: Namespace, values: Array, rank: int) -> float:
+def _tail(values: Array, rank: int) -> float:
     """Return Σ_{i≥rank} σ_i², summed from the smallest up."""
     rest = to_numpy(stop_gradient(values)).astype(np.float64)[rank:]
     return float(np.sum((rest**2)[::-1]))
 
 
-def _cheapest_order(shape: Sequence[int], target: _Target) -> list[int]:
+def _cheapest_order(shape: Sequence[int], ranks: tuple[int, ...] | None) -> list[int]:
     """Order the modes of ST-HOSVD by arithmetic.
 
     Mode k costs I_k · s on a tensor of s elements and leaves s · r_k/I_k. Comparing "a before b" with "b before a", a
@@ -602,7 +605,7 @@ def _cheapest_order(shape: Sequence[int], target: _Target) -> list[int]:
 
     def key(mode: int) -> tuple[float, int]:
         size = shape[mode]
-        rank = target[mode] if isinstance(target, tuple) else 0
+        rank = ranks[mode] if ranks is not None else 0
         return (size / (1 - rank / size) if rank < size else math.inf, mode)
 
     return sorted(range(len(shape)), key=key)
@@ -619,7 +622,8 @@ def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTe
     if isinstance(init, TuckerTensor):
         if init.shape != tuple(x.shape) or init.ranks != ranks:
             raise ValueError(
-                f"hooi: init has shape {init.shape} and ranks {init.ranks}; pass one of shape {tuple(x.shape)} and ranks {ranks}"
+                f"hooi: init has shape {init.shape} and ranks {init.ranks}; "
+                f"pass one of shape {tuple(x.shape)} and ranks {ranks}"
             )
         check_finite("hooi", init.core, "init's core")
         factors = [xp.astype(u, x.dtype, copy=False) for u in orthogonalize(init).factors if u is not None]
@@ -627,9 +631,9 @@ def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTe
             raise ValueError("hooi: init leaves a mode whole (a factor is None); pass a factor for every mode")
         return _Truncation(multi_mode_dot(x, factors, transpose=True), factors, [], "exact")
     if init == "hosvd":
-        return _hosvd(xp, x, ranks)
+        return _hosvd(xp, x, _Target(ranks))
     if init == "st_hosvd":
-        return _st_hosvd(xp, x, ranks, _cheapest_order(x.shape, ranks))
+        return _st_hosvd(xp, x, _Target(ranks), _cheapest_order(x.shape, ranks))
     raise ValueError(f"hooi: init is {init!r}; pass 'st_hosvd', 'hosvd' or a TuckerTensor")
 
 
@@ -640,7 +644,8 @@ def _finished(where: str, xp: Namespace, x: Array, result: _Truncation, k: int) 
     largest = largest_magnitude(xp, core)
     if largest is not None and not math.isfinite(largest):
         raise ValueError(
-            f"{where}: the core's largest entry, about 2**{k}, is beyond the range of {dtype}; pass x in a wider type or scaled"
+            f"{where}: the core's largest entry, about 2**{k}, is beyond the range of {dtype}; "
+            "pass x in a wider type, or scaled"
         )
     return TuckerTensor(core, tuple(xp.astype(u, dtype, copy=False) for u in result.factors))
 
@@ -671,7 +676,7 @@ def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:
     rows = max(1, (1 << 22) * x.shape[mode] // math.prod(x.shape))
     total = 0.0
     for start in range(0, x.shape[mode], rows):
-        slab = slice(start, start + rows)
+        slab = slice(start, min(start + rows, x.shape[mode]))
         factors = tuple(u[slab, :] if k == mode and u is not None else u for k, u in enumerate(fit.factors))
         part = x[(*(slice(None),) * mode, slab, ...)]
         rest = xp.astype(part, wide, copy=False) - reconstruct(TuckerTensor(fit.core, factors))

@@ -191,7 +191,7 @@ _SLACK = 1 + 1e-13
 def _search(
     spectrum: Spectrum, caps: Sequence[int], pick: Callable[[ErrorTable], tuple[int, ...] | None]
 ) -> tuple[int, ...] | None:
-    """Apply ``pick`` to the errors of all tuples; where they do not fit in memory, to grids that close in on the best."""
+    """Apply ``pick`` to the errors of all tuples, or, beyond memory, to grids that close in on the best."""
     table = spectrum.table.up_to(caps)
     chosen = pick(table)
     while chosen is not None and not table.is_dense_around(chosen):

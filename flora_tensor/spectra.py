@@ -94,12 +94,15 @@ class Frontier:
         The rank tuples; all zeros in the first row.
     norm_squared : float
         ‖X‖².
+    n_entries : int
+        ∏ I_k, the numbers that the dense tensor stores.
     """
 
     n_parameters: IntArray
     error_squared: FloatArray
     ranks: IntArray
     norm_squared: float
+    n_entries: int
 
     def __len__(self) -> int:
         return len(self.n_parameters)
@@ -153,7 +156,7 @@ class Spectrum:
         return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_TABLE))
 
     def table_around(self, ranks: Sequence[int], coarse: "ErrorTable") -> "ErrorTable":
-        """The errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one, and exact at its points."""
+        """Compute the errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one."""
         return ErrorTable.of_squares(self._squares, coarse.grid_around(ranks, self.max_ranks))
 
     def error(self, ranks: Sequence[int]) -> float:
@@ -236,14 +239,14 @@ class Spectrum:
         """
         if self.norm == 0.0 or 0 in self.shape:
             none = np.zeros((1, len(self.shape)), dtype=np.int64)
-            return Frontier(none[:, 0], np.zeros(1), none, 0.0)
+            return Frontier(none[:, 0], np.zeros(1), none, 0.0, math.prod(self.shape))
         if len(self.shape) <= 2:
             candidates = _equal_ranks(self, self.squared_tails[0])
         else:
             candidates = _feasible_tuples(
                 ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER)), self.shape
             )
-        return _frontier_of(*candidates, unit=2.0 ** (2 * self._exponent))
+        return _frontier_of(*candidates, unit=2.0 ** (2 * self._exponent), n_entries=math.prod(self.shape))
 
     @cached_property
     def squared_tails(self) -> tuple[FloatArray, ...]:
@@ -333,7 +336,7 @@ def hosvd_spectrum(x: Array) -> Spectrum:
 
 
 def spectrum_of(xp: Namespace, scaled: Array, k: int) -> Spectrum:
-    """Compute the `Spectrum` of ``scaled · 2**k``; ``scaled`` is finite, in a working type and of moderate magnitude."""
+    """Compute the `Spectrum` of ``scaled · 2**k``; ``scaled`` is finite, in a working type, of moderate size."""
     bases = [left_basis(unfold(scaled, mode)) for mode in range(len(scaled.shape))]
     core = multi_mode_dot(scaled, [b.vectors for b in bases], transpose=True)
     return Spectrum(
@@ -502,14 +505,14 @@ def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int]) -> Any:
     return math.prod(ranks[1:], start=ranks[0]) + sum(n * r for n, r in zip(shape, ranks))
 
 
-def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit: float) -> Frontier:
+def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit: float, n_entries: int) -> Frontier:
     """Keep the tuples that no other beats; ``errors`` are in units of ``unit``."""
     order = np.lexsort((errors, parameters))
     ranks, parameters, errors = ranks[order], parameters[order], errors[order]
     best = np.minimum.accumulate(errors)
     keep = np.concatenate([[True], errors[1:] < best[:-1]])
     ranks, parameters, errors = ranks[keep], parameters[keep], errors[keep]
-    return Frontier(parameters, errors * unit, ranks, float(errors[0] * unit))
+    return Frontier(parameters, errors * unit, ranks, float(errors[0] * unit), n_entries)
 
 
 def _equal_ranks(spectrum: Spectrum, tail: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
