@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from flora_tensor._arrays import array_namespace
+from flora_tensor._checks import as_int
 from flora_tensor._typing import Array
 
 __all__ = ["Arrangement"]
@@ -23,6 +24,8 @@ _MORE_AXES = tuple(f"k{k}" for k in range(16))
 
 
 def _axis_names(ndim: int) -> list[str]:
+    if not 1 <= ndim <= 2 + len(_MORE_AXES):
+        raise ValueError(f"Arrangement: a weight with {ndim} axes; pass 1 to {2 + len(_MORE_AXES)}")
     return _AXES[ndim].split() if ndim in _AXES else ["o", "i", *_MORE_AXES][:ndim]
 
 
@@ -42,7 +45,10 @@ class Arrangement:
     Raises
     ------
     ValueError
-        If the pattern cannot be read, drops or repeats an axis, or does not fit a weight it is applied to.
+        If the pattern cannot be read, drops or repeats an axis, or a size is below 1; from the methods if a weight does
+        not fit.
+    TypeError
+        If the pattern is no string or a size no integer.
 
     References
     ----------
@@ -66,7 +72,13 @@ class Arrangement:
     right: _Groups = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", dict(self.sizes))
+        if not isinstance(self.pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Arrangement: pattern is {self.pattern!r}; pass a string, as 'o i h w'")
+        sizes = {name: as_int("Arrangement", f"sizes[{name!r}]", size) for name, size in self.sizes.items()}
+        object.__setattr__(self, "sizes", sizes)
+        for name, size in sizes.items():
+            if size < 1:
+                self._refuse(f"has size {size} for the axis {name}; pass at least 1")
         sides = self.pattern.split("->")
         if len(sides) > 2:
             self._refuse("has more than one '->'")
@@ -124,7 +136,7 @@ class Arrangement:
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the arranged tensor's shape for a weight of ``shape``; a ValueError where it does not fit."""
         sizes = self._axis_sizes(shape)
-        return tuple(math.prod(sizes[name] for name in group) for group in self.right)
+        return tuple(math.prod([sizes[name] for name in group]) for group in self.right)
 
     def arrange(self, weight: Array) -> Array:
         """Rearrange a weight into the tensor whose modes are decomposed.
@@ -186,10 +198,10 @@ class Arrangement:
         sizes = dict(self.sizes)
         for group, total in zip(self.left, shape):
             unknown = [name for name in group if name not in sizes]
-            known = math.prod(sizes[name] for name in group if name in sizes)
+            known = math.prod([sizes[name] for name in group if name in sizes])
             if len(unknown) > 1:
                 self._refuse(f"does not tell the sizes of {', '.join(unknown)}; pass all but one of them in sizes")
-            if known == 0 or total % known or (not unknown and known != total):
+            if total % known or (not unknown and known != total):
                 self._refuse(f"does not fit: an axis of size {total} as ({' '.join(group)}) with sizes {self.sizes}")
             if unknown:
                 sizes[unknown[0]] = total // known
@@ -227,4 +239,4 @@ def _rearrange(x: Array, left: _Groups, right: _Groups, sizes: Mapping[str, int]
     after = [name for group in right for name in group]
     x = xp.reshape(x, tuple(sizes[name] for name in before))
     x = xp.permute_dims(x, tuple(before.index(name) for name in after))
-    return xp.reshape(x, tuple(math.prod(sizes[name] for name in group) for group in right))
+    return xp.reshape(x, tuple(math.prod([sizes[name] for name in group]) for group in right))

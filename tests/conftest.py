@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, settings
 
 from support import NAMESPACES, namespace
 
+# JAX computes in 64 bits where asked to, as the others do. It reads this when it is first imported.
+os.environ["JAX_ENABLE_X64"] = "1"
+
 # Data-dependent shapes make the first examples slow (compilation, imports), which says nothing about the tests.
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 
