@@ -1,7 +1,7 @@
 """What the core needs to know of arrays, whatever library they come from.
 
-The namespace is looked up per call (`array_namespace`): there is no registry and no global backend. Nothing here imports
-torch or jax unless the caller has already given us one of their arrays.
+The namespace is looked up per call (`array_namespace`): there is no registry and no global backend. Nothing here
+imports torch or jax unless the caller has already given us one of their arrays.
 """
 
 import math
@@ -117,7 +117,7 @@ def stop_gradient(x: Array) -> Array:
 
 
 def is_differentiated(x: Array) -> bool:
-    """Tell whether somebody differentiates through ``x``: a torch tensor on a tape or with a tangent, or a JAX tracer."""
+    """Tell whether somebody differentiates through ``x``: torch on a tape or with a tangent, or a JAX tracer."""
     if array_api_compat.is_torch_array(x):
         import torch.autograd.forward_ad as forward_ad
         from torch import is_grad_enabled

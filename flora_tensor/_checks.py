@@ -107,6 +107,15 @@ def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     tuple of int
         The largest ranks, no rank above the wished-for one, that are feasible.
 
+    Raises
+    ------
+    ValueError
+        If there is not one rank a mode.
+
+    References
+    ----------
+    Hackbusch, *Tensor Spaces and Numerical Tensor Calculus* (2012), section 8.1, for r_n ≤ ∏_{k≠n} r_k.
+
     Examples
     --------
     >>> feasible_ranks((32, 32, 3, 3), (64, 64, 3, 3))
@@ -114,7 +123,11 @@ def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     >>> feasible_ranks((40, 4, 3, 9), (64, 64, 3, 3))
     (36, 4, 3, 3)
     """
-    lowered = [min(int(r), int(n)) for r, n in zip(ranks, shape, strict=True)]
+    if len(ranks) != len(shape):
+        raise ValueError(
+            f"feasible_ranks: {len(ranks)} ranks for {len(shape)} modes of shape {tuple(shape)}; pass one a mode"
+        )
+    lowered = [min(int(r), int(n)) for r, n in zip(ranks, shape)]
     while True:
         # The bound is monotone in the ranks, so this descends to its greatest fixed point and never below it.
         bounds = [min(r, math.prod(lowered[:k] + lowered[k + 1 :])) for k, r in enumerate(lowered)]
