@@ -9,7 +9,7 @@ whole (biases, norms) keep their own name after ``base_model.model.`` and hold t
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -48,7 +48,7 @@ PREFIX = "base_model.model."
 MARK = "tucker_update"
 # A scale beyond float32's range cannot have been meant, and overflows every weight.
 MAX_SCALE = 2.0**128
-_METADATA = {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": FORMAT_VERSION})}
+METADATA = {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": FORMAT_VERSION})}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -577,11 +577,19 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
     stored = dict(_stored_arrays(adapter))
     with staged_directory("save_adapter", Path(path), overwrite=overwrite, owned=OWNED_NAMES) as stage:
         layout = [(key, dtype, tuple(array.shape)) for key, (array, dtype) in stored.items()]
-        with SafetensorsWriter(stage / MODEL_NAME, layout, _METADATA) as writer:
+        with SafetensorsWriter(stage / MODEL_NAME, layout, METADATA) as writer:
             for key, (array, dtype) in stored.items():
                 writer.write(key, encode_finite(key, to_numpy(array), dtype))
             writer.finish()
-        write_config(stage / CONFIG_NAME, build_config(adapter))
+        config = config_of(
+            ranks={name: tensor.ranks for name, tensor in adapter.items()},
+            scales=adapter.scales,
+            arrangements=adapter.arrangements,
+            shapes=adapter.shapes,
+            whole=adapter.whole,
+            extra=adapter.config,
+        )
+        write_config(stage / CONFIG_NAME, config)
         load_adapter(stage)
     return Path(path)
 
@@ -606,29 +614,34 @@ def encode_finite(key: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return data
 
 
-def build_config(adapter: Adapter) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`; keys of ``adapter.config`` that we do not compute are kept."""
-    default = check_scale("save_adapter: config's scale", adapter.config.get("scale", 1.0))
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter)
+def config_of(
+    *,
+    ranks: Mapping[str, Sequence[int]],
+    scales: Mapping[str, float],
+    arrangements: Mapping[str, Arrangement],
+    shapes: Mapping[str, Sequence[int]],
+    whole: Iterable[str],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`; keys of ``extra`` that we do not compute are kept."""
+    default = check_scale("save_adapter: config's scale", extra.get("scale", 1.0))
     config: dict[str, Any] = {"task_type": None, "inference_mode": True, "base_model_name_or_path": None}
-    config |= adapter.config
-    config |= {
+    return {
+        **config,
+        **extra,
         "peft_type": "FLORA",
-        "target_modules": sorted(modules),
-        "rank_pattern": {name: list(tensor.ranks) for name, tensor in adapter.items()},
+        "target_modules": sorted({name.rpartition(".")[0] for name in ranks}),
+        "rank_pattern": {name: list(r) for name, r in ranks.items()},
         "scale": default,
-        "scale_pattern": {name: s for name, s in adapter.scales.items() if s != default},
+        "scale_pattern": {name: s for name, s in scales.items() if s != default},
         "arrangement_pattern": {
-            name: {"pattern": a.pattern, "sizes": dict(a.sizes)}
-            for name, a in adapter.arrangements.items()
-            if not a.is_native
+            name: {"pattern": a.pattern, "sizes": dict(a.sizes)} for name, a in arrangements.items() if not a.is_native
         },
-        "weight_shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
-        "whole": sorted(adapter.whole),
+        "weight_shapes": {name: list(shape) for name, shape in shapes.items()},
+        "whole": sorted(whole),
         "format_version": FORMAT_VERSION,
         "flora_tensor_version": __version__,
     }
-    return config
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

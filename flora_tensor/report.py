@@ -1,0 +1,224 @@
+"""What was done to each tensor, as an object, as JSON and as a table.
+
+Nothing is dropped silently: a report has a row for every tensor of both checkpoints.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flora_tensor._version import __version__
+
+__all__ = ["ExtractionReport", "TensorRow", "format_table"]
+
+Status = Literal["tucker", "whole", "left out"]
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """What became of one tensor.
+
+    Attributes
+    ----------
+    name : str
+        The tensor.
+    status : {"tucker", "whole", "left out"}
+        Decomposed, stored with its new value, or not stored.
+    reason : str
+        Why it was left out; empty otherwise.
+    changed : bool or None
+        Whether the two checkpoints differ in it; ``None`` where that was not looked at.
+    shape : tuple of int
+        Its shape in the base, or in the tuned checkpoint where the base has none.
+    dtype : str
+        Its type in the base and, where that differs, in the tuned checkpoint.
+    arrangement : str
+        The pattern whose modes were decomposed.
+    ranks : tuple of int
+        The ranks, one a mode.
+    n_parameters : int
+        How many numbers are stored for it.
+    relative_error : float or None
+        ‖ΔW − what is stored‖ / ‖ΔW‖, measured on the stored bits (predicted from the spectrum in a dry run).
+    delta_norm : float or None
+        ‖ΔW‖, of changed weights with two axes or more.
+    notes : tuple of str
+        What else a reader should know.
+    """
+
+    name: str
+    status: Status
+    reason: str = ""
+    changed: bool | None = None
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    arrangement: str = ""
+    ranks: tuple[int, ...] = ()
+    n_parameters: int = 0
+    relative_error: float | None = None
+    delta_norm: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values, ready for JSON."""
+        row = {**vars(self), "shape": list(self.shape), "ranks": list(self.ranks), "notes": list(self.notes)}
+        return {key: _finite(value) for key, value in row.items()}
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no word for infinity.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What an extraction stored, what it left out and why, and how well the whole fits; made by `extract`.
+
+    Attributes
+    ----------
+    rows : tuple of TensorRow
+        Every tensor of both checkpoints.
+    dense_parameters : int
+        Numbers in the dense changes of all changed weights that can be decomposed: what ratios refer to.
+    n_parameters : int
+        Numbers stored as Tucker tensors.
+    whole_parameters : int
+        Numbers stored whole.
+    relative_error : float
+        √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights.
+    lower_bound : float or None
+        What no other choice of ranks could beat: an error for a budget, a number of parameters for a tolerance;
+        ``None`` where the ranks were given.
+    options : mapping of str to Any
+        The options of the run.
+    dry_run : bool
+        Whether nothing was written; the errors are then those that the spectra promise.
+
+    References
+    ----------
+    The ratio is the one of Si et al. (FLoRA), ICLR 2025, section 4: trained numbers over those of the full change.
+    """
+
+    rows: tuple[TensorRow, ...]
+    dense_parameters: int
+    n_parameters: int
+    whole_parameters: int
+    relative_error: float
+    lower_bound: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    dry_run: bool = False
+
+    def __getitem__(self, name: str) -> TensorRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def ratio(self) -> float:
+        """Numbers stored as Tucker tensors over numbers in the dense changes; 0 where there are none."""
+        return self.n_parameters / self.dense_parameters if self.dense_parameters else 0.0
+
+    def count(self, status: Status) -> int:
+        """Return how many tensors have this status."""
+        return sum(row.status == status for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {
+            "flora_tensor_version": __version__,
+            "dry_run": self.dry_run,
+            "options": dict(self.options),
+            "totals": {
+                "tensors": len(self.rows),
+                "tucker": self.count("tucker"),
+                "whole": self.count("whole"),
+                "left_out": self.count("left out"),
+                "left_out_changed": sum(row.status == "left out" and row.changed is True for row in self.rows),
+                "dense_parameters": self.dense_parameters,
+                "n_parameters": self.n_parameters,
+                "whole_parameters": self.whole_parameters,
+                "ratio": self.ratio,
+                "relative_error": _finite(self.relative_error),
+                "lower_bound": _finite(self.lower_bound),
+            },
+            "tensors": [row.to_dict() for row in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON text, the same for the same run."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_table(self) -> str:
+        """Return the report as a text table, one line a tensor, and the totals below it."""
+        lines = [_cells(row) for row in self.rows]
+        table = format_table(["tensor", "shape", "stored as", "ranks", "parameters", "error"], lines, "lllrrr")
+        what = "would store" if self.dry_run else "stored"
+        totals = (
+            f"{self.count('tucker')} decomposed, {self.count('whole')} whole, {self.count('left out')} left out; "
+            f"{what} {self.n_parameters:,} of {self.dense_parameters:,} numbers ({100 * self.ratio:.3g} %)"
+            f"{f' and {self.whole_parameters:,} whole' if self.whole_parameters else ''}, "
+            f"relative error {self.relative_error:.4g}"
+        )
+        return f"{table}\n{totals}"
+
+
+def _cells(row: TensorRow) -> list[str]:
+    stored = {"tucker": row.arrangement, "whole": "whole", "left out": f"- ({row.reason})"}[row.status]
+    if row.notes:
+        stored += f" [{'; '.join(row.notes)}]"
+    error = "" if row.relative_error is None else f"{row.relative_error:.4g}"
+    ranks = "×".join(map(str, row.ranks)) if row.status == "tucker" else ""
+    return [
+        row.name,
+        "×".join(map(str, row.shape)),
+        stored,
+        ranks,
+        f"{row.n_parameters:,}" if row.n_parameters else "",
+        error,
+    ]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Lay out rows of text in columns.
+
+    Parameters
+    ----------
+    header : sequence of str
+        The columns' titles.
+    rows : sequence of sequence of str
+        One text a column; control characters are shown as escapes, so that a file's names cannot steer a terminal.
+    align : str
+        ``"l"`` or ``"r"`` for each column.
+
+    Returns
+    -------
+    str
+        The table, lines without trailing spaces.
+
+    References
+    ----------
+    CWE-150, for why names from files are escaped.
+
+    Examples
+    --------
+    >>> print(format_table(["name", "n"], [["a", "10"], ["bcdef", "9"]], "lr"))
+    name    n
+    -----  --
+    a      10
+    bcdef   9
+    """
+    cells = [[_printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (
+        "  ".join(c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(row, widths, align)).rstrip()
+        for row in cells
+    )
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
