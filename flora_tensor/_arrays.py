@@ -137,7 +137,7 @@ def concrete(x: Array) -> float | None:
 
 
 def largest_magnitude(xp: Namespace, x: Array) -> float | None:
-    """Return max |x| without a temporary of x's size (real x); NaN where x holds one, None where x is traced, 0 if empty."""
+    """Return max |x|, without a copy for real x: NaN where x holds one, None where x is traced, 0 if empty."""
     if math.prod(x.shape) == 0:
         return 0.0
     if is_complex(xp, x.dtype):

@@ -114,7 +114,8 @@ def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...
 
     References
     ----------
-    Hackbusch, *Tensor Spaces and Numerical Tensor Calculus* (2012), section 8.1, for r_n ≤ ∏_{k≠n} r_k.
+    Carlini and Kleppe, *Ranks derived from multilinear maps*, Journal of Pure and Applied Algebra 215 (2011): these
+    bounds are necessary, and sufficient for some tensor to have the ranks.
 
     Examples
     --------
