@@ -100,7 +100,23 @@ class Arrangement:
 
     @classmethod
     def native(cls, ndim: int) -> "Arrangement":
-        """Return the arrangement that leaves the ``ndim`` axes of a weight as they are: FLoRA's own."""
+        """Return the arrangement that leaves the axes of a weight as they are: FLoRA's own.
+
+        Parameters
+        ----------
+        ndim : int
+            How many axes the weight has, 1 to 18.
+
+        Returns
+        -------
+        Arrangement
+            The identity, with the axes' standard names.
+
+        Raises
+        ------
+        ValueError
+            If ``ndim`` is out of that range.
+        """
         return cls(" ".join(_axis_names(ndim)))
 
     @classmethod
@@ -109,6 +125,21 @@ class Arrangement:
 
         For a convolution these are ``o i h w``, ``o (i h w)`` and the separable ``(o h) (i w)``; with three kernel axes
         the separable one splits them as ``(o d) (i h w)``. Vectors and matrices have the native one only.
+
+        Parameters
+        ----------
+        ndim : int
+            How many axes the weight has, 1 to 18.
+
+        Returns
+        -------
+        tuple of Arrangement
+            One to three arrangements, no two alike.
+
+        Raises
+        ------
+        ValueError
+            If ``ndim`` is out of that range.
         """
         names = _axis_names(ndim)
         patterns = [" ".join(names)]
@@ -134,7 +165,23 @@ class Arrangement:
         return len(self.right)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the arranged tensor's shape for a weight of ``shape``; a ValueError where it does not fit."""
+        """Return the arranged tensor's shape.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The weight's shape.
+
+        Returns
+        -------
+        tuple of int
+            The size of each mode.
+
+        Raises
+        ------
+        ValueError
+            If the weight's shape does not fit the pattern.
+        """
         sizes = self._axis_sizes(shape)
         return tuple(math.prod([sizes[name] for name in group]) for group in self.right)
 

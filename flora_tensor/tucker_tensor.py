@@ -123,11 +123,22 @@ class TuckerTensor:
         return math.prod(self.core.shape) + sum(math.prod(u.shape) for u in self.factors if u is not None)
 
     def to_tensor(self) -> Array:
-        """Form the dense tensor; the same as `reconstruct`."""
+        """Return the dense tensor, of shape (I_0, …, I_{N-1}); the same as `reconstruct`."""
         return reconstruct(self)
 
     def map(self, function: Callable[[Array], Array]) -> "TuckerTensor":
-        """Apply ``function`` to the core and to every factor, as in ``t.map(lambda a: a.to("cuda"))``."""
+        """Apply a function to the core and to every factor, as in ``t.map(lambda a: a.to("cuda"))``.
+
+        Parameters
+        ----------
+        function : callable
+            Takes an array (the core, or a factor of shape (I_n, r_n)) and returns one; it is not called for ``None``.
+
+        Returns
+        -------
+        TuckerTensor
+            A new Tucker tensor of what the function returned.
+        """
         return TuckerTensor(function(self.core), tuple(None if u is None else function(u) for u in self.factors))
 
     def __iter__(self) -> Iterator[Any]:
