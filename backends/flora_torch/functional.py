@@ -435,10 +435,10 @@ def _spatial(axes: Sequence[int]) -> tuple[int, ...]:
 def _as_kernel(matrix: Tensor, axes: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Turn a factor (∏ of the axes' sizes, r) into a kernel (channels, r, *sizes), of size 1 along the other axes."""
     rank = matrix.shape[1]
-    tensor = matrix.reshape(*(shape[axis] for axis in axes), rank)
+    tensor = matrix.reshape(*[shape[axis] for axis in axes], rank)
     channel, *rest = sorted(axes)
-    tensor = tensor.permute(axes.index(channel), len(axes), *(axes.index(axis) for axis in rest))
-    return tensor.reshape(shape[channel], rank, *(shape[a] if a in rest else 1 for a in range(2, len(shape))))
+    tensor = tensor.permute(axes.index(channel), len(axes), *[axes.index(axis) for axis in rest])
+    return tensor.reshape(shape[channel], rank, *[shape[a] if a in rest else 1 for a in range(2, len(shape))])
 
 
 def _run_step(x: Tensor, step: _Step, geometry: ConvGeometry) -> Tensor:
@@ -572,9 +572,9 @@ def conv_work(
     rank = min(core_shape)
     ours = [a - 2 for a in split[0] if a >= 2]
     # Between the two steps, an axis is walked already if the step taken first holds it.
-    middle = math.prod(outer[a] if (a in ours) == geometry.transposed else sizes[a] for a in range(n))
+    middle = math.prod([outer[a] if (a in ours) == geometry.transposed else sizes[a] for a in range(n)])
     at0, at1 = (before, middle) if geometry.transposed else (after, middle)
-    taps0 = math.prod(geometry.kernel[a] for a in ours)
+    taps0 = math.prod([geometry.kernel[a] for a in ours])
     taps1 = math.prod(geometry.kernel) // max(taps0, 1)
     products = at0 * channels[0] * rank * taps0 + at1 * channels[1] * rank * taps1
     written = middle * g * rank + after * channels[1 if geometry.transposed else 0]

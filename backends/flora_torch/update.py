@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flora_tensor import Arrangement, TuckerTensor
-from flora_torch.functional import dense_delta
+from flora_torch.functional import dense_delta, split_of
 
 __all__ = ["TuckerUpdate", "register_with_torch"]
 
@@ -81,7 +81,7 @@ class TuckerUpdate(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = tucker.shape if shape is None else tuple(int(n) for n in shape)
-        self.arrangement = arrangement or Arrangement.native(len(self.shape))
+        self._arrange(arrangement or Arrangement.native(len(self.shape)))
         self.scale, self.dropout = _check_scale(scale), _check_dropout(dropout)
         _check_fit(tucker, self.arrangement, self.shape)
         self.core = nn.Parameter(tucker.core)
@@ -94,6 +94,11 @@ class TuckerUpdate(nn.Module):
         self.register_buffer("start_core", None if start is None else start.core)
         for mode, factor in enumerate((None,) * tucker.ndim if start is None else start.factors):
             self.register_buffer(f"start_factor_{mode}", factor)
+
+    def _arrange(self, arrangement: Arrangement) -> None:
+        # The forward pass asks for these two, and reading a pattern takes longer than a small product.
+        self.arrangement = arrangement
+        self.is_native, self.split_axes = arrangement.is_native, split_of(arrangement)
 
     @property
     def factors(self) -> tuple[Tensor | None, ...]:
@@ -254,7 +259,8 @@ class TuckerUpdate(nn.Module):
                 f"shape {self.shape}; load it into a layer of the same shape"
             )
         _check_fit(self.tucker, arrangement, shape)
-        self.arrangement, self.scale, self.dropout = arrangement, _check_scale(scale), _check_dropout(dropout)
+        self._arrange(arrangement)
+        self.scale, self.dropout = _check_scale(scale), _check_dropout(dropout)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
