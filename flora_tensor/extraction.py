@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from warnings import warn
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from flora_tensor._errors import InputError, ResourceError
 from flora_tensor._files import check_free_space, staged_directory, write_file
 from flora_tensor._safetensors import READABLE, SafetensorsWriter, decode, encode, round_to
 from flora_tensor._typing import Array
+from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
     MAX_SCALE,
@@ -91,8 +93,7 @@ class _Settings:
 
     def selects(self, name: str) -> bool:
         """Tell whether a tensor is asked for."""
-        wanted = not self.include or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include)
-        return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        return matches(name, self.include, self.exclude)
 
     def arrangements(self, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
         """Return the arrangements to try for a weight of this shape."""
@@ -227,6 +228,11 @@ def extract(
     OSError
         If the output exists, is being written by another run, or does not fit on the disk.
 
+    Warns
+    -----
+    FloraWarning
+        If rounding to ``dtype`` takes the error above ``rtol``.
+
     References
     ----------
     Si et al. (FLoRA), ICLR 2025, equation 5, for the form of the change; De Lathauwer, De Moor and Vandewalle
@@ -275,6 +281,9 @@ def extract(
         report = _run(before, after, directory, settings)
         before.check_unchanged()
         after.check_unchanged()
+    if rtol is not None and report.relative_error > rtol + 1e-5:
+        message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
+        warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
     return report
 
 
@@ -400,7 +409,7 @@ def _scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: _Settings) -
     is_vector = len(a.shape) < 2
     if not (is_float(a) and is_float(b)) or is_vector:
         return _scan_whole(base, tuned, row, settings, decomposable=False if not is_vector else None)
-    _check_memory(name, a.shape, 8 if "F64" in (a.dtype, b.dtype) else 4, settings.max_memory)
+    check_memory("extract", base, tuned, name, settings.max_memory)
     delta = read_delta(base, tuned, name)
     if delta is None:
         return replace(row, reason="unchanged", changed=False)
@@ -661,6 +670,13 @@ def _checked_budget(budget: Mapping[str, Any], ranks: RanksOption | None) -> dic
     return given or {"max_ratio": _DEFAULT_RATIO}
 
 
+def matches(name: str, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> bool:
+    """Tell whether a name fits one of the globs ``include``, or there are none, and none of ``exclude``."""
+    wanted, unwanted = _globs(include), _globs(exclude)
+    is_wanted = not wanted or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+    return is_wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
+
+
 def _globs(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
@@ -692,16 +708,17 @@ def check_distinct(where: str, out: PathLike, *inputs: Checkpoint) -> None:
             )
 
 
-def _check_memory(name: str, shape: tuple[int, ...], item: int, max_memory: int | None) -> None:
+def check_memory(where: str, base: Checkpoint, tuned: Checkpoint, name: str, max_memory: int | None) -> None:
     """Refuse a tensor whose work does not fit, before anything large is allocated."""
-    size = math.prod(shape)
+    shape = base.info(name).shape
+    size, item = math.prod(shape), 8 if "F64" in (base.info(name).dtype, tuned.info(name).dtype) else 4
     bases = sum(n * min(n, size // n) for n in shape)
     # Two sides, an unfolding and the core; squares and error table in float64; singular vectors and their workspace.
     need = size * (4 * item + 16) + 3 * item * bases
     free = max_memory if max_memory is not None else _available_memory()
     if free is not None and need > free:
         raise ResourceError(
-            f"extract: {name!r} of shape {shape} needs about {need / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are "
+            f"{where}: {name!r} of shape {shape} needs about {need / 2**30:.2g} GiB, but {free / 2**30:.2g} GiB are "
             "allowed; exclude it, or use a machine with more memory"
         )
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flora_tensor._version import __version__
+from flora_tensor.adapter_file import Adapter
+from flora_tensor.tucker_tensor import norm
 
-__all__ = ["ExtractionReport", "TensorRow", "format_table"]
+__all__ = ["ExtractionReport", "TensorRow", "adapter_table", "describe_adapter", "format_table"]
 
 Status = Literal["tucker", "whole", "left out"]
 
@@ -222,3 +224,94 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """List what an adapter holds, as plain values.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter, of NumPy arrays.
+
+    Returns
+    -------
+    dict
+        ``weights`` (name, shape, arrangement, ranks, n_parameters, scale, delta_norm, stored type), ``whole``
+        (name, shape), ``n_parameters`` and the ``config``.
+
+    References
+    ----------
+    ‖ΔW‖ is taken on the factored form: Bader and Kolda (2007), section 4.2.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flora_tensor import Adapter, TuckerTensor
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> round(describe_adapter(Adapter({"fc.weight": t}))["weights"][0]["delta_norm"], 12)
+    2.0
+    """
+    weights = [
+        {
+            "name": name,
+            "shape": list(adapter.shapes[name]),
+            "arrangement": adapter.arrangements[name].pattern,
+            "ranks": list(tensor.ranks),
+            "n_parameters": tensor.n_parameters,
+            "scale": adapter.scales[name],
+            "delta_norm": _finite(abs(adapter.scales[name]) * float(norm(tensor))),
+            "dtype": adapter.dtypes.get(name, ""),
+        }
+        for name, tensor in adapter.items()
+    ]
+    whole = [
+        {"name": name, "shape": list(array.shape), "dtype": adapter.dtypes.get(name, "")}
+        for name, array in adapter.whole.items()
+    ]
+    return {"weights": weights, "whole": whole, "n_parameters": adapter.n_parameters, "config": dict(adapter.config)}
+
+
+def adapter_table(adapter: Adapter) -> str:
+    """Return what `describe_adapter` lists, as a text table.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter, of NumPy arrays.
+
+    Returns
+    -------
+    str
+        One line a tensor, and the totals.
+
+    References
+    ----------
+    As `describe_adapter`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flora_tensor import Adapter, TuckerTensor
+    >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> print(adapter_table(Adapter({"fc.weight": t})).splitlines()[-1])
+    1 weight, 0 tensors whole: 5 numbers
+    """
+    content = describe_adapter(adapter)
+    rows = [
+        [
+            w["name"],
+            "×".join(map(str, w["shape"])),
+            w["arrangement"],
+            "×".join(map(str, w["ranks"])),
+            f"{w['n_parameters']:,}",
+            f"{w['scale']:g}",
+            "" if w["delta_norm"] is None else f"{w['delta_norm']:.4g}",
+        ]
+        for w in content["weights"]
+    ]
+    rows += [[w["name"], "×".join(map(str, w["shape"])), "whole", "", "", "", ""] for w in content["whole"]]
+    header = ["tensor", "shape", "stored as", "ranks", "parameters", "scale", "‖ΔW‖"]
+    weights = f"{len(adapter)} weight{'s' if len(adapter) != 1 else ''}"
+    whole = f"{len(adapter.whole)} tensor{'s' if len(adapter.whole) != 1 else ''} whole"
+    return f"{format_table(header, rows, 'lllrrrr')}\n{weights}, {whole}: {adapter.n_parameters:,} numbers"

@@ -1,0 +1,299 @@
+"""The command line: `flora-tensor` and `python -m flora_tensor`.
+
+Thin: each command calls one function of the library and shows what it returns. Tables and JSON go to stdout,
+progress and errors to stderr. Exit codes: 0 done, 2 a wrong argument, 3 bad input, 4 a file that cannot be read or
+written, 5 not enough memory or a package that is missing, 130 interrupted, 1 a mistake of ours.
+"""
+
+import contextlib
+import errno
+import importlib
+import re
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from flora_tensor._errors import InputError, ResourceError
+from flora_tensor._version import __version__
+from flora_tensor._warnings import FloraWarning
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_EXISTING = click.Path(path_type=Path)
+
+
+class _Commands(click.Group):
+    """A group whose errors are one line on stderr, with an exit code that says of what kind they are."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Run a command and leave the process with its exit code."""
+        given = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        try:
+            with _terminated_like_interrupted(), _warnings_on_stderr():
+                # Without standalone mode an exit code that click was asked for comes back as the result.
+                code = super().main(args=given, **extra)
+        except BaseException as error:
+            if "--debug" in given:
+                traceback.print_exc()
+            code, text = _verdict(error)
+            if text:
+                click.echo(f"error: {' '.join(text.split())}", err=True)
+        sys.exit(code or 0)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the one line that stand for an error."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code, ""
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130, "interrupted; nothing was written"
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message()
+    if isinstance(error, InputError):
+        return 3, str(error)
+    if isinstance(error, ImportError | ResourceError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 5, str(error) or "not enough memory"
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:
+            return 0, ""  # the reader of our output has seen enough
+        return 4, f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+    if isinstance(error, ValueError | TypeError):
+        return 2, str(error)
+    return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug and report it"
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Generator[None]:
+    """Let SIGTERM clean up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Generator[None]:
+    """Show our warnings as one line each, without the source line that `warnings` adds."""
+
+    def line(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FloraWarning)
+        warnings.showwarning = line
+        yield
+
+
+def _share(text: str) -> float:
+    """Read a share, as ``5%`` or ``0.05``."""
+    try:
+        number = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a share; pass one such as 5% or 0.05") from None
+    if not 0 < number <= 1:
+        raise click.BadParameter(f"{text!r} is not a share above 0 and up to 100 %")
+    return number
+
+
+def _ranks(text: str) -> int | list[int]:
+    """Read ranks, as ``16`` or ``16,16,2,2``."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of ranks; pass one such as 16 or 16,16,2,2") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _size(text: str) -> int:
+    """Read a number of bytes, as ``5GB``, ``512MiB`` or ``1000``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size; pass one such as 5GB or 512MiB")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
+
+
+@contextlib.contextmanager
+def _progress() -> Generator[Callable[[str, int, int, str], None] | None]:
+    """Give a callback that draws a bar on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    bar: Any = tqdm(file=sys.stderr, unit="tensor", dynamic_ncols=True, leave=False)
+
+    def show(phase: str, done: int, total: int, name: str) -> None:
+        bar.total, bar.n = total, done
+        bar.set_description(phase, refresh=False)
+        bar.set_postfix_str(name[-40:], refresh=False)
+        bar.refresh()
+
+    try:
+        yield show
+    finally:
+        bar.close()
+
+
+def _common(command: _Command) -> _Command:
+    """Add the options that every command has."""
+    debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+    return as_json(debug(command))
+
+
+def _pickle(command: _Command) -> _Command:
+    text = "Read .bin and .pt files, with weights_only=True. They are refused otherwise: a pickle can run code."
+    return click.option("--allow-pickle", is_flag=True, help=text)(command)
+
+
+def _selection(command: _Command) -> _Command:
+    include = click.option("--include", multiple=True, metavar="GLOB", help="Look only at these tensors; repeatable.")
+    exclude = click.option("--exclude", multiple=True, metavar="GLOB", help="Do not look at these tensors; repeatable.")
+    return include(exclude(command))
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flora-tensor")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Low-rank tensor adapters from checkpoints: extract, merge, inspect, compare."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@main.command()
+@click.argument("base", type=_EXISTING)
+@click.argument("tuned", type=_EXISTING)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The adapter directory to write.")
+@click.option(
+    "--max-ratio", type=_share, metavar="SHARE", help="Numbers stored, as a share of the dense change; 5% by default."
+)
+@click.option("--max-parameters", type=int, help="Numbers stored in all.")
+@click.option("--rtol", type=float, help="The relative error to stay within.")
+@click.option("--ranks", type=_ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2.")
+@click.option("--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode.")
+@click.option("--vectors", type=click.Choice(["keep", "skip", "error"]), default="keep", show_default=True)
+@click.option("--on-mismatch", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@click.option("--allow-missing", is_flag=True, help="Leave out tensors that only one checkpoint has.")
+@click.option("--device", help="A PyTorch device, such as cuda.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32", show_default=True
+)
+@click.option("--max-memory", type=_size, metavar="SIZE", help="The most memory for one tensor's work.")
+@click.option("--dry-run", is_flag=True, help="Say what would be stored, and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter directory that exists.")
+@_selection
+@_pickle
+@_common
+def extract(
+    base: Path, tuned: Path, out: Path | None, arrangement: str, dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Turn the difference of two checkpoints into an adapter directory."""
+    from flora_tensor.extraction import extract as run
+
+    if out is None and not dry_run:
+        raise click.UsageError("missing option '-o' / '--out'; pass a directory, or --dry-run")
+    with _progress() as progress:
+        report = run(base, tuned, out, arrangements=arrangement, dry_run=dry_run, progress=progress, **options)
+    click.echo(report.to_json() if as_json else report.to_table())
+
+
+@main.command()
+@click.argument("base", type=_EXISTING)
+@click.argument("adapter", type=_EXISTING)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="A .safetensors file or a directory.")
+@click.option("--max-shard-size", type=_size, metavar="SIZE", help="The most bytes in a file; as in BASE by default.")
+@click.option("--verify-base", type=click.Choice(["warn", "error", "ignore"]), default="warn", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@_pickle
+@_common
+def merge(base: Path, adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Add an adapter to the checkpoint it was made for."""
+    from flora_tensor.merging import merge_checkpoint
+
+    with _progress() as progress:
+        report = merge_checkpoint(base, adapter, out, progress=progress, **options)
+    counts = f"{len(report.merged)} tensors merged, {len(report.replaced)} replaced, {len(report.copied)} copied"
+    click.echo(report.to_json() if as_json else f"{counts}: {', '.join(report.files)}")
+
+
+@main.command()
+@click.argument("adapter", type=_EXISTING)
+@_common
+def inspect(adapter: Path, as_json: bool) -> None:
+    """Show what an adapter directory holds, after checking all of it."""
+    import json
+
+    from flora_tensor.adapter_file import load_adapter
+    from flora_tensor.report import adapter_table, describe_adapter
+
+    loaded = load_adapter(adapter)
+    text = json.dumps(describe_adapter(loaded), indent=2, ensure_ascii=False) if as_json else adapter_table(loaded)
+    click.echo(text)
+
+
+@main.command()
+@click.argument("base", type=_EXISTING)
+@click.argument("tuned", type=_EXISTING)
+@click.option(
+    "--budget", "budgets", type=_share, metavar="SHARE", multiple=True, help="A budget to try, such as 5%; repeatable."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the singular values into this file (PNG, PDF, SVG)."
+)
+@click.option("--max-memory", type=_size, metavar="SIZE", help="The most memory for one tensor's work.")
+@_selection
+@_pickle
+@_common
+def ranks(
+    base: Path, tuned: Path, budgets: tuple[float, ...], plot: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Show the spectra of every weight's change, and what each budget would buy."""
+    from flora_tensor.plots import plot_spectra, save_figure
+    from flora_tensor.rank_study import BUDGETS, study_ranks
+
+    with _progress() as progress:
+        study = study_ranks(base, tuned, budgets=budgets or BUDGETS, progress=progress, **options)
+    if plot is not None:
+        save_figure(plot_spectra(study.spectra, title=f"Singular values of {tuned.name} − {base.name}"), plot)
+    click.echo(study.to_json() if as_json else study.to_table())
+
+
+@main.command()
+@click.argument("a", type=_EXISTING)
+@click.argument("b", type=_EXISTING)
+@_pickle
+@_common
+def diff(a: Path, b: Path, allow_pickle: bool, as_json: bool) -> None:
+    """Compare two checkpoints tensor by tensor."""
+    from flora_tensor.merging import diff_checkpoints
+
+    with _progress() as progress:
+        report = diff_checkpoints(a, b, allow_pickle=allow_pickle, progress=progress)
+    click.echo(report.to_json() if as_json else report.to_table())
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="demo-output", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_common
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Fine-tune a small network, extract adapters from it, merge, compare, and train on."""
+    report = importlib.import_module("flora_tensor.demo").run_demo(out, seed=seed)
+    click.echo(report.to_json() if as_json else report.to_table())

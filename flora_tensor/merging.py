@@ -1,0 +1,405 @@
+"""An adapter put into a checkpoint, and two checkpoints compared: both one tensor at a time."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+from warnings import warn
+
+import numpy as np
+
+from flora_tensor._arrays import to_numpy
+from flora_tensor._errors import InputError
+from flora_tensor._files import check_free_space
+from flora_tensor._safetensors import READABLE, decode, encode
+from flora_tensor._version import __version__
+from flora_tensor._warnings import FloraWarning
+from flora_tensor.adapter_file import Adapter, load_adapter
+from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint, plan_shards, write_checkpoint
+from flora_tensor.extraction import check_distinct
+from flora_tensor.report import format_table
+from flora_tensor.tucker_tensor import TuckerTensor
+
+__all__ = ["DiffReport", "DiffRow", "MergeReport", "diff_checkpoints", "merge_checkpoint"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Progress: TypeAlias = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to each tensor; made by `merge_checkpoint`.
+
+    Attributes
+    ----------
+    merged : tuple of str
+        Weights that a Tucker tensor was added to.
+    replaced : tuple of str
+        Tensors that got the value stored in the adapter.
+    copied : tuple of str
+        Tensors copied bit for bit.
+    files : tuple of str
+        The names of the files written.
+
+    References
+    ----------
+    Si et al. (FLoRA), ICLR 2025, equation 5: W = W_0 + s · ΔW.
+    """
+
+    merged: tuple[str, ...]
+    replaced: tuple[str, ...]
+    copied: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {"flora_tensor_version": __version__, **{key: list(value) for key, value in vars(self).items()}}
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def merge_checkpoint(
+    base: PathLike,
+    adapter: PathLike | Mapping[str, TuckerTensor],
+    out: PathLike,
+    *,
+    max_shard_size: int | None = None,
+    verify_base: Literal["warn", "error", "ignore"] = "warn",
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write the checkpoint W + s · ΔW.
+
+    The sum is formed in float64 and rounded once, to the base's type. Tensors that the adapter stores whole get
+    its value; where the types agree, its bits. All others are copied bit for bit. The output appears whole or not
+    at all.
+
+    Parameters
+    ----------
+    base : path
+        The checkpoint that the adapter was made for.
+    adapter : path or Adapter
+        The adapter directory, or what `load_adapter` gave.
+    out : path
+        A file, if the name ends in ``.safetensors``, else a directory.
+    max_shard_size : int, optional
+        The most bytes of data in a file; the base's own division into files by default.
+    verify_base : {"warn", "error", "ignore"}
+        What to do where the adapter's record says that it was made for another base.
+    overwrite : bool, default False
+        Whether an output that exists is replaced.
+    allow_pickle : bool, default False
+        Whether a pickle file is read as the base, with ``weights_only=True``. The output is safetensors in any case.
+    progress : callable, optional
+        Called as ``progress(phase, done, total, name)`` before each tensor.
+
+    Returns
+    -------
+    MergeReport
+        Which tensors were merged, replaced and copied.
+
+    Raises
+    ------
+    InputError
+        If the base lacks a tensor of the adapter or has it in another shape or a type that is not a float, or a
+        sum is not finite.
+    ValueError
+        If an option is out of its range, or the output is the input.
+    OSError
+        If the output exists or does not fit on the disk.
+
+    Warns
+    -----
+    FloraWarning
+        If the adapter was made for another base, and ``verify_base="warn"``.
+
+    References
+    ----------
+    Si et al. (FLoRA), ICLR 2025, equation 5.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> from safetensors.numpy import load_file, save_file
+    >>> here = pathlib.Path(tempfile.mkdtemp())
+    >>> save_file({"fc.weight": np.zeros((2, 2), np.float32)}, here / "base.safetensors")
+    >>> change = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((2, 1))])
+    >>> report = merge_checkpoint(here / "base.safetensors", {"fc.weight": change}, here / "merged.safetensors")
+    >>> load_file(here / "merged.safetensors")["fc.weight"].tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    if verify_base not in ("warn", "error", "ignore"):
+        raise ValueError(f"merge: verify_base is {verify_base!r}; pass 'warn', 'error' or 'ignore'")
+    source = open_checkpoint(base, allow_pickle=allow_pickle)
+    check_distinct("merge", out, source)
+    change = _as_adapter(adapter)
+    _check_fit(source, change)
+    _check_base(source, change, verify_base)
+    infos = [source.info(name) for name in source.names()]
+    single = Path(out).suffix == ".safetensors" and max_shard_size is None
+    layout = plan_shards(infos, like=None if single else source, max_shard_size=max_shard_size)
+    check_free_space("merge", Path(out), source.n_bytes)
+    metadata = source.metadata or {"format": "pt"}
+    with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite) as writer:
+        for done, info in enumerate(infos):
+            if progress:
+                progress("merging", done, len(infos), info.name)
+            writer.write(info.name, _merged(source, info, change))
+        source.check_unchanged()
+    return MergeReport(
+        tuple(i.name for i in infos if i.name in change),
+        tuple(i.name for i in infos if i.name in change.whole),
+        tuple(i.name for i in infos if i.name not in change and i.name not in change.whole),
+        (Path(out).name,) if Path(out).suffix == ".safetensors" else tuple(layout),
+    )
+
+
+def _as_adapter(given: PathLike | Mapping[str, TuckerTensor]) -> Adapter:
+    if isinstance(given, str | os.PathLike):
+        return load_adapter(given)
+    return given if isinstance(given, Adapter) else Adapter(dict(given))
+
+
+def _check_fit(base: Checkpoint, adapter: Adapter) -> None:
+    """Refuse an adapter that does not fit, before anything is written."""
+    names = [*adapter, *adapter.whole]
+    if missing := [name for name in names if name not in base]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        listed = ", ".join(repr(name) for name in missing[:3])
+        raise InputError(
+            f"merge: {base.path} lacks {listed}{more}, which the adapter changes; pass the base it was made for"
+        )
+    for name in names:
+        info = base.info(name)
+        shape = tuple(adapter.whole[name].shape) if name in adapter.whole else adapter.shapes[name]
+        if shape != info.shape:
+            raise InputError(f"merge: {name!r} has shape {info.shape} in {base.path}, but the adapter changes {shape}")
+        if name in adapter and not is_float(info):
+            raise InputError(
+                f"merge: {name!r} is of type {info.dtype} in {base.path}; a change can be added to floats only"
+            )
+        if name in adapter.whole and info.dtype not in READABLE:
+            raise InputError(f"merge: {name!r} is of type {info.dtype} in {base.path}, which cannot be replaced")
+
+
+def _check_base(base: Checkpoint, adapter: Adapter, verify: str) -> None:
+    recorded = adapter.config.get("base_fingerprint")
+    if verify == "ignore" or not isinstance(recorded, str) or recorded == base.fingerprint():
+        return
+    message = f"merge: {base.path} is not the checkpoint that the adapter was extracted from: their fingerprints differ"
+    if verify == "error":
+        raise InputError(f"{message}; pass the original, or verify_base='warn'")
+    warn(f"{message}; the result is W + s·ΔW with other weights W", FloraWarning, 3)
+
+
+def _merged(base: Checkpoint, info: TensorInfo, adapter: Adapter) -> np.ndarray:
+    """Return the bytes of one tensor of the result."""
+    name = info.name
+    raw = base.read_raw(name)
+    if name in adapter.whole:
+        return _rounded(base, info, to_numpy(adapter.whole[name]), "the stored value")
+    if name not in adapter:
+        return raw
+    total = adapter.delta(name, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total += decode(raw, info.dtype, info.shape)
+    return _rounded(base, info, total, "the sum")
+
+
+def _rounded(base: Checkpoint, info: TensorInfo, value: np.ndarray, what: str) -> np.ndarray:
+    data = encode(value, info.dtype)
+    if is_float(info) and not np.isfinite(decode(data, info.dtype, info.shape)).all():
+        raise InputError(
+            f"merge: {what} of {info.name!r} is not finite as {info.dtype}; is {base.path} the right base?"
+        )
+    if not is_float(info) and not np.array_equal(decode(data, info.dtype, info.shape), value):
+        raise InputError(f"merge: {what} of {info.name!r} cannot be written as {info.dtype}, the type of {base.path}")
+    return data
+
+
+@dataclass(frozen=True)
+class DiffRow:
+    """How one tensor differs between two checkpoints.
+
+    Attributes
+    ----------
+    name : str
+        The tensor.
+    status : {"equal", "changed", "only in A", "only in B", "shape differs"}
+        The verdict; ``"equal"`` means bit for bit, where the types agree, else value for value.
+    shape : tuple of int
+        Its shape in A, or in B where A has none.
+    dtype : str
+        Its type, or both where they differ.
+    max_abs : float or None
+        max |B − A|; ``None`` where there is no such number (types without arithmetic, NaN).
+    relative_norm : float or None
+        ‖B − A‖ / ‖A‖; infinite where A is zero.
+    unchanged : int or None
+        How many entries are equal in value.
+    """
+
+    name: str
+    status: str
+    shape: tuple[int, ...]
+    dtype: str
+    max_abs: float | None = None
+    relative_norm: float | None = None
+    unchanged: int | None = None
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """How two checkpoints differ, tensor by tensor; made by `diff_checkpoints`.
+
+    Attributes
+    ----------
+    rows : tuple of DiffRow
+        Every tensor of both.
+    """
+
+    rows: tuple[DiffRow, ...]
+
+    def __getitem__(self, name: str) -> DiffRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether no tensor differs."""
+        return all(row.status == "equal" for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON; numbers that are not finite become ``None``."""
+        rows = [{key: _plain(value) for key, value in vars(row).items()} for row in self.rows]
+        return {"equal": self.is_equal, "tensors": rows}
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_table(self) -> str:
+        """Return the report as a text table, with a line of totals."""
+        rows = [
+            [
+                row.name,
+                "×".join(map(str, row.shape)),
+                row.dtype,
+                row.status,
+                "" if row.max_abs is None else f"{row.max_abs:.4g}",
+                "" if row.relative_norm is None else f"{row.relative_norm:.4g}",
+                "" if row.unchanged is None else f"{row.unchanged:,}",
+            ]
+            for row in self.rows
+        ]
+        header = ["tensor", "shape", "type", "status", "max |Δ|", "‖Δ‖/‖A‖", "unchanged"]
+        differing = sum(row.status != "equal" for row in self.rows)
+        return f"{format_table(header, rows, 'llllrrr')}\n{differing} of {len(self.rows)} tensors differ"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def diff_checkpoints(
+    a: PathLike, b: PathLike, *, allow_pickle: bool = False, progress: Progress | None = None
+) -> DiffReport:
+    """Compare two checkpoints tensor by tensor.
+
+    Parameters
+    ----------
+    a, b : path
+        The checkpoints (see `open_checkpoint`).
+    allow_pickle : bool, default False
+        Whether pickle files are read, with ``weights_only=True``.
+    progress : callable, optional
+        Called as ``progress(phase, done, total, name)`` before each tensor.
+
+    Returns
+    -------
+    DiffReport
+        A row for every tensor of both.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint is damaged.
+    OSError
+        If a file cannot be read.
+
+    References
+    ----------
+    Golub and Van Loan, *Matrix Computations* (2013), section 2.3, for the norms.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> here = pathlib.Path(tempfile.mkdtemp())
+    >>> save_file({"w": np.ones(4, np.float32)}, here / "a.safetensors")
+    >>> save_file({"w": np.array([1, 1, 1, 3], np.float32)}, here / "b.safetensors")
+    >>> row = diff_checkpoints(here / "a.safetensors", here / "b.safetensors")["w"]
+    >>> row.max_abs, row.relative_norm, row.unchanged
+    (2.0, 1.0, 3)
+    """
+    left, right = open_checkpoint(a, allow_pickle=allow_pickle), open_checkpoint(b, allow_pickle=allow_pickle)
+    names = tuple(dict.fromkeys((*left.names(), *right.names())))
+    rows = tuple(_diff_rows(left, right, names, progress))
+    left.check_unchanged()
+    right.check_unchanged()
+    return DiffReport(rows)
+
+
+def _diff_rows(a: Checkpoint, b: Checkpoint, names: Sequence[str], progress: Progress | None) -> Iterator[DiffRow]:
+    for done, name in enumerate(names):
+        if progress:
+            progress("comparing", done, len(names), name)
+        if name not in a or name not in b:
+            info = (a if name in a else b).info(name)
+            yield DiffRow(name, "only in A" if name in a else "only in B", info.shape, info.dtype)
+            continue
+        x, y = a.info(name), b.info(name)
+        dtype = " → ".join(dict.fromkeys((x.dtype, y.dtype)))
+        if x.shape != y.shape:
+            yield DiffRow(name, "shape differs", x.shape, dtype)
+        elif x.dtype == y.dtype and np.array_equal(a.read_raw(name), b.read_raw(name)):
+            yield DiffRow(name, "equal", x.shape, dtype, 0.0, 0.0, x.n_elements)
+        elif x.dtype in READABLE and y.dtype in READABLE:
+            yield _diff_values(name, dtype, a.read(name), b.read(name))
+        else:
+            yield DiffRow(name, "changed", x.shape, dtype)
+
+
+def _diff_values(name: str, dtype: str, x: np.ndarray, y: np.ndarray) -> DiffRow:
+    shape, x, y = x.shape, x.reshape(-1), y.reshape(-1)
+    unchanged = int(np.count_nonzero(x == y))
+    with np.errstate(invalid="ignore", over="ignore"):
+        max_abs = max((float(np.abs(b - a).max()) for a, b in _pieces(x, y)), default=0.0)
+        largest = max((float(np.abs(a).max()) for a, _ in _pieces(x, y)), default=0.0)
+        if not math.isfinite(max_abs) or not math.isfinite(largest):
+            return DiffRow(name, "changed", shape, dtype, None, None, unchanged)
+        # In units of the largest number no square overflows.
+        unit = max(max_abs, largest) or 1.0
+        change = math.fsum(float((np.abs((b - a) / unit) ** 2).sum()) for a, b in _pieces(x, y))
+        norm = math.fsum(float((np.abs(a / unit) ** 2).sum()) for a, _ in _pieces(x, y))
+    relative = math.sqrt(change / norm) if norm else (math.inf if change else 0.0)
+    status = "equal" if unchanged == x.size and " → " in dtype else "changed"
+    return DiffRow(name, status, shape, dtype, max_abs, relative, unchanged)
+
+
+def _pieces(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut two vectors into pieces in float64, so that no large tensor is ever held in it whole."""
+    kind = np.complex128 if "c" in x.dtype.kind + y.dtype.kind else np.float64
+    for start in range(0, x.size, 1 << 20):
+        span = slice(start, start + (1 << 20))
+        yield x[span].astype(kind), y[span].astype(kind)

@@ -1,0 +1,245 @@
+"""What ranks a fine-tuning needs: the spectra of every weight's change, and what each budget would buy."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from flora_tensor._checks import check_fraction
+from flora_tensor._errors import InputError
+from flora_tensor.allocation import allocate_ranks
+from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
+from flora_tensor.extraction import check_memory, matches, read_delta
+from flora_tensor.report import format_table
+from flora_tensor.spectra import Frontier, ModeSpectra, hosvd_spectrum
+
+__all__ = ["BudgetRow", "RankStudy", "study_ranks"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """What one budget buys.
+
+    Attributes
+    ----------
+    max_ratio : float
+        The budget, as a share of the numbers in the dense changes.
+    n_parameters : int
+        Numbers that would be stored.
+    relative_error : float
+        The relative error of all changes together, as the spectra promise it.
+    lower_bound : float
+        What no choice of truncated HOSVDs can beat at this budget.
+    n_weights : int
+        How many weights would store anything.
+    """
+
+    max_ratio: float
+    n_parameters: int
+    relative_error: float
+    lower_bound: float
+    n_weights: int
+
+
+@dataclass(frozen=True)
+class RankStudy:
+    """Spectra of the changes of all weights; made by `study_ranks`.
+
+    Attributes
+    ----------
+    spectra : dict of str to ModeSpectra
+        The singular values of each changed weight's own modes.
+    frontiers : dict of str to list of Frontier
+        What each number of parameters buys, for every arrangement that extraction would try.
+    budgets : tuple of BudgetRow
+        What each budget would give, all weights together.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle (2000), definition 4 and property 10.
+    """
+
+    spectra: dict[str, ModeSpectra]
+    frontiers: dict[str, list[Frontier]]
+    budgets: tuple[BudgetRow, ...]
+
+    def energy_ranks(self, name: str, energy: float) -> tuple[int, ...]:
+        """Return for each mode of a weight how many singular values hold this share of ‖ΔW‖².
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+        energy : float
+            The share, in (0, 1].
+
+        Returns
+        -------
+        tuple of int
+            One count a mode.
+
+        Raises
+        ------
+        KeyError
+            If there is no such weight.
+        ValueError
+            If the share is out of its range.
+
+        References
+        ----------
+        De Lathauwer, De Moor and Vandewalle (2000), property 10.
+        """
+        share = check_fraction("energy_ranks", "energy", energy)
+        counts: list[int] = []
+        for tail in self.spectra[name].tails():
+            total = float(tail[0])
+            counts.append(int(np.argmax(tail <= (1 - share) * total * (1 + 1e-12))))
+        return tuple(counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the study as plain values, ready for JSON, singular values included."""
+        weights = [
+            {
+                "name": name,
+                "shape": list(s.shape),
+                "norm": s.norm,
+                "ranks_90": list(self.energy_ranks(name, 0.9)),
+                "ranks_99": list(self.energy_ranks(name, 0.99)),
+                "singular_values": [np.asarray(v, dtype=np.float64).tolist() for v in s.values],
+            }
+            for name, s in self.spectra.items()
+        ]
+        return {"weights": weights, "budgets": [vars(row) for row in self.budgets]}
+
+    def to_json(self) -> str:
+        """Return the study as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_table(self) -> str:
+        """Return the study as two text tables: the weights, and the budgets."""
+        weights = [
+            [name, "×".join(map(str, s.shape)), f"{s.norm:.4g}", *(self._ranks_text(name, e) for e in (0.9, 0.99))]
+            for name, s in self.spectra.items()
+        ]
+        budgets = [
+            [
+                f"{100 * row.max_ratio:g} %",
+                f"{row.n_parameters:,}",
+                f"{row.n_weights} of {len(self.spectra)}",
+                f"{row.relative_error:.4g}",
+                f"{row.lower_bound:.4g}",
+            ]
+            for row in self.budgets
+        ]
+        first = format_table(["weight", "shape", "‖ΔW‖", "ranks at 90 %", "ranks at 99 %"], weights, "llrrr")
+        second = format_table(["budget", "parameters", "weights", "error", "lower bound"], budgets, "rrrrr")
+        return f"{first}\n\n{second}"
+
+    def _ranks_text(self, name: str, energy: float) -> str:
+        return "×".join(map(str, self.energy_ranks(name, energy)))
+
+
+def study_ranks(
+    base: PathLike,
+    tuned: PathLike,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    allow_pickle: bool = False,
+    max_memory: int | None = None,
+    progress: Callable[[str, int, int, str], None] | None = None,
+) -> RankStudy:
+    """Compute the spectra of every weight's change, and what each budget would give.
+
+    Parameters
+    ----------
+    base, tuned : path
+        The checkpoints (see `open_checkpoint`).
+    budgets : sequence of float
+        Shares of the numbers in the dense changes, each in (0, 1].
+    include, exclude : str or sequence of str, optional
+        Globs of names to look at, and not to.
+    allow_pickle : bool, default False
+        Whether pickle files are read, with ``weights_only=True``.
+    max_memory : int, optional
+        How many bytes one tensor's work may take; what the machine has free by default.
+    progress : callable, optional
+        Called as ``progress(phase, done, total, name)`` before each tensor.
+
+    Returns
+    -------
+    RankStudy
+        Weights of two axes or more that are in both checkpoints, are of one shape there, and differ.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint is damaged, a number is not finite, or no weight differs.
+    ValueError
+        If a budget is out of its range.
+    ResourceError
+        If a tensor would need more memory than there is.
+
+    References
+    ----------
+    De Lathauwer, De Moor and Vandewalle (2000); the budgets are spread by `allocate_ranks`.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from safetensors.numpy import save_file
+    >>> here = pathlib.Path(tempfile.mkdtemp())
+    >>> save_file({"fc.weight": np.zeros((8, 8), np.float32)}, here / "a.safetensors")
+    >>> save_file({"fc.weight": np.ones((8, 8), np.float32)}, here / "b.safetensors")
+    >>> study = study_ranks(here / "a.safetensors", here / "b.safetensors", budgets=[0.5])
+    >>> study.energy_ranks("fc.weight", 0.99), study.budgets[0].n_parameters
+    ((1, 1), 17)
+    """
+    shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
+    before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
+    names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
+    spectra: dict[str, ModeSpectra] = {}
+    frontiers: dict[str, list[Frontier]] = {}
+    for done, name in enumerate(names):
+        if progress:
+            progress("reading", done, len(names), name)
+        check_memory("ranks", before, after, name, max_memory)
+        delta = read_delta(before, after, name)
+        if delta is not None and np.any(delta):
+            spectra[name], frontiers[name] = _study(delta)
+    before.check_unchanged()
+    after.check_unchanged()
+    if not spectra:
+        raise InputError(f"ranks: no selected weight differs between {before.path} and {after.path}")
+    return RankStudy(spectra, frontiers, tuple(_budget_row(frontiers, share) for share in shares))
+
+
+def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+    if name not in tuned:
+        return False
+    a, b = base.info(name), tuned.info(name)
+    return a.shape == b.shape and len(a.shape) > 1 and math.prod(a.shape) > 0 and is_float(a) and is_float(b)
+
+
+def _study(delta: np.ndarray) -> tuple[ModeSpectra, list[Frontier]]:
+    """Return the spectra of a change's own modes, and the frontiers of all its arrangements."""
+    native = hosvd_spectrum(delta)
+    rest = (hosvd_spectrum(a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
+    # Only values are kept: cores and factors of all weights together are as large as the model.
+    spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
+    return spectra, [native.frontier(), *(spectrum.frontier() for spectrum in rest)]
+
+
+def _budget_row(frontiers: Mapping[str, list[Frontier]], share: float) -> BudgetRow:
+    allocation = allocate_ranks(frontiers, max_ratio=share)
+    stored = sum(any(choice.ranks) for choice in allocation.choices.values())
+    return BudgetRow(share, allocation.n_parameters, allocation.relative_error, allocation.lower_bound, stored)
