@@ -13,7 +13,12 @@ from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
+from flora_tensor.extraction import extract
+from flora_tensor.interop import from_tensorly, to_tensorly
+from flora_tensor.merging import diff_checkpoints, merge_checkpoint
+from flora_tensor.rank_study import study_ranks
 from flora_tensor.ranks import RankChoice, select_ranks
+from flora_tensor.report import ExtractionReport
 from flora_tensor.spectra import (
     Frontier,
     ModeSpectra,
@@ -38,6 +43,7 @@ __all__ = [
     "Allocation",
     "Arrangement",
     "Checkpoint",
+    "ExtractionReport",
     "FloraWarning",
     "Frontier",
     "InputError",
@@ -51,14 +57,18 @@ __all__ = [
     "__version__",
     "add",
     "allocate_ranks",
+    "diff_checkpoints",
     "error_table",
+    "extract",
     "feasible_ranks",
     "fold",
+    "from_tensorly",
     "hooi",
     "hosvd",
     "hosvd_spectrum",
     "inner",
     "load_adapter",
+    "merge_checkpoint",
     "mode_dot",
     "mode_spectra",
     "multi_mode_dot",
@@ -72,6 +82,8 @@ __all__ = [
     "scale",
     "select_ranks",
     "st_hosvd",
+    "study_ranks",
+    "to_tensorly",
     "tucker",
     "unfold",
 ]
