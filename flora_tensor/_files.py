@@ -5,6 +5,7 @@ rename it, flush the directory. Whatever happens between, the old output stays u
 """
 
 import contextlib
+import ctypes
 import errno
 import fnmatch
 import json
@@ -203,10 +204,27 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _swap_in(stage: Path, target: Path) -> None:
-    """Give the finished directory its name; a directory cannot replace a full one, so the old one steps aside first."""
+    """Give the finished directory its name, in one step where the system has one."""
     if not target.exists() or not any(target.iterdir()):
         stage.rename(target)
-        return
+    elif _exchange(stage, target):
+        shutil.rmtree(stage, ignore_errors=True)  # now the old one
+    else:
+        _swap_in_two_steps(stage, target)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two directories trade names atomically; ``False`` where the system cannot (it can on Linux)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # pragma: no cover - not Linux
+        return False
+    current_directory, exchange = -100, 2
+    return rename(current_directory, os.fsencode(a), current_directory, os.fsencode(b), exchange) == 0
+
+
+def _swap_in_two_steps(stage: Path, target: Path) -> None:
+    """Replace a directory that holds files: the old one steps aside, and comes back if the new one cannot enter."""
     aside = target.parent / f".{target.name}.old-{secrets.token_hex(6)}"
     target.rename(aside)
     try:

@@ -1,0 +1,62 @@
+"""Checkpoints for the tests, written by the public safetensors package and not by ours."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+from flora_tensor.cli import main
+
+
+def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> Path:
+    """Write arrays or torch tensors as safetensors."""
+    as_torch = {
+        n: (t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t))).contiguous()
+        for n, t in tensors.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(as_torch, path, metadata=metadata)
+    return path
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file, or all shards of a directory, with the public package."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+def save_sharded(directory: Path, shards: Mapping[str, Mapping[str, Any]], **index: Any) -> Path:
+    """Write a sharded checkpoint with its index; ``index`` replaces parts of it."""
+    for name, tensors in shards.items():
+        save(directory / name, tensors)
+    content = {"metadata": {}, "weight_map": {n: file for file, tensors in shards.items() for n in tensors}, **index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    return directory
+
+
+def raw(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """Put a safetensors file together by hand, valid or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: str, shape: list[Any], start: Any, stop: Any) -> dict[str, Any]:
+    """One tensor's entry in a header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def run(*args: Any) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
