@@ -33,6 +33,12 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
         raise TypeError(message) from error
 
 
+def is_torch(x: Array) -> bool:
+    """Tell whether ``x`` is a torch tensor, by a test that `torch.compile` can trace."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def is_complex(xp: Namespace, dtype: DType) -> bool:
     """Tell whether ``dtype`` is a complex floating type."""
     return not is_low_precision(dtype) and bool(xp.isdtype(dtype, "complex floating"))
@@ -180,18 +186,62 @@ def accumulation_dtype(xp: Namespace, x: Array) -> DType:
     return xp.float32
 
 
-def sum_of_squares(xp: Namespace, x: Array) -> Array:
-    """Return Σ |x|² as a scalar array, accumulated in float64 block by block where there is float64."""
+def host_view(x: Array) -> Any | None:
+    """Return ``x`` as a NumPy array that shares its memory, or ``None`` where there is no such memory.
+
+    There is none for arrays on a device, symbols under a trace, and types that NumPy lacks.
+    """
+    try:
+        if array_api_compat.is_numpy_array(x):
+            return None if is_low_precision(x.dtype) else x
+        if array_api_compat.is_torch_array(x):
+            return x.detach().resolve_conj().resolve_neg().numpy() if x.device.type == "cpu" else None
+        if array_api_compat.is_jax_array(x):
+            return np.asarray(x) if not is_differentiated(x) and "cpu" in str(x.device).lower() else None
+        return np.from_dlpack(x)
+    except (TypeError, RuntimeError, ValueError, AttributeError, BufferError):
+        return None
+
+
+def squared_norm(xp: Namespace, x: Array) -> float | None:
+    """Return Σ |x|² as a float, accumulated in float64 block by block, or ``None`` where x is only a symbol."""
+    constant = stop_gradient(x)
+    host = host_view(constant)
+    if host is not None and host.dtype.kind in "fc":
+        flat = host.reshape(-1) if host.flags.c_contiguous else np.ravel(host, order="K")
+        flat = flat.view(np.finfo(flat.dtype).dtype) if np.iscomplexobj(flat) else flat
+        buffer = np.empty(min(_BLOCK, flat.size))
+        total = 0.0
+        for start in range(0, flat.size, _BLOCK):
+            part = buffer[: min(_BLOCK, flat.size - start)]
+            part[...] = flat[start : start + _BLOCK]
+            total += float(part @ part)
+        return total
+    return concrete(_sum_of_squares(xp, constant))
+
+
+def float_squares(where: str, xp: Namespace, x: Array) -> float:
+    """Return Σ |x|² of an array that must not be a symbol."""
+    squares = squared_norm(xp, x)
+    if squares is None:
+        raise ValueError(
+            f"{where}: x is traced by jit or vmap, and the numbers in it decide here; pass ranks to st_hosvd"
+        )
+    return squares
+
+
+# Entries that are cast to float64 at a time: what the processor's cache holds.
+_BLOCK = 1 << 18
+
+
+def _sum_of_squares(xp: Namespace, x: Array) -> Array:
     dtype = accumulation_dtype(xp, x)
     flat = xp.reshape(x, (-1,))
     total = xp.zeros((), dtype=dtype, device=array_api_compat.device(x))
-    block = 1 << 20
-    for start in range(0, flat.shape[0], block):
-        part = flat[start : min(start + block, flat.shape[0])]
-        if is_complex(xp, x.dtype):
-            real, imag = xp.astype(xp.real(part), dtype), xp.astype(xp.imag(part), dtype)
-            total = total + xp.sum(real * real) + xp.sum(imag * imag)
-        else:
-            part = xp.astype(part, dtype, copy=False)
-            total = total + xp.sum(part * part)
+    for start in range(0, flat.shape[0], 64 * _BLOCK):
+        part = flat[start : min(start + 64 * _BLOCK, flat.shape[0])]
+        halves = (xp.real(part), xp.imag(part)) if is_complex(xp, x.dtype) else (part,)
+        for half in halves:
+            wide = xp.astype(half, dtype, copy=False)
+            total = total + xp.sum(wide * wide)
     return total

@@ -7,25 +7,36 @@ All of them scale the tensor by a power of two first (nothing overflows or vanis
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from flora_tensor._algorithms import (
+    ENOUGH,
+    MOST_SWEEPS,
+    Target,
+    Truncation,
+    all_orthogonal,
+    cheapest_order,
+    hooi_of,
+    hosvd_of,
+    randomized_of,
+    range_sizes,
+    st_hosvd_of,
+    tail,
+)
 from flora_tensor._arrays import (
     accumulation_dtype,
     array_namespace,
-    concrete,
     epsilon,
+    float_squares,
     is_complex,
     is_differentiated,
     largest_magnitude,
     result_dtype,
     stop_gradient,
-    sum_of_squares,
     times_power_of_two,
-    to_numpy,
 )
-from flora_tensor._bases import left_basis
 from flora_tensor._checks import (
     as_int,
     check_finite,
@@ -36,19 +47,14 @@ from flora_tensor._checks import (
     feasible_ranks,
 )
 from flora_tensor._typing import Array, DType, Namespace, Ranks
-from flora_tensor.algebra import contract, multi_mode_dot, unfold
+from flora_tensor.algebra import contract, multi_mode_dot
 from flora_tensor.ranks import fewest_parameters, smallest_error
 from flora_tensor.spectra import ModeSpectra, Spectrum, frobenius, prepare, spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
 
-Method = Literal["auto", "hosvd", "st_hosvd", "hooi"]
-
-# Sweeps stop once one of them takes less than this share off the squared error …
-_ENOUGH = 1e-4
-# … and after this many in any case: on flat spectra the gains shrink slowly and amount to nothing.
-_MOST_SWEEPS = 30
+Method = Literal["auto", "hosvd", "st_hosvd", "hooi", "randomized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +91,6 @@ class TuckerFit:
             f"TuckerFit({self.tucker!r}, relative_error={self.relative_error:.4g}, "
             f"error_bound={self.error_bound:.4g}, method={self.method!r})"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Truncation:
-    """What the algorithms hand to each other: factors, core and the singular values that were truncated."""
-
-    core: Array
-    factors: list[Array]
-    values: list[Array]
-    kind: str
 
 
 def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) -> TuckerTensor:
@@ -142,7 +138,7 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     """
     xp, scaled, k = prepare("hosvd", x)
     target = _target("hosvd", tuple(x.shape), ranks, rtol)
-    return _finished("hosvd", xp, x, _hosvd(xp, scaled, target), k)
+    return _finished("hosvd", xp, x, hosvd_of(xp, scaled, target), k)
 
 
 def st_hosvd(
@@ -196,8 +192,8 @@ def st_hosvd(
     xp, scaled, k = prepare("st_hosvd", x)
     target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
     shape = tuple(x.shape)
-    order = _cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
-    return _finished("st_hosvd", xp, x, _st_hosvd(xp, scaled, target, order), k)
+    order = cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
+    return _finished("st_hosvd", xp, x, st_hosvd_of(xp, scaled, target, order), k)
 
 
 def hooi(
@@ -205,8 +201,8 @@ def hooi(
     ranks: Ranks,
     *,
     init: Literal["st_hosvd", "hosvd"] | TuckerTensor = "st_hosvd",
-    max_sweeps: int = _MOST_SWEEPS,
-    tolerance: float = _ENOUGH,
+    max_sweeps: int = MOST_SWEEPS,
+    tolerance: float = ENOUGH,
 ) -> TuckerTensor:
     """Decompose a tensor by higher-order orthogonal iteration: the best factors found by alternating improvement.
 
@@ -257,8 +253,8 @@ def hooi(
     if most < 0:
         raise ValueError(f"hooi: max_sweeps is {most}; pass 0 or more")
     start = _start(xp, scaled, wanted, init)
-    result, _ = _hooi(xp, scaled, start, most, float(tolerance))
-    return _finished("hooi", xp, x, _all_orthogonal(xp, result), k)
+    result, _ = hooi_of(xp, scaled, start, most, float(tolerance))
+    return _finished("hooi", xp, x, all_orthogonal(xp, result), k)
 
 
 def tucker(
@@ -268,7 +264,7 @@ def tucker(
     rtol: float | None = None,
     max_parameters: int | None = None,
     method: Method = "auto",
-    rng: "int | np.random.Generator | None" = None,  # noqa: ARG001
+    rng: "int | np.random.Generator | None" = None,
 ) -> TuckerFit:
     """Decompose a tensor as well as its ranks, a tolerance or a parameter budget allow, and say how good the result is.
 
@@ -322,28 +318,27 @@ def tucker(
     >>> tucker(x, max_parameters=40).tucker.ranks
     (1, 2, 2)
     """
-    if method not in ("auto", "hosvd", "st_hosvd", "hooi"):
-        raise ValueError(f"tucker: method is {method!r}; pass 'auto', 'hosvd', 'st_hosvd' or 'hooi'")
+    if method not in get_args(Method):
+        raise ValueError(f"tucker: method is {method!r}; pass one of {', '.join(map(repr, get_args(Method)))}")
     xp, scaled, k = prepare("tucker", x)
     if largest_magnitude(xp, scaled) is None:
         raise ValueError(
             "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
         )
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
-    result, bounds, ran = _fit(xp, scaled, tuple(x.shape), target, method)
-    result = _all_orthogonal(xp, result)
+    fit = _fit(xp, scaled, tuple(x.shape), target, method, rng)
+    result = all_orthogonal(xp, fit.result)
     norm = frobenius(xp, scaled)
     decomposed = _finished("tucker", xp, x, result, k)
-    lower, upper = bounds
     return TuckerFit(
         tucker=decomposed,
         relative_error=_relative_error(xp, stop_gradient(scaled), decomposed, k, norm),
-        error_bound=upper / norm if norm else 0.0,
-        lower_bound=lower / norm if norm else 0.0,
+        error_bound=fit.upper / norm if norm else 0.0,
+        lower_bound=fit.lower / norm if norm else 0.0,
         spectra=ModeSpectra(
             tuple(times_power_of_two(v, k) for v in result.values), math.ldexp(norm, k), tuple(x.shape), result.kind
         ),
-        method=ran,
+        method=fit.ran,
     )
 
 
@@ -401,8 +396,7 @@ def round_tucker(
     upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
     xp, scaled, k = prepare("round_tucker", upright.core)
     target = _target("round_tucker", upright.ranks, ranks, rtol, max_parameters)
-    result, _, _ = _fit(xp, scaled, a.shape, target, "auto")
-    result = _all_orthogonal(xp, result)
+    result = all_orthogonal(xp, _fit(xp, scaled, a.shape, target, "auto", None).result)
     core, factors = times_power_of_two(result.core, k), list[Array | None](result.factors)
     for mode, (outer, inner) in enumerate(zip(upright.factors, result.factors)):
         if outer is not None:
@@ -412,164 +406,116 @@ def round_tucker(
     return TuckerTensor(core, tuple(factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What a caller asked for, checked: one of ranks, a tolerance and a number of parameters."""
-
-    ranks: tuple[int, ...] | None = None
-    rtol: float = 0.0
-    max_parameters: int | None = None
-
-
 def _target(
     where: str, shape: tuple[int, ...], ranks: Ranks | None, rtol: float | None, max_parameters: int | None = None
-) -> _Target:
+) -> Target:
     if sum(option is not None for option in (ranks, rtol, max_parameters)) > 1:
         exactly_one(where, ranks=ranks, rtol=rtol, max_parameters=max_parameters)
     if rtol is not None:
-        return _Target(rtol=check_tolerance(where, rtol))
+        return Target(rtol=check_tolerance(where, rtol))
     if max_parameters is not None:
-        return _Target(max_parameters=as_int(where, "max_parameters", max_parameters))
-    return _Target(feasible_ranks(shape, shape) if ranks is None else check_ranks(where, ranks, shape))
+        return Target(max_parameters=as_int(where, "max_parameters", max_parameters))
+    return Target(feasible_ranks(shape, shape) if ranks is None else check_ranks(where, ranks, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A result, its bounds on the error times ‖x‖, and what ran."""
+
+    result: Truncation
+    lower: float
+    upper: float
+    ran: str
 
 
 def _fit(
-    xp: Namespace, x: Array, shape: tuple[int, ...], target: _Target, method: Method
-) -> tuple[_Truncation, tuple[float, float], str]:
-    """Decompose a prepared tensor, parameters counted by ``shape``: the result, its bounds times ‖x‖, and what ran."""
+    xp: Namespace,
+    x: Array,
+    shape: tuple[int, ...],
+    target: Target,
+    method: Method,
+    rng: "int | np.random.Generator | None",
+) -> _Fit:
+    """Decompose a prepared tensor; parameters are counted by ``shape``."""
     if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
-        return _fit_directly(xp, x, target, method)
-    spectrum = spectrum_of(xp, stop_gradient(x), 0)
+        return _fit_directly(xp, x, target, method, rng)
+    spectrum = spectrum_of(xp, stop_gradient(x), 0, target.accuracy)
     if target.max_parameters is not None:
         chosen = smallest_error(spectrum, shape, target.max_parameters, "tucker")
     else:
         chosen = fewest_parameters(spectrum, shape, target.rtol**2) or spectrum.max_ranks
-    if method in ("hosvd", "st_hosvd"):
-        return _fit_directly(xp, x, _Target(chosen), method)
+    if method not in ("auto", "hooi"):
+        return _fit_directly(xp, x, Target(chosen), method, rng)
     result = _truncated(xp, x, spectrum, chosen)
-    bounds = (spectrum.lower_bound(chosen) * spectrum.norm, spectrum.upper_bound(chosen) * spectrum.norm)
+    lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
     if len(x.shape) <= 2 or chosen == spectrum.max_ranks:
-        return result, bounds, "hosvd"
-    result, sweeps = _hooi(xp, x, result, _MOST_SWEEPS, _ENOUGH)
+        return _Fit(result, lower, upper, "hosvd at the best ranks")
+    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH)
     if target.max_parameters is None:
         result = _trimmed(xp, result, shape, target.rtol, spectrum.norm)
-    return result, bounds, f"hosvd, then {sweeps} sweeps of hooi"
+    return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi")
 
 
 def _fit_directly(
-    xp: Namespace, x: Array, target: _Target, method: Method
-) -> tuple[_Truncation, tuple[float, float], str]:
+    xp: Namespace, x: Array, target: Target, method: Method, rng: "int | np.random.Generator | None"
+) -> _Fit:
     """Decompose to given ranks, or by the tolerance rule of the method itself."""
-    ndim = len(x.shape)
-    full = target.ranks == feasible_ranks(x.shape, x.shape)
-    if method == "hosvd" or (full and method == "auto"):
-        result = _hosvd(xp, x, target)
-        tails = [_tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
-        return result, (math.sqrt(max(tails)), math.sqrt(sum(tails))), "hosvd"
-    order = _cheapest_order(x.shape, target.ranks)
-    result = _st_hosvd(xp, x, target, order)
-    tails = [_tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
-    bounds = (math.sqrt(tails[order[0]]), math.sqrt(sum(tails)))
-    if method == "st_hosvd" or ndim <= 2:
-        return result, bounds, "st_hosvd"
-    result, sweeps = _hooi(xp, x, result, _MOST_SWEEPS, _ENOUGH)
-    return result, bounds, f"st_hosvd, then {sweeps} sweeps of hooi"
-
-
-def _hosvd(xp: Namespace, x: Array, target: _Target) -> _Truncation:
-    bases = [left_basis(unfold(x, mode)) for mode in range(len(x.shape))]
-    if target.ranks is not None:
-        ranks = target.ranks
+    if method == "auto":
+        method, why = _chosen(tuple(x.shape), target.ranks or (), is_differentiated(x))
+        quick = True
     else:
-        allowed = target.rtol**2 * float(sum_of_squares(xp, stop_gradient(x))) / len(x.shape)
-        ranks = tuple(_rank_within(b.values, allowed) for b in bases)
-    factors = [b.vectors[:, :r] for b, r in zip(bases, ranks)]
-    core = multi_mode_dot(x, factors, transpose=True)
-    result = _Truncation(core, factors, [b.values for b in bases], "exact")
-    return result if ranks == feasible_ranks(ranks, ranks) else _all_orthogonal(xp, result)
+        quick, why = False, "as asked"
+    if method == "hosvd":
+        result = hosvd_of(xp, x, target)
+        tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+        return _Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
+    if method == "randomized":
+        result, sweeps = randomized_of(xp, x, target.ranks or (), np.random.default_rng(0 if rng is None else rng))
+        lower, ran = 0.0, f"{sweeps} sweeps of a range finder"
+        upper = math.sqrt(max(float_squares("tucker", xp, x) - float_squares("tucker", xp, result.core), 0.0))
+    else:
+        order = cheapest_order(x.shape, target.ranks)
+        result = st_hosvd_of(xp, x, target, order, quick=quick)
+        tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+        lower, upper, ran = math.sqrt(tails[order[0]]), math.sqrt(sum(tails)), "st_hosvd"
+    if method == "st_hosvd" or len(x.shape) <= 2:
+        return _Fit(result, lower, upper, f"{ran}: {why}")
+    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH)
+    return _Fit(result, lower, upper, f"{ran}, then {sweeps} sweeps of hooi: {why}")
 
 
-def _st_hosvd(xp: Namespace, x: Array, target: _Target, order: Sequence[int]) -> _Truncation:
-    factors: list[Array] = [None] * len(order)
-    values: list[Array] = [None] * len(order)
-    left = target.rtol**2 * float(sum_of_squares(xp, stop_gradient(x)))
-    for step, mode in enumerate(order):
-        basis = left_basis(unfold(x, mode))
-        if target.ranks is not None:
-            rank = target.ranks[mode]
-        else:
-            rank = _rank_within(basis.values, left / (len(order) - step))
-            left -= _tail(basis.values, rank)
-        factors[mode], values[mode] = basis.vectors[:, :rank], basis.values
-        x = multi_mode_dot(x, [factors[mode]], modes=[mode], transpose=True)
-    result = _Truncation(x, factors, values, "sequential" if len(order) > 1 else "exact")
-    ranks = tuple(x.shape)
-    return result if ranks == feasible_ranks(ranks, ranks) else _all_orthogonal(xp, result)
+def _chosen(shape: tuple[int, ...], ranks: tuple[int, ...], differentiated: bool) -> tuple[Method, str]:
+    """Pick the method for given ranks: the rule of `tucker`, by counts of multiply-adds."""
+    if ranks == feasible_ranks(shape, shape):
+        return "hosvd", "nothing is cut"
+    size, sizes = math.prod(shape), range_sizes(shape, ranks)
+    large = [s for s, n in zip(sizes, shape) if s < n]
+    # Two sweeps of the range finder and about three of HOOI, two products with X each; beside them the sequential way
+    # forms one Gram matrix after the other (in float64) and takes its eigenvectors, about ten times n³.
+    sketched = 10 * size * max(large, default=0)
+    gram, left = 0.0, float(size)
+    for mode in cheapest_order(shape, ranks):
+        gram += left * shape[mode] + 10.0 * min(shape[mode], left / shape[mode]) ** 3
+        left *= ranks[mode] / shape[mode]
+    if len(large) >= 2 and sketched < gram and not differentiated:
+        return "randomized", "the ranks are small beside the sizes"
+    if len(shape) <= 2:
+        return "st_hosvd", "of a matrix it is the best"
+    return "hooi", "the ranks are not small beside the sizes"
 
 
-def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> _Truncation:
+def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> Truncation:
     """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
     if is_differentiated(x):
-        return _hosvd(xp, x, _Target(ranks))
+        return hosvd_of(xp, x, Target(ranks))
     core = spectrum.core[tuple(slice(r) for r in ranks)]
     factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
-    return _Truncation(core, factors, list(spectrum.values), "exact")
+    return Truncation(core, factors, list(spectrum.values), "exact")
 
 
-def _hooi(xp: Namespace, x: Array, start: _Truncation, most: int, enough: float) -> tuple[_Truncation, int]:
-    """Sweep until the squared error ‖X‖² − ‖G‖² stops falling; return the result and the number of sweeps."""
-    factors, core = list(start.factors), start.core
-    ranks = tuple(core.shape)
-    if len(ranks) < 2 or 0 in x.shape or ranks == tuple(x.shape):
-        return start, 0
-    squares = concrete(sum_of_squares(xp, x))
-    error = _error_left(xp, squares, core)
-    # The longest shrinking first, then in turn to either half: the first product of each half is the one that shrinks
-    # most.
-    modes = sorted(range(len(ranks)), key=lambda k: (-x.shape[k] / ranks[k], k))
-    for sweep in range(1, most + 1):
-        core = _sweep(xp, x, modes, factors)
-        before, error = error, _error_left(xp, squares, core)
-        if squares is not None and before - error <= max(enough * error, epsilon(xp, x.dtype) * squares):
-            return _Truncation(core, factors, start.values, start.kind), sweep
-    return _Truncation(core, factors, start.values, start.kind), most
-
-
-def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]) -> Array:
-    """Update the factors of ``modes`` in place and return the core after the last of them.
-
-    ``partial`` is X multiplied by the transposed factors of all other modes. Each half of the modes is updated from
-    ``partial`` times the factors of the other half, so products are shared along a binary tree: two products with X a
-    sweep, not N.
-    """
-    if len(modes) == 1:
-        (mode,) = modes
-        factors[mode] = left_basis(unfold(partial, mode)).vectors[:, : factors[mode].shape[1]]
-        return multi_mode_dot(partial, [factors[mode]], modes=modes, transpose=True)
-    first, second = modes[0::2], modes[1::2]
-    _sweep(xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors)
-    return _sweep(
-        xp, multi_mode_dot(partial, [factors[m] for m in first], modes=first, transpose=True), second, factors
-    )
-
-
-def _error_left(xp: Namespace, squares: float | None, core: Array) -> float:
-    return 0.0 if squares is None else squares - float(sum_of_squares(xp, stop_gradient(core)))
-
-
-def _all_orthogonal(xp: Namespace, result: _Truncation) -> _Truncation:
-    """Rotate the factors so that the core is all-orthogonal, and drop directions that the core does not use; exact."""
-    if 0 in result.core.shape:
-        return result
-    inner = [left_basis(unfold(result.core, mode)).vectors for mode in range(len(result.factors))]
-    core = multi_mode_dot(result.core, inner, transpose=True)
-    factors = [xp.matmul(u, v) for u, v in zip(result.factors, inner)]
-    return _Truncation(core, factors, result.values, result.kind)
-
-
-def _trimmed(xp: Namespace, result: _Truncation, shape: Sequence[int], rtol: float, norm: float) -> _Truncation:
+def _trimmed(xp: Namespace, result: Truncation, shape: Sequence[int], rtol: float, norm: float) -> Truncation:
     """Spend what HOOI gained: choose among the truncations of the improved core the smallest within the tolerance."""
-    kept = float(sum_of_squares(xp, stop_gradient(result.core)))
+    kept = float_squares("tucker", xp, result.core)
     allowed = rtol**2 * norm**2 - max(norm**2 - kept, 0.0)
     if allowed <= 0 or kept == 0:
         return result
@@ -579,36 +525,7 @@ def _trimmed(xp: Namespace, result: _Truncation, shape: Sequence[int], rtol: flo
         return result
     small = _truncated(xp, result.core, inner, ranks)
     factors = [xp.matmul(u, v) for u, v in zip(result.factors, small.factors)]
-    return _Truncation(small.core, factors, result.values, result.kind)
-
-
-def _rank_within(values: Array, allowed: float) -> int:
-    """Return the smallest rank ≥ 1 whose discarded squares stay within ``allowed``."""
-    squares = to_numpy(stop_gradient(values)).astype(np.float64) ** 2
-    tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
-    return max(1, int(np.argmax(tails <= allowed))) if squares.size else 0
-
-
-def _tail(values: Array, rank: int) -> float:
-    """Return Σ_{i≥rank} σ_i², summed from the smallest up."""
-    rest = to_numpy(stop_gradient(values)).astype(np.float64)[rank:]
-    return float(np.sum((rest**2)[::-1]))
-
-
-def _cheapest_order(shape: Sequence[int], ranks: tuple[int, ...] | None) -> list[int]:
-    """Order the modes of ST-HOSVD by arithmetic.
-
-    Mode k costs I_k · s on a tensor of s elements and leaves s · r_k/I_k. Comparing "a before b" with "b before a", a
-    goes first iff I_a / (1 − r_a/I_a) < I_b / (1 − r_b/I_b): sorting by that key is optimal. Without ranks the smallest
-    mode goes first.
-    """
-
-    def key(mode: int) -> tuple[float, int]:
-        size = shape[mode]
-        rank = ranks[mode] if ranks is not None else 0
-        return (size / (1 - rank / size) if rank < size else math.inf, mode)
-
-    return sorted(range(len(shape)), key=key)
+    return Truncation(small.core, factors, result.values, result.kind)
 
 
 def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:
@@ -618,7 +535,7 @@ def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:
     return order
 
 
-def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTensor) -> _Truncation:
+def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTensor) -> Truncation:
     if isinstance(init, TuckerTensor):
         if init.shape != tuple(x.shape) or init.ranks != ranks:
             raise ValueError(
@@ -629,15 +546,15 @@ def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTe
         factors = [xp.astype(u, x.dtype, copy=False) for u in orthogonalize(init).factors if u is not None]
         if len(factors) != len(ranks):
             raise ValueError("hooi: init leaves a mode whole (a factor is None); pass a factor for every mode")
-        return _Truncation(multi_mode_dot(x, factors, transpose=True), factors, [], "exact")
+        return Truncation(multi_mode_dot(x, factors, transpose=True), factors, [], "exact")
     if init == "hosvd":
-        return _hosvd(xp, x, _Target(ranks))
+        return hosvd_of(xp, x, Target(ranks))
     if init == "st_hosvd":
-        return _st_hosvd(xp, x, _Target(ranks), _cheapest_order(x.shape, ranks))
+        return st_hosvd_of(xp, x, Target(ranks), cheapest_order(x.shape, ranks))
     raise ValueError(f"hooi: init is {init!r}; pass 'st_hosvd', 'hosvd' or a TuckerTensor")
 
 
-def _finished(where: str, xp: Namespace, x: Array, result: _Truncation, k: int) -> TuckerTensor:
+def _finished(where: str, xp: Namespace, x: Array, result: Truncation, k: int) -> TuckerTensor:
     """Undo the scaling and return to the input's data type."""
     dtype = result_dtype(xp, x.dtype)
     core = xp.astype(times_power_of_two(result.core, k), dtype, copy=False)
@@ -660,7 +577,7 @@ def _relative_error(xp: Namespace, x: Array, fit: TuckerTensor, k: int, norm: fl
         return 0.0
     core = times_power_of_two(xp.astype(stop_gradient(fit.core), x.dtype, copy=False), -k)
     factors = [xp.astype(stop_gradient(u), x.dtype, copy=False) for u in fit.factors]
-    lost = norm**2 - float(sum_of_squares(xp, core))
+    lost = norm**2 - float_squares("tucker", xp, core)
     if fit.dtype == x.dtype and lost > 1e4 * epsilon(xp, x.dtype) * norm**2:
         return math.sqrt(lost) / norm
     return _residual_norm(xp, x, TuckerTensor(core, tuple(factors))) / norm
@@ -680,7 +597,7 @@ def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:
         factors = tuple(u[slab, :] if k == mode and u is not None else u for k, u in enumerate(fit.factors))
         part = x[(*(slice(None),) * mode, slab, ...)]
         rest = xp.astype(part, wide, copy=False) - reconstruct(TuckerTensor(fit.core, factors))
-        total += float(sum_of_squares(xp, rest))
+        total += float_squares("tucker", xp, rest)
     return math.sqrt(total)
 
 

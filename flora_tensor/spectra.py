@@ -19,15 +19,15 @@ import numpy.typing as npt
 
 from flora_tensor._arrays import (
     array_namespace,
+    float_squares,
     power_of_two,
     result_dtype,
     stop_gradient,
-    sum_of_squares,
     times_power_of_two,
     to_numpy,
     working_dtype,
 )
-from flora_tensor._bases import left_basis
+from flora_tensor._bases import Basis, mode_basis, orthonormal_columns, with_fixed_signs
 from flora_tensor._checks import as_int, check_tensor
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -294,7 +294,7 @@ def mode_spectra(x: Array) -> ModeSpectra:
     [[3.0, 2.0], [3.0, 2.0]]
     """
     xp, scaled, k = prepare("mode_spectra", x)
-    values = tuple(times_power_of_two(left_basis(unfold(scaled, mode)).values, k) for mode in range(len(x.shape)))
+    values = tuple(times_power_of_two(mode_basis(xp, scaled, mode).values, k) for mode in range(len(x.shape)))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
     norm = math.ldexp(frobenius(xp, scaled), k)
@@ -335,10 +335,13 @@ def hosvd_spectrum(x: Array) -> Spectrum:
     return spectrum_of(xp, scaled, k)
 
 
-def spectrum_of(xp: Namespace, scaled: Array, k: int) -> Spectrum:
+def spectrum_of(xp: Namespace, scaled: Array, k: int, accuracy: float = 0.0) -> Spectrum:
     """Compute the `Spectrum` of ``scaled · 2**k``; ``scaled`` is finite, in a working type, of moderate size."""
-    bases = [left_basis(unfold(scaled, mode)) for mode in range(len(scaled.shape))]
-    core = multi_mode_dot(scaled, [b.vectors for b in bases], transpose=True)
+    if len(scaled.shape) == 2:
+        bases, core = _matrix_bases(xp, scaled, accuracy)
+    else:
+        bases = [mode_basis(xp, scaled, mode, accuracy) for mode in range(len(scaled.shape))]
+        core = multi_mode_dot(scaled, [b.vectors for b in bases], transpose=True)
     return Spectrum(
         values=tuple(times_power_of_two(b.values, k) for b in bases),
         core=times_power_of_two(core, k),
@@ -346,6 +349,20 @@ def spectrum_of(xp: Namespace, scaled: Array, k: int) -> Spectrum:
         norm=math.ldexp(frobenius(xp, scaled), k),
         shape=tuple(scaled.shape),
     )
+
+
+def _matrix_bases(xp: Namespace, x: Array, accuracy: float) -> tuple[list[Basis], Array]:
+    """Compute both bases of a matrix from its shorter side.
+
+    Projected onto the left vectors its rows are orthogonal and in decreasing order, so QR gives the right ones: no
+    second SVD.
+    """
+    short, long = (0, 1) if x.shape[0] <= x.shape[1] else (1, 0)
+    first = mode_basis(xp, x, short, accuracy)
+    projected = multi_mode_dot(x, [first.vectors], modes=[short], transpose=True)
+    second = Basis(with_fixed_signs(xp, orthonormal_columns(xp, unfold(projected, long))), first.values)
+    core = multi_mode_dot(projected, [second.vectors], modes=[long], transpose=True)
+    return ([first, second] if short == 0 else [second, first]), core
 
 
 def prepare(where: str, x: Array) -> tuple[Namespace, Array, int]:
@@ -360,7 +377,7 @@ def prepare(where: str, x: Array) -> tuple[Namespace, Array, int]:
 
 def frobenius(xp: Namespace, x: Array) -> float:
     """Return ‖x‖ as a float, accumulated in float64."""
-    return math.sqrt(float(sum_of_squares(xp, stop_gradient(x))))
+    return math.sqrt(float_squares("norm", xp, x))
 
 
 @dataclass(frozen=True, eq=False)

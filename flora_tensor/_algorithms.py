@@ -1,0 +1,258 @@
+"""The algorithms behind the public decompositions: HOSVD, ST-HOSVD, HOOI, the randomized range finder.
+
+They take tensors that `spectra.prepare` has checked and scaled, and hand each other a `Truncation`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import numpy.typing as npt
+
+from flora_tensor._arrays import epsilon, float_squares, is_complex, squared_norm, stop_gradient, to_numpy
+from flora_tensor._bases import GRAM_FLOOR, Basis, leading_basis, mode_basis
+from flora_tensor._checks import feasible_ranks
+from flora_tensor._typing import Array, Namespace
+from flora_tensor.algebra import multi_mode_dot
+
+# HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
+ENOUGH = 2e-4
+# … and after this many in any case.
+MOST_SWEEPS = 50
+
+# Directions that the range finder keeps beyond the rank, at least; a quarter of the rank where that is more.
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """Factors (orthonormal), core, and what is known of the singular values that were cut.
+
+    ``values`` are those of the unfoldings that the factors were taken from: ``kind`` "exact" for the tensor itself,
+    "sequential" for the tensors of ST-HOSVD, "leading" for the largest ones only, as a range finder estimates them from
+    below.
+    """
+
+    core: Array
+    factors: list[Array]
+    values: list[Array]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a caller asked for, checked: one of ranks, a tolerance and a number of parameters."""
+
+    ranks: tuple[int, ...] | None = None
+    rtol: float = 0.0
+    max_parameters: int | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the largest singular value down to which they must be right to meet a tolerance."""
+        return 0.0 if self.ranks is not None else self.rtol / 100
+
+
+def hosvd_of(xp: Namespace, x: Array, target: Target) -> Truncation:
+    """Truncate every unfolding of ``x`` itself."""
+    bases = [mode_basis(xp, x, mode, target.accuracy) for mode in range(len(x.shape))]
+    if target.ranks is not None:
+        ranks = target.ranks
+    else:
+        allowed = target.rtol**2 * float_squares("hosvd", xp, x) / len(x.shape)
+        ranks = tuple(rank_within(b.values, allowed) for b in bases)
+    factors = [b.vectors[:, :r] for b, r in zip(bases, ranks)]
+    core = multi_mode_dot(x, factors, transpose=True)
+    result = Truncation(core, factors, [b.values for b in bases], "exact")
+    return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
+
+
+def st_hosvd_of(xp: Namespace, x: Array, target: Target, order: Sequence[int], *, quick: bool = False) -> Truncation:
+    """Truncate one unfolding after the other, each of the tensor that the ones before left.
+
+    ``quick`` takes the cheap kernel for float64 too where the ranks do not reach singular values that it cannot
+    resolve.
+    """
+    factors: list[Array] = [None] * len(order)
+    values: list[Array] = [None] * len(order)
+    left = target.rtol**2 * float_squares("st_hosvd", xp, x) if target.ranks is None else 0.0
+    for step, mode in enumerate(order):
+        if quick and target.ranks is not None:
+            vectors, values[mode] = _quick_basis(xp, x, mode, target.ranks[mode])
+        else:
+            vectors, values[mode] = mode_basis(xp, x, mode, target.accuracy)
+        if target.ranks is not None:
+            rank = target.ranks[mode]
+        else:
+            rank = rank_within(values[mode], left / (len(order) - step))
+            left -= tail(values[mode], rank)
+        factors[mode] = vectors[:, :rank]
+        x = multi_mode_dot(x, [factors[mode]], modes=[mode], transpose=True)
+    result = Truncation(x, factors, values, "sequential" if len(order) > 1 else "exact")
+    ranks = tuple(x.shape)
+    return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
+
+
+def _quick_basis(xp: Namespace, x: Array, mode: int, rank: int) -> Basis:
+    basis = mode_basis(xp, x, mode, accuracy=1.0)
+    squares = _host_squares(basis.values)
+    if 0 < rank <= squares.size and squares[rank - 1] < (100 * GRAM_FLOOR) ** 2 * squares[0]:
+        return mode_basis(xp, x, mode)
+    return basis
+
+
+def hooi_of(xp: Namespace, x: Array, start: Truncation, most: int, enough: float) -> tuple[Truncation, int]:
+    """Sweep until the squared error ‖X‖² − ‖G‖² stops falling; return the result and the number of sweeps.
+
+    Gains of successive sweeps fall by a nearly constant ratio ρ, so what is still to come is about gain · ρ/(1 − ρ).
+    """
+    factors, core = list(start.factors), start.core
+    ranks = tuple(core.shape)
+    if len(ranks) < 2 or 0 in x.shape or ranks == tuple(x.shape):
+        return start, 0
+    squares = squared_norm(xp, x)
+    if squares is None:  # only a symbol under a trace: nothing to decide by
+        most, squares = min(most, 5), math.inf
+    error = squares - float_squares("hooi", xp, core) if math.isfinite(squares) else math.inf
+    modes = by_shrinkage(x.shape, ranks)
+    last_gain = math.inf
+    for sweep in range(1, most + 1):
+        core = _sweep(xp, x, modes, factors, _exact_leaf)
+        if not math.isfinite(squares):
+            continue
+        before, error = error, max(squares - float_squares("hooi", xp, core), 0.0)
+        gain = before - error
+        ratio = min(gain / last_gain, 0.99) if gain > 0 else 0.0
+        to_come = gain if last_gain == math.inf else gain * ratio / (1 - ratio)
+        if to_come <= max(enough * error, epsilon(xp, x.dtype) * squares):
+            return replace(start, core=core, factors=factors), sweep
+        last_gain = gain
+    return replace(start, core=core, factors=factors), most
+
+
+def randomized_of(
+    xp: Namespace, x: Array, ranks: tuple[int, ...], generator: np.random.Generator
+) -> tuple[Truncation, int]:
+    """Find bases a little wider than the ranks by sweeps from a random start, and decompose the small core they leave.
+
+    A sweep of HOOI from random factors is a structured sketch followed by a power iteration: two products with X give
+    for each mode the range of an unfolding sketched along the other modes. Returns the result and the number of sweeps.
+    """
+    sizes = range_sizes(x.shape, ranks)
+    large = [k for k in by_shrinkage(x.shape, sizes) if sizes[k] < x.shape[k]]
+    factors: list[Array] = [None] * len(ranks)
+    for mode in large:
+        factors[mode] = _gaussian(xp, x, (x.shape[mode], sizes[mode]), generator)
+    leaf = _leading_leaf(sizes)
+    squares, captured, last_gain, sweep = float_squares("randomized", xp, x), 0.0, math.inf, 0
+    is_matrix = len(ranks) == 2
+    while True:
+        core = _sweep(xp, x, large, factors, leaf)
+        sweep += 1
+        inner = st_hosvd_of(xp, core, Target(ranks), cheapest_order(core.shape, ranks), quick=True)
+        before, captured = captured, float_squares("hooi", xp, inner.core)
+        gain = captured - before
+        ratio = min(max(gain, 0.0) / last_gain, 0.99)
+        enough = max(ENOUGH * (squares - captured), epsilon(xp, x.dtype) * squares)
+        # A matrix is finished when the captured squares stand still; a tensor goes on with HOOI after two sweeps.
+        if sweep >= 2 and (not is_matrix or gain * ratio / (1 - ratio) <= enough or sweep == MOST_SWEEPS):
+            break
+        last_gain = gain
+    if not is_matrix:
+        inner, _ = hooi_of(xp, core, inner, MOST_SWEEPS, ENOUGH)
+    outer = [inner.factors[k] if u is None else xp.matmul(u, inner.factors[k]) for k, u in enumerate(factors)]
+    return Truncation(inner.core, outer, inner.values, "leading"), sweep
+
+
+def range_sizes(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return how many directions the range finder keeps of each mode; all of a mode that is not much larger."""
+    wished = [r + max(_OVERSAMPLING, r // 4) for r in ranks]
+    return feasible_ranks([s if 2 * s <= n else n for s, n in zip(wished, shape)], shape)
+
+
+def _gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
+    real = generator.standard_normal(shape)
+    drawn = real + 1j * generator.standard_normal(shape) if is_complex(xp, x.dtype) else real
+    return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)
+
+
+_Leaf = Callable[[Namespace, Array, int, Array], Array]
+
+
+def _exact_leaf(xp: Namespace, partial: Array, mode: int, old: Array) -> Array:
+    return mode_basis(xp, partial, mode).vectors[:, : old.shape[1]]
+
+
+def _leading_leaf(sizes: Sequence[int]) -> _Leaf:
+    return lambda xp, partial, mode, _: leading_basis(xp, partial, mode, sizes[mode])
+
+
+def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array], leaf: _Leaf) -> Array:
+    """Update the factors of ``modes`` in place and return the core after the last of them.
+
+    ``partial`` is X multiplied by the transposed factors of all other modes. Each half of the modes is updated from
+    ``partial`` times the factors of the other half, so products are shared along a binary tree: two products with X a
+    sweep, not N.
+    """
+    if len(modes) == 1:
+        (mode,) = modes
+        factors[mode] = leaf(xp, partial, mode, factors[mode])
+        return multi_mode_dot(partial, [factors[mode]], modes=modes, transpose=True)
+    first, second = modes[0::2], modes[1::2]
+    _sweep(
+        xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors, leaf
+    )
+    rest = multi_mode_dot(partial, [factors[m] for m in first], modes=first, transpose=True)
+    return _sweep(xp, rest, second, factors, leaf)
+
+
+def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
+    """Rotate the factors so that the core is all-orthogonal, and drop directions that the core cannot use; exact."""
+    if 0 in result.core.shape:
+        return result
+    inner = [mode_basis(xp, result.core, mode).vectors for mode in range(len(result.factors))]
+    core = multi_mode_dot(result.core, inner, transpose=True)
+    return replace(result, core=core, factors=[xp.matmul(u, v) for u, v in zip(result.factors, inner)])
+
+
+def by_shrinkage(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """Order modes by how much they shrink, most first.
+
+    Taken in turn, either half of a sweep's tree begins with a product that shrinks the tensor much.
+    """
+    return sorted(range(len(shape)), key=lambda k: (-shape[k] / max(ranks[k], 1), k))
+
+
+def cheapest_order(shape: Sequence[int], ranks: Sequence[int] | None) -> list[int]:
+    """Order the modes of ST-HOSVD by arithmetic.
+
+    Mode k costs I_k · s on a tensor of s elements and leaves s · r_k/I_k. Comparing "a before b" with "b before a", a
+    goes first iff I_a / (1 − r_a/I_a) < I_b / (1 − r_b/I_b): sorting by that key is optimal. Without ranks the smallest
+    mode goes first.
+    """
+
+    def key(mode: int) -> tuple[float, int]:
+        size = shape[mode]
+        rank = ranks[mode] if ranks is not None else 0
+        return (size / (1 - rank / size) if rank < size else math.inf, mode)
+
+    return sorted(range(len(shape)), key=key)
+
+
+def rank_within(values: Array, allowed: float) -> int:
+    """Return the smallest rank ≥ 1 whose discarded squares stay within ``allowed``."""
+    squares = _host_squares(values)
+    tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+    return max(1, int(np.argmax(tails <= allowed))) if squares.size else 0
+
+
+def tail(values: Array, rank: int) -> float:
+    """Return Σ_{i≥rank} σ_i², summed from the smallest up."""
+    return float(np.sum(_host_squares(values)[rank:][::-1]))
+
+
+def _host_squares(values: Array) -> npt.NDArray[Any]:
+    return to_numpy(stop_gradient(values)).astype(np.float64) ** 2
