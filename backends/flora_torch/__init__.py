@@ -11,16 +11,40 @@ from flora_torch.layers import (
     FloraLinear,
     FloraParameter,
 )
+from flora_torch.model import (
+    AttachReport,
+    LayerReport,
+    activate,
+    adapter_parameters,
+    attach,
+    attach_adapter,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from flora_torch.update import TuckerUpdate, register_with_torch
 
 __all__ = [
+    "AttachReport",
     "FloraConv",
     "FloraConvTranspose",
     "FloraEmbedding",
     "FloraLayer",
     "FloraLinear",
     "FloraParameter",
+    "LayerReport",
     "TuckerUpdate",
+    "activate",
+    "adapter_parameters",
+    "attach",
+    "attach_adapter",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "save_adapter",
 ]
 
 register_with_torch()

@@ -43,12 +43,14 @@ __all__ = [
     "FloraLayer",
     "FloraLinear",
     "FloraParameter",
+    "adaptable",
     "freeze",
     "thaw",
     "wrapper_for",
 ]
 
-_FROZEN = "_flora_frozen"
+# Under this name a module notes which of its own parameters were frozen.
+FROZEN = "_flora_frozen"
 _PATHS = ("auto", "factored", "dense")
 
 
@@ -102,6 +104,8 @@ class FloraLayer(nn.Module):
         self.active_adapters: list[str] = []
         self.enabled = True
         self.path: Path = path
+        # A model in evaluation stays in evaluation: a new module would be in training, and would drop its input.
+        self.training = base_layer.training
         freeze(base_layer)
 
     def __getattr__(self, name: str) -> Any:
@@ -177,7 +181,7 @@ class FloraLayer(nn.Module):
         >>> layer.add_adapter("style", 2).ranks
         (2, 2)
         """
-        weight = self._adaptable(parameter)
+        weight = adaptable(type(self).__name__, self.base_layer, parameter)
         arranged = Arrangement(arrangement) if isinstance(arrangement, str) else arrangement
         arranged = arranged or Arrangement.native(weight.dim())
         shape = arranged.shape(tuple(weight.shape))
@@ -208,7 +212,7 @@ class FloraLayer(nn.Module):
         >>> layer = FloraLinear(nn.Linear(4, 3))
         >>> layer.check_update("default", FloraLinear(nn.Linear(4, 3), ranks=1).tucker_update["default"])
         """
-        where, weight = type(self).__name__, self._adaptable(parameter)
+        where, weight = type(self).__name__, adaptable(type(self).__name__, self.base_layer, parameter)
         if not adapter_name or "." in adapter_name or "lora_" in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise ValueError(f"{where}: an adapter cannot be named {adapter_name!r}; choose another name")
         if parameter in self.updates(adapter_name):
@@ -356,30 +360,6 @@ class FloraLayer(nn.Module):
             )
         return result
 
-    def _adaptable(self, parameter: str) -> Tensor:
-        """Return a parameter of the base layer that a Tucker update can change, or say why there is none."""
-        where, base = type(self).__name__, type(self.base_layer).__name__
-        own = dict(self.base_layer.named_parameters(recurse=False))
-        weight = own.get(parameter)
-        if weight is None:
-            known = ", ".join(own) or "none"
-            raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}")
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{where}: {parameter!r} of {base} has no shape yet; run the model once, then adapt it")
-        if weight.is_meta:
-            raise ValueError(
-                f"{where}: {parameter!r} of {base} is on the meta device and has no values; load the model first"
-            )
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"{where}: {parameter!r} of {base} is of type {weight.dtype}; real floating types are needed"
-            )
-        if weight.dim() < 2:
-            raise ValueError(
-                f"{where}: {parameter!r} of {base} has shape {tuple(weight.shape)}; an update needs two axes or more"
-            )
-        return weight
-
     def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
         raise NotImplementedError
 
@@ -431,6 +411,12 @@ class _WeightLayer(FloraLayer):
     def weight(self) -> Tensor:
         """The effective weight W + Σ s·ΔW, for code that reads it instead of calling the layer."""
         return self.effective("weight")
+
+    @override
+    def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
+        if parameter != "weight":
+            raise ValueError(f"{type(self).__name__}: adapts 'weight' and not {parameter!r}; use FloraParameter for it")
+        super().check_update(adapter_name, update, parameter=parameter)
 
     @override
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
@@ -893,6 +879,40 @@ class FloraParameter(FloraLayer):
         return functional_call(self.base_layer, effective, args, kwargs)
 
 
+def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
+    """Return a parameter of a module that a Tucker update can change.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, or it has no values, is no real float, or has fewer than two axes.
+
+    Examples
+    --------
+    >>> adaptable("here", nn.Linear(3, 2), "weight").shape
+    torch.Size([2, 3])
+    """
+    base = type(module).__name__
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get(parameter)
+    if weight is None:
+        known = ", ".join(own) or "none"
+        raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{where}: {parameter!r} of {base} has no shape yet; run the model once, then adapt it")
+    if weight.is_meta:
+        raise ValueError(
+            f"{where}: {parameter!r} of {base} is on the meta device and has no values; load the model first"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"{where}: {parameter!r} of {base} is of type {weight.dtype}; real floating types are needed")
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{where}: {parameter!r} of {base} has shape {tuple(weight.shape)}; an update needs two axes or more"
+        )
+    return weight
+
+
 def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer]:
     """Return the kind of layer that adapts a parameter of a module best: the one that knows its product, if any.
 
@@ -936,7 +956,7 @@ def freeze(module: nn.Module) -> None:
     for owner in _outside_updates(module):
         live = [name for name, p in owner.named_parameters(recurse=False) if p.requires_grad]
         if live:
-            owner.__dict__[_FROZEN] = (*owner.__dict__.get(_FROZEN, ()), *live)
+            owner.__dict__[FROZEN] = (*owner.__dict__.get(FROZEN, ()), *live)
             for name in live:
                 owner.get_parameter(name).requires_grad_(False)
 
@@ -954,7 +974,7 @@ def thaw(module: nn.Module) -> None:
     """
     for owner in _outside_updates(module):
         own = dict(owner.named_parameters(recurse=False))
-        for name in owner.__dict__.pop(_FROZEN, ()):
+        for name in owner.__dict__.pop(FROZEN, ()):
             if name in own:
                 own[name].requires_grad_(True)
 
@@ -977,9 +997,6 @@ def _with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Modu
     # A shallow copy shares the dictionaries themselves.
     for table in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[table] = dict(module.__dict__[table])
-    frozen = tuple(name for name in module.__dict__.get(_FROZEN, ()))
-    if frozen:
-        clone.__dict__[_FROZEN] = frozen
     for name, value in values.items():
         setattr(clone, name, nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad))
     return clone
