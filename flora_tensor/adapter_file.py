@@ -256,7 +256,7 @@ def split_key(key: str) -> tuple[str, str | None] | None:
         return ".".join(words), None
     at = words.index(MARK)
     module, parameter, part = words[:at], ["weight", *words[at + 1 : -1]], words[-1]
-    if len(parameter) > 2 or part == MARK or (part != "core" and factor_number(part) is None):
+    if len(parameter) > 2 or words.count(MARK) > 1 or (part != "core" and factor_number(part) is None):
         return None
     if len(parameter) == 2 and parameter[1] in ("weight", ""):
         return None  # `weight` is never spelled out
