@@ -210,6 +210,14 @@ class Sample:
         return frobenius(self.values)
 
     @property
+    def bound(self) -> float:
+        """The norm, but at least what as many of the smallest normal numbers have: subnormal entries round coarsely."""
+        if self.dtype in INTEGRAL:
+            return self.norm
+        real = {"complex64": "float32", "complex128": "float64"}.get(self.dtype, self.dtype)
+        return max(self.norm, math.sqrt(math.prod(self.shape)) * float(ml_dtypes.finfo(real).smallest_normal))
+
+    @property
     def _repeated(self) -> tuple[slice, ...]:
         """The part that an expanded layout stores: one entry of the first mode."""
         return (slice(0, 1), *(slice(None) for _ in self.shape[1:]))

@@ -31,6 +31,7 @@ FLOORS = {
     # torch above this line, never below
     "flora_tensor.cli": 5,
     "flora_tensor.extraction": 4,
+    "flora_tensor.merging": 4,
     "flora_tensor.report": 4,
     "flora_tensor.plots": 4,
     "flora_tensor.checkpoint": 3,

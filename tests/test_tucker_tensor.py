@@ -337,7 +337,7 @@ def test_norm_of_a_difference_that_cancels(xp, sample):
 
 
 @pytest.mark.parametrize("exponent", [-30, 30])
-@pytest.mark.parametrize("place", ["core", "factor", "opposed"])
+@pytest.mark.parametrize("place", ["core", "factor", "opposed", "brink"])
 def test_norm_neither_overflows_nor_underflows(xp, exponent, place):
     # The magnitude in the core, in a factor, or in a factor against its opposite in two others: partial products
     # would leave float32's range although the result does not.
@@ -350,6 +350,12 @@ def test_norm_neither_overflows_nor_underflows(xp, exponent, place):
         core, expected = core * big, expected * 10.0**exponent
     elif place == "factor":
         factors[1], expected = factors[1] * big, expected * 10.0**exponent
+    elif place == "brink":
+        # The core's largest entry is within a factor of three of the type's limit, and the other factors enlarge it.
+        brink = np.float32(1e38) / np.abs(core).max()
+        core, factors[1], expected = core * brink, factors[1] / big, expected * float(brink) / 10.0**exponent
+        if exponent < 0:
+            factors[1], expected = factors[1] * big * big, expected * 10.0 ** (2 * exponent)
     else:
         core, factors[0] = core * big, factors[0] * big
         factors[1], factors[2] = factors[1] / big, factors[2] / big
