@@ -16,8 +16,9 @@ from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_
 from flora_tensor.extraction import extract
 from flora_tensor.interop import from_tensorly, to_tensorly
 from flora_tensor.merging import diff_checkpoints, merge_checkpoint
+from flora_tensor.noise import rounding_noise
 from flora_tensor.rank_study import study_ranks
-from flora_tensor.ranks import RankChoice, select_ranks
+from flora_tensor.ranks import EffectiveRanks, RankChoice, effective_ranks, select_ranks
 from flora_tensor.report import ExtractionReport
 from flora_tensor.spectra import (
     Frontier,
@@ -43,6 +44,7 @@ __all__ = [
     "Allocation",
     "Arrangement",
     "Checkpoint",
+    "EffectiveRanks",
     "ExtractionReport",
     "FloraWarning",
     "Frontier",
@@ -58,6 +60,7 @@ __all__ = [
     "add",
     "allocate_ranks",
     "diff_checkpoints",
+    "effective_ranks",
     "error_table",
     "extract",
     "feasible_ranks",
@@ -78,6 +81,7 @@ __all__ = [
     "permute_modes",
     "reconstruct",
     "round_tucker",
+    "rounding_noise",
     "save_adapter",
     "scale",
     "select_ranks",

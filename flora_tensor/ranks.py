@@ -1,4 +1,4 @@
-"""Rank rules: by tolerance, by energy, by budget; each exact over all rank tuples.
+"""Rank rules: by tolerance, by energy, by budget, each exact over all rank tuples; and by noise.
 
 Given the core of the full HOSVD the error of every rank tuple is known exactly (`spectra.error_table`), so the cheapest
 tuple within a tolerance, and the best within a budget, are found by looking at all of them. Errors fall as any rank
@@ -8,23 +8,28 @@ grows: for fixed other ranks only one rank of the longest mode needs a look.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
+from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, feasible_ranks
 from flora_tensor._typing import Array
+from flora_tensor.noise import bic, evbmf, gavish_donoho, projected_edge
 from flora_tensor.spectra import (
     ErrorTable,
     FloatArray,
     IntArray,
     Spectrum,
     hosvd_spectrum,
+    mode_spectra,
     n_parameters_of,
 )
 
-__all__ = ["RankChoice", "select_ranks"]
+__all__ = ["EffectiveRanks", "RankChoice", "effective_ranks", "select_ranks"]
+
+NoiseRule = Literal["noise", "evbmf", "bic", "gavish-donoho"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,25 @@ class RankChoice:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class EffectiveRanks:
+    """Three descriptions of how fast singular values fall, one number per mode; made by `effective_ranks`.
+
+    Attributes
+    ----------
+    entropy : tuple of float
+        exp of the entropy of σ / Σσ.
+    stable : tuple of float
+        ‖X‖² / σ_1².
+    participation : tuple of float
+        (Σσ²)² / Σσ⁴.
+    """
+
+    entropy: tuple[float, ...]
+    stable: tuple[float, ...]
+    participation: tuple[float, ...]
+
+
 def select_ranks(
     x: Array | Spectrum,
     *,
@@ -62,9 +86,15 @@ def select_ranks(
     energy: float | None = None,
     max_parameters: int | None = None,
     max_ratio: float | None = None,
+    method: NoiseRule | None = None,
+    noise_floor: float | None = None,
     max_ranks: Sequence[int] | None = None,
 ) -> RankChoice:
-    """Choose the ranks of a Tucker decomposition by exactly one criterion, optimally over all rank tuples.
+    """Choose the ranks of a Tucker decomposition by exactly one criterion.
+
+    Tolerances and budgets are met optimally: the exact error of every rank tuple is compared. Noise rules tell signal
+    from noise and are a diagnosis rather than a promise; on fine-tuning deltas without a clean bulk of noise they
+    disagree, and the notes say so.
 
     Parameters
     ----------
@@ -78,19 +108,30 @@ def select_ranks(
         The smallest error with ∏ r_n + Σ I_n r_n ≤ max_parameters.
     max_ratio : float, optional
         The same budget as a share of the dense tensor's ∏ I_n entries, in (0, 1].
+    method : {"noise", "evbmf", "bic", "gavish-donoho"}, optional
+        A noise rule. ``"noise"``: the directions above the edge of the noise, each mode seen through the signal
+        subspaces of the others. ``"evbmf"``: empirical variational Bayes on each unfolding. ``"bic"``: the Bayesian
+        information criterion over all rank tuples. ``"gavish-donoho"``: the optimal hard threshold on each unfolding,
+        one noise level for all.
+    noise_floor : float, optional
+        A known standard deviation of noise in the entries, such as `rounding_noise` gives. It replaces the estimate of
+        ``"noise"`` and ``"gavish-donoho"``; beside any other criterion it caps the ranks, as more rank would only store
+        noise.
     max_ranks : sequence of int, optional
         Bounds on the ranks, beside the criterion.
 
     Returns
     -------
     RankChoice
-        Feasible ranks, every one at least 1, their number of parameters, exact error and lower bound.
+        Feasible ranks, their number of parameters, exact error and lower bound. All ranks are zero where a noise rule,
+        or the noise floor, finds no signal; otherwise each is at least 1.
 
     Raises
     ------
     ValueError
         If a number is out of its range, no rank tuple satisfies the criterion (the budget is below the smallest Tucker
-        tensor of this shape, or ``max_ranks`` forbid the tolerance), or ``x`` holds NaN or infinity.
+        tensor of this shape, or ``max_ranks`` forbid the tolerance), ``method`` is unknown, or ``x`` holds NaN or
+        infinity.
     TypeError
         Unless exactly one criterion is given.
 
@@ -98,7 +139,9 @@ def select_ranks(
     ----------
     The error of each tuple: De Lathauwer, De Moor and Vandewalle, SIMAX 21 (2000), property 10, evaluated without
     cancellation as in `error_table`. Ghadiri, Fahrbach, Fu and Mirrokni, *Approximately optimal core shapes for Tucker
-    decompositions*, ICML 2023, treat the problem given the singular values only.
+    decompositions*, ICML 2023, treat the problem given the singular values only. Noise rules: Johnstone, Annals of
+    Statistics 29 (2001) for the edge; Han, Chen and Zhang, arXiv 2011.07131 (2020), for the iterated projection;
+    Nakajima et al., JMLR 14 (2013); Schwarz, Annals of Statistics 6 (1978); Gavish and Donoho, IEEE TIT 60 (2014).
 
     Examples
     --------
@@ -108,17 +151,33 @@ def select_ranks(
     (1, 1, 1)
     >>> select_ranks(x, max_parameters=20).n_parameters
     13
+    >>> noise = np.random.default_rng(0).standard_normal((20, 20, 20))
+    >>> select_ranks(noise, method="noise").ranks
+    (0, 0, 0)
     """
-    criterion = exactly_one(
-        "select_ranks", rtol=rtol, energy=energy, max_parameters=max_parameters, max_ratio=max_ratio
-    )
     where = "select_ranks"
+    criterion = exactly_one(
+        where, rtol=rtol, energy=energy, max_parameters=max_parameters, max_ratio=max_ratio, method=method
+    )
+    floor = None if noise_floor is None else _checked_floor(where, noise_floor)
     spectrum = x if isinstance(x, Spectrum) else hosvd_spectrum(x)
     caps = _caps(where, max_ranks, spectrum.max_ranks)
+    if method is not None:
+        return _by_noise_rule(where, spectrum, method, floor, caps)
+    notes: tuple[str, ...] = ()
+    if floor is not None:
+        edge, _ = projected_edge(spectrum, floor)
+        if not any(edge):
+            return choice_of(spectrum, edge, criterion, ("nothing stands above the noise floor",))
+        capped = tuple(min(a, b) for a, b in zip(caps, edge))
+        notes = () if capped == caps else (f"ranks are capped at {capped} by the noise floor",)
+        caps = feasible_ranks(capped, spectrum.shape)
     if criterion in ("rtol", "energy"):
         tolerance = check_tolerance(where, rtol) if energy is None else _tolerance_of(where, energy)
         ranks = fewest_parameters(spectrum, spectrum.shape, tolerance**2, caps)
-        if ranks is None:
+        if ranks is None and floor is not None:
+            ranks, notes = caps, (*notes, f"the noise floor stands above the tolerance of {tolerance:g}")
+        elif ranks is None:
             raise ValueError(
                 f"{where}: no ranks up to max_ranks={caps} reach a relative error of {tolerance:g}; raise max_ranks"
             )
@@ -129,7 +188,82 @@ def select_ranks(
         else:
             budget = as_int(where, "max_parameters", max_parameters)
         ranks = smallest_error(spectrum, spectrum.shape, budget, where, caps)
-    return choice_of(spectrum, ranks, criterion)
+    return choice_of(spectrum, ranks, criterion, notes)
+
+
+def effective_ranks(x: Array | Spectrum) -> EffectiveRanks:
+    """Describe how fast each unfolding's singular values fall, by numbers that are no ranks to decompose with.
+
+    Parameters
+    ----------
+    x : array of shape (I_0, …, I_{N-1}), or Spectrum
+        The tensor, or its `hosvd_spectrum`.
+
+    Returns
+    -------
+    EffectiveRanks
+        One number per mode in each field, from 1 to the number of singular values; 0 for a zero tensor.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has no axes, or holds NaN or infinity.
+
+    References
+    ----------
+    Roy and Vetterli, *The effective rank*, EUSIPCO 2007 (entropy); Rudelson and Vershynin, *Sampling from large
+    matrices*, JACM 54 (2007) (stable rank); the participation ratio is the inverse Herfindahl index of the σ².
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> effective_ranks(np.eye(3)).stable
+    (3.0, 3.0)
+    """
+    values = x.values if isinstance(x, Spectrum) else mode_spectra(x).values
+    rows: list[tuple[float, float, float]] = []
+    for v in values:
+        s = to_numpy(v).astype(np.float64)
+        if not s.any():
+            rows.append((0.0, 0.0, 0.0))
+            continue
+        s = s / s[0]
+        p, squares = s[s > 0] / s.sum(), s * s
+        entropy = math.exp(-float(np.sum(p * np.log(p))))
+        rows.append((entropy, float(squares.sum()), float(squares.sum() ** 2 / np.sum(squares * squares))))
+    return EffectiveRanks(*(tuple(column) for column in zip(*rows)))
+
+
+def _by_noise_rule(
+    where: str, spectrum: Spectrum, method: str, floor: float | None, caps: tuple[int, ...]
+) -> RankChoice:
+    if method not in get_args(NoiseRule):
+        raise ValueError(f"{where}: method is {method!r}; pass one of {', '.join(map(repr, get_args(NoiseRule)))}")
+    rules: dict[str, Callable[[], tuple[int, ...]]] = {
+        "noise": lambda: projected_edge(spectrum, floor)[0],
+        "evbmf": lambda: evbmf(spectrum),
+        "bic": lambda: bic(spectrum),
+        "gavish-donoho": lambda: gavish_donoho(spectrum, floor),
+    }
+    ranks = rules[method]()
+    other = "noise" if method == "bic" else "bic"
+    second = rules[other]()
+    notes: list[str] = []
+    if second != ranks:
+        notes.append(
+            f"{method!r} gives {ranks} and {other!r} gives {second}: "
+            "the noise is not white, or the signal has no clear end"
+        )
+    capped = feasible_ranks([min(a, b) for a, b in zip(ranks, caps)], spectrum.shape)
+    if capped != ranks:
+        notes.append(f"ranks are capped at {capped} by max_ranks")
+    return choice_of(spectrum, capped, method, tuple(notes))
+
+
+def _checked_floor(where: str, value: float) -> float:
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{where}: noise_floor is {value}; pass a finite standard deviation of at least 0")
+    return float(value)
 
 
 def choice_of(spectrum: Spectrum, ranks: tuple[int, ...], method: str, notes: tuple[str, ...] = ()) -> RankChoice:

@@ -142,12 +142,12 @@ class Spectrum:
         """The core's squared magnitudes, in float64 and in units of 2**(2·exponent)."""
         core = to_numpy(self.core)
         magnitudes = np.abs(core).astype(np.float64) if np.iscomplexobj(core) else core.astype(np.float64)
-        magnitudes = np.ldexp(magnitudes, -self._exponent)
+        magnitudes = np.ldexp(magnitudes, -self.exponent)
         return magnitudes * magnitudes
 
     @cached_property
-    def _exponent(self) -> int:
-        """A power of two that brings squares into range, whatever the magnitude of the data."""
+    def exponent(self) -> int:
+        """The power of two near ‖X‖; squares are kept in units of 4**exponent, whatever the magnitude of the data."""
         return math.frexp(self.norm)[1] if self.norm > 0 else 0
 
     @cached_property
@@ -228,30 +228,53 @@ class Spectrum:
         """
         return self._bound(ranks, sum)
 
-    def frontier(self) -> Frontier:
+    def frontier(self, *, max_ranks: Sequence[int] | None = None) -> Frontier:
         """List the rank tuples that no other beats in both parameters and error.
+
+        Parameters
+        ----------
+        max_ranks : sequence of int, optional
+            Bounds on the ranks, one a mode; 0 in every mode leaves only "nothing kept".
 
         Returns
         -------
         Frontier
-            From nothing kept (0 parameters) to the exact tensor. All tuples are compared where there are at most 2²⁰;
-            beyond that a geometric grid of ranks is, whose errors are exact.
+            From nothing kept (0 parameters) to the exact tensor, or to ``max_ranks``. All tuples are compared where
+            there are at most 2²⁰; beyond that a geometric grid of ranks is, whose errors are exact.
+
+        Raises
+        ------
+        ValueError
+            If ``max_ranks`` does not name one bound a mode.
+
+        References
+        ----------
+        The errors are those of `error_table`; the frontier is their lower envelope.
         """
-        if self.norm == 0.0 or 0 in self.shape:
+        if max_ranks is not None and len(max_ranks) != len(self.shape):
+            raise ValueError(f"Spectrum.frontier: {len(max_ranks)} bounds for {len(self.shape)} modes; pass one a mode")
+        entries = math.prod(self.shape)
+        if self.norm == 0.0 or entries == 0:
             none = np.zeros((1, len(self.shape)), dtype=np.int64)
-            return Frontier(none[:, 0], np.zeros(1), none, 0.0, math.prod(self.shape))
+            return Frontier(none[:, 0], np.zeros(1), none, 0.0, entries)
+        ranks, errors = self.feasible_errors()
+        if max_ranks is not None:
+            allowed = (ranks <= np.asarray(max_ranks)).all(axis=1)
+            ranks, errors = ranks[allowed], errors[allowed]
+        parameters = np.where(ranks.any(axis=1), n_parameters_of(list(ranks.T), self.shape), 0)
+        return _frontier_of(ranks, parameters, errors, unit=2.0 ** (2 * self.exponent), n_entries=entries)
+
+    def feasible_errors(self) -> tuple[IntArray, FloatArray]:
+        """List the rank tuples that `frontier` compares and their squared errors, in units of 4**exponent."""
         if len(self.shape) <= 2:
-            candidates = _equal_ranks(self, self.squared_tails[0])
-        else:
-            candidates = _feasible_tuples(
-                ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER)), self.shape
-            )
-        return _frontier_of(*candidates, unit=2.0 ** (2 * self._exponent), n_entries=math.prod(self.shape))
+            one = np.arange(self.max_ranks[0] + 1)  # the core is diagonal, so only equal ranks can be best
+            return np.stack([one] * len(self.shape), axis=1), self.squared_tails[0]
+        return _feasible_tuples(ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER)))
 
     @cached_property
     def squared_tails(self) -> tuple[FloatArray, ...]:
         """For each mode the vector Σ_{i≥r} σ_i², r = 0, …, m_k, in units of a power of four near ‖X‖²."""
-        return tuple(_suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self._exponent)) for v in self.values)
+        return tuple(_suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
 
     def _bound(self, ranks: Sequence[int], combine: Any) -> float:
         total = float(self._squares.sum())
@@ -532,15 +555,8 @@ def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit
     return Frontier(parameters, errors * unit, ranks, float(errors[0] * unit), n_entries)
 
 
-def _equal_ranks(spectrum: Spectrum, tail: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
-    """List the rank pairs of a matrix: its core is diagonal, so only equal ranks can be best."""
-    ranks = [np.arange(spectrum.max_ranks[0] + 1)] * len(spectrum.shape)
-    parameters = np.where(ranks[0] > 0, n_parameters_of(ranks, spectrum.shape), 0)
-    return np.stack(ranks, axis=1), parameters, tail
-
-
-def _feasible_tuples(table: ErrorTable, shape: Sequence[int]) -> tuple[IntArray, IntArray, FloatArray]:
-    """List the grid's rank tuples that a decomposition can have, and (0, …, 0): ranks, parameters and errors."""
+def _feasible_tuples(table: ErrorTable) -> tuple[IntArray, FloatArray]:
+    """List the grid's rank tuples that a decomposition can have, and (0, …, 0), with their errors."""
     grids = np.meshgrid(*table.grid, indexing="ij", sparse=True)
     feasible = np.ones(table.errors.shape, dtype=bool)
     for k, g in enumerate(grids):
@@ -549,4 +565,4 @@ def _feasible_tuples(table: ErrorTable, shape: Sequence[int]) -> tuple[IntArray,
     feasible[(0,) * feasible.ndim] = True
     where = np.nonzero(feasible)
     ranks = np.stack([g[i] for g, i in zip(table.grid, where)], axis=1)
-    return ranks, n_parameters_of(list(ranks.T), shape), table.errors[where]
+    return ranks, table.errors[where]

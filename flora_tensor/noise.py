@@ -1,0 +1,272 @@
+"""Rank rules for a signal in noise, and the noise that storing a weight in few bits leaves.
+
+A tensor X = S + τZ, S of low multilinear rank and Z with independent standard normal entries, has unfoldings whose
+noise singular values stay below a known edge. What stands above it is signal. The rules here estimate τ too, unless it
+is known.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import feasible_ranks
+from flora_tensor._typing import Array
+from flora_tensor.spectra import FloatArray, Spectrum
+
+__all__ = ["rounding_noise"]
+
+# Margin of the edge in units of the Tracy–Widom fluctuation. Measured on pure noise: no false alarm in 300 trials at 3,
+# up to two at 2.5.
+_EDGE_MARGIN = 3.0
+
+_MOST_ROUNDS = 50
+
+# Bits of the significand, hidden one included, and the exponent of the smallest normal number.
+_FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
+
+
+def rounding_noise(stored: Array, dtype: str) -> float:
+    """Return the standard deviation of the rounding error that storing a tensor in ``dtype`` leaves in each entry.
+
+    A tuned weight that was rounded to its storage type carries this noise into the difference from its base: singular
+    values below the edge of such noise are rounding errors, and more rank only stores those.
+
+    Parameters
+    ----------
+    stored : array
+        The tuned weight as it was read, in any type that holds its values exactly.
+    dtype : str
+        The type that it was stored in: "float64", "float32", "float16" or "bfloat16".
+
+    Returns
+    -------
+    float
+        √(mean ulp(|w|)² / 12), in the units of the weight; 0 for an empty tensor. An over-estimate where most of the
+        update was lost, that is, where the update is smaller than half a unit in the last place.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is none of the four.
+
+    References
+    ----------
+    Widrow and Kollár, *Quantization Noise* (2008), chapter 12: the error of rounding is uniform over one unit in the
+    last place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bool(np.isclose(rounding_noise(np.ones(10), "bfloat16"), 2.0**-7 / 12**0.5))
+    True
+    """
+    if dtype not in _FORMATS:
+        raise ValueError(f"rounding_noise: dtype is {dtype!r}; pass one of {', '.join(map(repr, _FORMATS))}")
+    bits, lowest = _FORMATS[dtype]
+    flat = np.ravel(to_numpy(stored))
+    total = 0.0
+    for start in range(0, flat.size, 1 << 20):
+        _, exponents = np.frexp(flat[start : start + (1 << 20)])  # |w| in [2**(e-1), 2**e)
+        units = np.maximum(exponents - 1, lowest) - (bits - 1)
+        total += float(np.sum(np.exp2(2.0 * units)))
+    return math.sqrt(total / flat.size / 12) if flat.size else 0.0
+
+
+def edge_squared(rows: int, columns: int) -> float:
+    """Return the squared singular value that standard normal noise of this shape stays below.
+
+    μ² + c μ (1/√m + 1/√n)^{1/3} with μ = √m + √n: the mean of the largest eigenvalue of a Wishart matrix and its
+    Tracy–Widom scale (Johnstone, *On the distribution of the largest eigenvalue in principal components analysis*,
+    Annals of Statistics 29, 2001).
+    """
+    if rows == 0 or columns == 0:
+        return 0.0
+    mu = math.sqrt(rows) + math.sqrt(columns)
+    return mu * mu + _EDGE_MARGIN * mu * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)) ** (1 / 3)
+
+
+def degrees_of_freedom(ranks: Sequence[int], shape: Sequence[int]) -> int:
+    """Return ∏ r + Σ (I_k r_k − r_k²), the dimension of the set of tensors of these multilinear ranks."""
+    return math.prod(ranks) + sum(n * r - r * r for n, r in zip(shape, ranks))
+
+
+def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[tuple[int, ...], float]:
+    """Count the directions above the noise edge, mode by mode, each seen through the signal subspaces of the others.
+
+    Projecting the other modes on what is known of the signal shrinks the unfolding from ∏ I_j to ∏ r_j columns: the
+    noise falls, the signal stays. Ranks and the noise level are updated in turn until they stand still. The idea is the
+    iterative projection of Han, Chen and Zhang, *Rank determination in tensor factor model* (2020), arXiv 2011.07131.
+
+    Returns the ranks (all zero: no signal) and the standard deviation of the noise, in the units of ``spectrum``.
+    """
+    core, shape = _host_core(spectrum), spectrum.shape
+    entries, squares = math.prod(shape), float(np.sum(np.abs(core) ** 2))
+    unit = math.ldexp(1.0, spectrum.exponent)
+    known = None if deviation is None else (deviation / unit) ** 2
+    if squares == 0.0 or entries == 0:
+        return (0,) * len(shape), 0.0 if deviation is None else deviation
+    variance = squares / entries if known is None else known
+    ranks = _start(spectrum, entries, squares, variance, known)
+    if not any(ranks):
+        return ranks, unit * math.sqrt(squares / entries if known is None else known)
+    # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
+    bases = [np.eye(m)[:, : max(r, 2)] for m, r in zip(core.shape, ranks)]
+    for _ in range(_MOST_ROUNDS):
+        before = ranks
+        variance = _variance_left(core, bases, shape, squares) if known is None else known
+        ranks = tuple(_update(core, bases, mode, shape, variance) for mode in range(len(shape)))
+        if ranks == before:
+            break
+    variance = _variance_left(core, bases, shape, squares) if known is None else known
+    return _feasible_or_nothing(ranks, shape), unit * math.sqrt(max(variance, 0.0))
+
+
+def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
+    """Choose each mode's rank by empirical variational Bayes on its unfolding, the noise estimated per mode.
+
+    Nakajima, Sugiyama, Babacan and Tomioka, *Global analytic solution of fully-observed variational Bayesian matrix
+    factorization*, JMLR 14 (2013), theorem 9 and corollary 3 (the noise variance minimizes the free energy).
+    """
+    entries = math.prod(spectrum.shape)
+    found: list[int] = []
+    for values, size in zip(spectrum.values, spectrum.shape):
+        rows, columns = sorted((size, entries // size if size else 0))
+        squares = np.ldexp(to_numpy(values).astype(np.float64), -spectrum.exponent) ** 2
+        found.append(_evbmf_rank(squares, rows, columns))
+    return _feasible_or_nothing(found, spectrum.shape)
+
+
+def bic(spectrum: Spectrum) -> tuple[int, ...]:
+    """Minimize M log(E(r)/M) + d(r) log M over all rank tuples, E from the exact error table.
+
+    Schwarz, *Estimating the dimension of a model*, Annals of Statistics 6 (1978). Models of more than half the entries
+    are left out: there the fit of the noise itself is rewarded.
+    """
+    shape, entries = spectrum.shape, math.prod(spectrum.shape)
+    if entries == 0 or spectrum.norm == 0.0:
+        return (0,) * len(shape)
+    ranks, errors = spectrum.feasible_errors()
+    free = math.prod(ranks.T) + sum(n * r - r * r for n, r in zip(shape, ranks.T))
+    with np.errstate(divide="ignore"):
+        score = entries * np.log(np.maximum(errors, 0.0) / entries) + free * math.log(entries)
+    score = np.where(2 * free <= entries, score, np.inf)
+    return tuple(int(r) for r in ranks[int(np.argmin(score))])
+
+
+def gavish_donoho(spectrum: Spectrum, deviation: float | None = None) -> tuple[int, ...]:
+    """Keep what lowers each unfolding's mean squared error: σ > λ*(β) √n τ, one noise level for all modes.
+
+    Gavish and Donoho, *The optimal hard threshold for singular values is 4/√3*, IEEE TIT 60 (2014), equation 11. With
+    the median rule for the noise, a mode of three singular values would take its own signal for noise.
+    """
+    tau = projected_edge(spectrum)[1] if deviation is None else deviation
+    entries = math.prod(spectrum.shape)
+    found: list[int] = []
+    for values, size in zip(spectrum.values, spectrum.shape):
+        rows, columns = sorted((size, entries // size if size else 0))
+        beta = rows / columns if columns else 1.0
+        ratio = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))
+        found.append(int(np.count_nonzero(to_numpy(values) > ratio * math.sqrt(columns) * tau)))
+    return _feasible_or_nothing(found, spectrum.shape)
+
+
+def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:
+    """Return the core in double precision and in units of 2**exponent."""
+    core = to_numpy(spectrum.core)
+    core = core.astype(np.complex128 if np.iscomplexobj(core) else np.float64)
+    half = spectrum.exponent // 2
+    return core * 2.0**-half * 2.0 ** -(spectrum.exponent - half)
+
+
+def _start(spectrum: Spectrum, entries: int, squares: float, variance: float, known: float | None) -> tuple[int, ...]:
+    """Count singular values of the plain unfoldings above the edge; the noise level falls as signal is found."""
+    shape, ranks = spectrum.shape, (0,) * len(spectrum.shape)
+    values = [np.ldexp(to_numpy(v).astype(np.float64), -spectrum.exponent) ** 2 for v in spectrum.values]
+    for _ in range(_MOST_ROUNDS):
+        edges = [variance * edge_squared(n, entries // n) for n in shape]
+        found = tuple(int(np.count_nonzero(v > e)) for v, e in zip(values, edges))
+        if found == ranks:
+            break
+        ranks = found
+        if known is None:
+            kept = tuple(max(r, 1) for r in ranks)
+            left = max(entries - degrees_of_freedom(kept, shape), 1)
+            variance = min(variance, spectrum.error(kept) ** 2 * squares / left)
+    return ranks
+
+
+def _update(
+    core: npt.NDArray[Any], bases: list[npt.NDArray[Any]], mode: int, shape: Sequence[int], variance: float
+) -> int:
+    """Renew one mode's basis from the projection on the others; return how many of its directions are signal."""
+    projected = core
+    for other, basis in enumerate(bases):
+        if other != mode:
+            projected = np.moveaxis(np.tensordot(basis.conj().T, projected, axes=(1, other)), 0, other)
+    unfolded = np.moveaxis(projected, mode, 0).reshape(core.shape[mode], -1)
+    vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
+    rank = int(np.count_nonzero(values**2 > variance * edge_squared(shape[mode], unfolded.shape[1])))
+    bases[mode] = vectors[:, : max(rank, 1)]
+    return rank
+
+
+def _variance_left(
+    core: npt.NDArray[Any], bases: list[npt.NDArray[Any]], shape: Sequence[int], squares: float
+) -> float:
+    """Estimate τ² from what the present model leaves over, per degree of freedom that it leaves."""
+    kept = core
+    for mode, basis in enumerate(bases):
+        kept = np.moveaxis(np.tensordot(basis.conj().T, kept, axes=(1, mode)), 0, mode)
+    ranks = [b.shape[1] for b in bases]
+    free = max(math.prod(shape) - degrees_of_freedom(ranks, shape), 1)
+    return max(squares - float(np.sum(np.abs(kept) ** 2)), 0.0) / free
+
+
+def _feasible_or_nothing(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Keep nothing where some mode has no signal; else lower the ranks to what a decomposition can have."""
+    return feasible_ranks(ranks, shape) if all(ranks) else (0,) * len(shape)
+
+
+def _evbmf_rank(squares: FloatArray, rows: int, columns: int) -> int:
+    if rows == 0 or not squares.any():
+        return 0
+    squares = np.concatenate([squares, np.zeros(rows - squares.size)])
+    alpha = rows / columns
+    shrunk = 2.5129 * math.sqrt(alpha)
+    threshold = (1 + shrunk) * (1 + alpha / shrunk)
+    most = min(math.ceil(rows / (1 + alpha)) - 1, rows - 1)
+    high = float(squares.sum()) / (rows * columns)
+    rest = squares[most:]
+    low = max(float(rest[0]) / (columns * threshold), float(rest.mean()) / columns, 1e-15 * high)
+    variance = _minimize_on_log_scale(
+        lambda v: _free_energy(squares, columns, v, alpha, threshold), low, max(high, low)
+    )
+    return int(np.count_nonzero(squares > columns * variance * threshold))
+
+
+def _free_energy(squares: FloatArray, columns: int, variance: float, alpha: float, threshold: float) -> float:
+    """Evaluate the free energy of EVBMF, up to constants, at a noise variance."""
+    x = np.maximum(squares / (columns * variance), 1e-300)
+    energy = float(np.sum(x - np.log(x)))
+    above = x[x > threshold]
+    t = 0.5 * (above - (1 + alpha) + np.sqrt((above - (1 + alpha)) ** 2 - 4 * alpha))
+    return energy + float(np.sum(np.log(t + 1) + alpha * np.log(t / alpha + 1) - t))
+
+
+def _minimize_on_log_scale(function: Any, low: float, high: float) -> float:
+    """Minimize over a fine logarithmic grid, then by golden sections between the neighbors of the best point."""
+    grid = np.geomspace(low, high, 200) if high > low else np.array([low])
+    best = int(np.argmin([function(float(v)) for v in grid]))
+    a, b = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])
+    section = (math.sqrt(5) - 1) / 2
+    while b - a > 1e-9:
+        left, right = b - section * (b - a), a + section * (b - a)
+        if function(math.exp(left)) <= function(math.exp(right)):
+            b = right
+        else:
+            a = left
+    return math.exp((a + b) / 2)
