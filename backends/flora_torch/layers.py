@@ -396,7 +396,7 @@ class _WeightLayer(FloraLayer):
             raise TypeError(f"{type(self).__name__}: the base is a {type(base_layer).__name__}; pass one of {known}")
         super().__init__(base_layer, path=path)
         # A class that overrides `forward` may do anything with its weight: such a base only ever runs as a whole.
-        self._is_plain = _has_known_forward(base_layer, self._known)
+        self._is_plain = self.knows_forward_of(base_layer)
         if ranks is not None:
             self.add_adapter(adapter_name, ranks, **options)
         elif options:
@@ -407,6 +407,11 @@ class _WeightLayer(FloraLayer):
         """Tell whether this kind of layer can have ``module`` as its base."""
         return isinstance(module, cls._known)
 
+    @classmethod
+    def knows_forward_of(cls, module: nn.Module) -> bool:
+        """Tell whether the module's class runs the forward that the factored path stands for."""
+        return _has_known_forward(module, cls._known)
+
     @property
     def weight(self) -> Tensor:
         """The effective weight W + Σ s·ΔW, for code that reads it instead of calling the layer."""
@@ -416,6 +421,11 @@ class _WeightLayer(FloraLayer):
     def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
         if parameter != "weight":
             raise ValueError(f"{type(self).__name__}: adapts 'weight' and not {parameter!r}; use FloraParameter for it")
+        if update.dropout and not self._is_plain:
+            raise ValueError(
+                f"{type(self).__name__}: dropout on an update's input needs a base whose product is known, and "
+                f"{type(self.base_layer).__name__} has a forward of its own; pass dropout=0"
+            )
         super().check_update(adapter_name, update, parameter=parameter)
 
     @override
@@ -760,10 +770,7 @@ class FloraEmbedding(_WeightLayer):
 
     @override
     def _change(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._is_plain:
-            weight = self.base_layer.weight
-            result = functional_call(self.base_layer, {"weight": update.delta().to(weight.dtype)}, (input,))  # type: ignore[arg-type]
-        elif self._has_factored(update) and self.path != "dense":
+        if self._has_factored(update) and self.path != "dense":
             padding: Any = self.base_layer.padding_idx
             result = self._sum(update, lambda g, u: tucker_embedding(input, g, u, padding_idx=padding))
         else:
@@ -939,6 +946,18 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
             if kind.accepts(module):
                 return kind
     return FloraParameter
+
+
+def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
+    """Tell whether an update of this parameter can have dropout: it needs an input, and a product that is known.
+
+    Examples
+    --------
+    >>> drops_input(nn.Linear(2, 2)), drops_input(nn.Bilinear(2, 2, 2))
+    (True, False)
+    """
+    kind = wrapper_for(module, parameter)
+    return issubclass(kind, _WeightLayer) and kind.knows_forward_of(module)
 
 
 def freeze(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from flora_tensor import Arrangement, TuckerTensor
 from flora_tensor.adapter_file import Adapter
 from flora_torch.functional import Path
 from flora_torch.initialize import Ranks, default_dtype, preset_scale, resolve_ranks, start_update
-from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, adaptable, freeze, thaw, wrapper_for
+from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, adaptable, drops_input, freeze, thaw, wrapper_for
 from flora_torch.selection import Pattern, PerName, Place, Site, near, places, select, sites
 from flora_torch.update import TuckerUpdate
 
@@ -541,7 +541,7 @@ def _plan_of(
     if _hint(adapter, "start_pattern", name, False):
         tucker, start = TuckerUpdate.split(tucker)
     rate = _hint(adapter, "dropout_pattern", name, 0.0) if dropout is None else dropout
-    if any(wrapper_for(h.module, h.parameter) is FloraParameter for h in site.holders):
+    if not all(drops_input(h.module, h.parameter) for h in site.holders):
         rate = 0.0
     arrangement, scale = adapter.arrangements[name], adapter.scales[name]
     update = TuckerUpdate(tucker, tuple(weight.shape), arrangement=arrangement, scale=scale, dropout=rate, start=start)

@@ -25,7 +25,8 @@ class TuckerUpdate(nn.Module):
     Parameters
     ----------
     tucker : TuckerTensor of torch tensors
-        T, of the arranged weight's shape. The tensors become parameters without a copy.
+        T, of the arranged weight's shape. The tensors become parameters, copied only where they are not
+        contiguous (which no file format stores).
     shape : sequence of int, optional
         The weight's shape; by default the Tucker tensor's.
     arrangement : Arrangement, optional
@@ -84,16 +85,16 @@ class TuckerUpdate(nn.Module):
         self._arrange(arrangement or Arrangement.native(len(self.shape)))
         self.scale, self.dropout = _check_scale(scale), _check_dropout(dropout)
         _check_fit(tucker, self.arrangement, self.shape)
-        self.core = nn.Parameter(tucker.core)
+        self.core = nn.Parameter(tucker.core.contiguous())
         for mode, factor in enumerate(tucker.factors):
-            self.register_parameter(f"factor_{mode}", None if factor is None else nn.Parameter(factor))
+            self.register_parameter(f"factor_{mode}", None if factor is None else nn.Parameter(factor.contiguous()))
         if start is not None and (start.shape, start.ranks) != (tucker.shape, tucker.ranks):
             raise ValueError(
                 f"TuckerUpdate: start is {start!r} beside {tucker!r}; pass one of the same shape and ranks"
             )
-        self.register_buffer("start_core", None if start is None else start.core)
+        self.register_buffer("start_core", None if start is None else start.core.contiguous())
         for mode, factor in enumerate((None,) * tucker.ndim if start is None else start.factors):
-            self.register_buffer(f"start_factor_{mode}", factor)
+            self.register_buffer(f"start_factor_{mode}", None if factor is None else factor.contiguous())
 
     def _arrange(self, arrangement: Arrangement) -> None:
         # The forward pass asks for these two, and reading a pattern takes longer than a small product.
