@@ -49,6 +49,9 @@ class Checkpoint:
         What was opened.
     files : tuple
         The files that hold the tensors, in the order of the index.
+    aliases : mapping of str to str
+        Names that stand for a stored tensor: tied weights, as safetensors' ``save_model`` records them. They are read
+        like stored ones; `names` does not list them.
 
     Notes
     -----
@@ -62,6 +65,7 @@ class Checkpoint:
 
     path: Path
     files: "tuple[_File, ...]"
+    aliases: Mapping[str, str]
     _home: "Mapping[str, _File]" = field(repr=False)
 
     @classmethod
@@ -73,14 +77,20 @@ class Checkpoint:
                 if name in home:
                     raise InputError(f"{path}: tensor {name!r} is in {home[name].path.name} and in {file.path.name}")
                 home[name] = file
-        return cls(path, tuple(files), home)
+        aliases = {
+            alias: name
+            for file in files
+            for alias, name in file.metadata.items()
+            if name in file.tensors and alias not in home
+        }
+        return cls(path, tuple(files), aliases, home)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors that are stored, in file order."""
         return tuple(self._home)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._home
+        return name in self._home or name in self.aliases
 
     def __len__(self) -> int:
         return len(self._home)
@@ -91,22 +101,13 @@ class Checkpoint:
         return sum(info.n_bytes for file in self.files for info in file.tensors.values())
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """Names that stand for a stored tensor: tied weights, as safetensors' ``save_model`` records them."""
-        return {
-            alias: name
-            for file in self.files
-            for alias, name in file.metadata.items()
-            if name in file.tensors and alias not in self._home
-        }
-
-    @property
     def metadata(self) -> dict[str, str]:
         """The text metadata of the first file, which for shards is the same in all."""
         return dict(self.files[0].metadata) if self.files else {}
 
     def info(self, name: str) -> TensorInfo:
-        """Return a tensor's type and shape; a KeyError where it is not stored."""
+        """Return a tensor's type and shape, under the name it is stored by; a KeyError where there is none."""
+        name = self.aliases.get(name, name)
         return self._file(name).tensors[name]
 
     def read(self, name: str) -> np.ndarray:
@@ -136,11 +137,12 @@ class Checkpoint:
 
     def read_raw(self, name: str) -> np.ndarray:
         """Read one tensor's bytes, as uint8, shape (n_bytes,)."""
+        name = self.aliases.get(name, name)
         return self._file(name).raw(name)
 
     def shard_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        return self._file(name).path
+        return self._file(self.aliases.get(name, name)).path
 
     def check_unchanged(self) -> None:
         """Refuse with an InputError if a file was replaced, written to or removed since it was opened."""

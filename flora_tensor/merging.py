@@ -169,7 +169,8 @@ def _as_adapter(given: PathLike | Mapping[str, TuckerTensor]) -> Adapter:
 def _check_fit(base: Checkpoint, adapter: Adapter) -> None:
     """Refuse an adapter that does not fit, before anything is written."""
     names = [*adapter, *adapter.whole]
-    if missing := [name for name in names if name not in base]:
+    stored = set(base.names())
+    if missing := [name for name in names if name not in stored]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         listed = ", ".join(repr(name) for name in missing[:3])
         raise InputError(

@@ -17,7 +17,7 @@ from flora_tensor.cli import main
 def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> Path:
     """Write arrays or torch tensors as safetensors."""
     as_torch = {
-        n: (t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t))).contiguous()
+        n: (t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t))).clone().contiguous()
         for n, t in tensors.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
