@@ -6,8 +6,8 @@ written, 5 not enough memory or a package that is missing, 130 interrupted, 1 a 
 """
 
 import contextlib
-import errno
 import importlib
+import os
 import re
 import signal
 import sys
@@ -28,8 +28,24 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _EXISTING = click.Path(path_type=Path)
 
 
+class _InterruptedError(Exception):
+    """Ctrl-C or SIGTERM; click would print a line of its own for a bare KeyboardInterrupt."""
+
+
 class _Commands(click.Group):
     """A group whose errors are one line on stderr, with an exit code that says of what kind they are."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _InterruptedError from None
+        except BrokenPipeError:
+            # The reader of our output has seen enough. Python flushes stdout once more at its end: let that go nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run a command and leave the process with its exit code."""
@@ -52,7 +68,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the one line that stand for an error."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    if isinstance(error, _InterruptedError | KeyboardInterrupt | click.Abort):
         return 130, "interrupted; nothing was written"
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
@@ -61,8 +77,6 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError | ResourceError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 5, str(error) or "not enough memory"
     if isinstance(error, OSError):
-        if error.errno == errno.EPIPE:
-            return 0, ""  # the reader of our output has seen enough
         return 4, f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
     if isinstance(error, ValueError | TypeError):
         return 2, str(error)
@@ -295,5 +309,9 @@ def diff(a: Path, b: Path, allow_pickle: bool, as_json: bool) -> None:
 @_common
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Fine-tune a small network, extract adapters from it, merge, compare, and train on."""
-    report = importlib.import_module("flora_tensor.demo").run_demo(out, seed=seed)
+    try:
+        run = importlib.import_module("flora_torch.demo").run_demo
+    except ModuleNotFoundError as error:
+        raise ImportError(f"demo: {error.name} is not installed; pip install 'flora-tensor[demo]'") from error
+    report = run(out, seed=seed, progress=lambda line: click.echo(line, err=True))
     click.echo(report.to_json() if as_json else report.to_table())

@@ -643,7 +643,7 @@ def _fit(arranged: Array, weight: _Weight) -> TuckerTensor:
     """Decompose at the chosen ranks, at least as well as the spectrum promised when the budget was spread."""
     fit = tucker(arranged, weight.ranks)
     if weight.predicted is not None and fit.relative_error > weight.predicted * (1 + 1e-6):
-        # The promise is the truncated HOSVD's; fast ways come within a hair of it, and that hair counts for a tolerance.
+        # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
         fit = min(fit, tucker(arranged, weight.ranks, method="hosvd"), key=lambda f: f.relative_error)
     return fit.tucker
 

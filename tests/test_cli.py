@@ -1,0 +1,266 @@
+"""The command line: exit codes, streams, and one real process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flora_tensor as ft
+from checkpoints import load, run, save
+from flora_tensor import cli
+from flora_tensor.cli import _ranks, _share, _size
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    base = {"conv.weight": rng.standard_normal((8, 6, 3, 3)), "conv.bias": np.zeros(8), "same": np.ones((2, 2))}
+    tuned = {**base, "conv.weight": base["conv.weight"] + rng.standard_normal((8, 6, 3, 3)), "conv.bias": np.ones(8)}
+    return save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
+
+
+def test_the_way_from_two_checkpoints_to_a_merged_one(pair: tuple[Path, Path], tmp_path: Path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged.safetensors"
+    extracted = run("extract", *pair, "-o", adapter, "--rtol", "0", "--dtype", "float64")
+    assert extracted.exit_code == 0, extracted.stderr
+    assert extracted.stderr == ""
+    assert "conv.weight" in extracted.stdout
+    assert "- (unchanged)" in extracted.stdout
+    inspected = run("inspect", adapter)
+    assert inspected.exit_code == 0
+    assert "1 weight, 1 tensor whole" in inspected.stdout
+    result = run("merge", pair[0], adapter, "-o", merged)
+    assert result.stdout == "1 tensors merged, 1 replaced, 1 copied: merged.safetensors\n"
+    for name, tensor in load(pair[1]).items():
+        torch.testing.assert_close(load(merged)[name], tensor, rtol=1e-12, atol=1e-12)
+    different = run("diff", pair[0], merged)
+    assert "2 of 3 tensors differ" in different.stdout
+
+
+def test_json_is_all_that_stdout_gets(pair: tuple[Path, Path], tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    report = json.loads(run("extract", *pair, "-o", adapter, "--max-ratio", "50%", "--json").stdout)
+    assert report["totals"]["n_parameters"] <= 0.5 * report["totals"]["dense_parameters"]
+    assert report == json.loads((adapter / "extraction_report.json").read_text())
+    content = json.loads(run("inspect", adapter, "--json").stdout)
+    assert content["weights"][0]["name"] == "conv.weight"
+    assert content["whole"] == [{"name": "conv.bias", "shape": [8], "dtype": "F64"}]
+    change = ft.load_adapter(adapter).delta("conv.weight")
+    assert content["weights"][0]["delta_norm"] == pytest.approx(np.linalg.norm(change), rel=1e-5)
+    merged = json.loads(run("merge", pair[0], adapter, "-o", tmp_path / "m", "--json").stdout)
+    assert merged["files"] == ["model.safetensors"]
+    assert json.loads(run("diff", *pair, "--json").stdout)["equal"] is False
+    study = json.loads(run("ranks", *pair, "--json", "--budget", "10%", "--budget", "1").stdout)
+    assert [row["max_ratio"] for row in study["budgets"]] == [0.1, 1.0]
+    assert [len(v) for v in study["weights"][0]["singular_values"]] == [8, 6, 3, 3]
+
+
+def test_options_reach_the_functions(pair: tuple[Path, Path], tmp_path: Path):
+    arguments = ["--ranks", "4,3,2,2", "--include", "conv*", "--exclude", "*.bias", "--arrangement", "o i h w"]
+    report = json.loads(run("extract", *pair, "-o", tmp_path / "a", "--json", "--dtype", "float16", *arguments).stdout)
+    rows = {row["name"]: row for row in report["tensors"]}
+    assert rows["conv.weight"]["ranks"] == [4, 3, 2, 2]
+    assert rows["conv.bias"]["reason"] == rows["same"]["reason"] == "excluded by name"
+    assert ft.load_adapter(tmp_path / "a").dtypes["conv.weight"] == "F16"
+    dry = json.loads(run("extract", *pair, "--dry-run", "--json", "--vectors", "skip").stdout)
+    assert dry["dry_run"] is True
+    sizes = run("merge", pair[0], tmp_path / "a", "-o", tmp_path / "m", "--max-shard-size", "0.1kB", "--json")
+    assert len(json.loads(sizes.stdout)["files"]) == 3
+
+
+def test_a_picture_of_the_spectra_is_drawn(pair: tuple[Path, Path], tmp_path: Path):
+    result = run("ranks", *pair, "--plot", tmp_path / "s.png")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "s.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "ranks at 90 %" in result.stdout
+    assert "lower bound" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("100%", 1.0), (" 2.5% ", 0.025), ("1", 1.0), ("1e-3", 1e-3)]
+)
+def test_shares_are_percent_or_fractions(text: str, value: float):
+    assert _share(text) == pytest.approx(value)
+
+
+def test_ranks_and_sizes_are_read():
+    assert _ranks("16") == 16
+    assert _ranks("16,16,2,2") == [16, 16, 2, 2]
+    assert [_size(s) for s in ("1000", "5GB", "512MiB", "1.5k", "2B")] == [1000, 5 * 10**9, 512 * 2**20, 1500, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["extract", "BASE"], 2, "Missing argument 'TUNED'"),
+        (["extract", "BASE", "TUNED"], 2, "missing option '-o' / '--out'; pass a directory, or --dry-run"),
+        (
+            ["extract", "BASE", "TUNED", "-o", "OUT", "--max-ratio", "five"],
+            2,
+            "'five' is not a share; pass one such as",
+        ),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--max-ratio", "0%"], 2, "'0%' is not a share above 0"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--max-ratio", "nan"], 2, "'nan' is not a share above 0"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--ranks", "4x4"], 2, "'4x4' is not a list of ranks"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--ranks", "0"], 2, "rank 0; pass at least 1"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--ranks", "2", "--rtol", "0.1"], 2, "pass one of ranks, rtol"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--vectors", "x"], 2, "'x' is not one of"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--max-memory", "lots"], 2, "'lots' is not a size"),
+        (["extract", "BASE", "TUNED", "-o", "BASE"], 2, "is or holds the input"),
+        (["extract", "BASE", "BASE", "-o", "OUT"], 3, "nothing to extract"),
+        (["extract", "BASE", "PICKLE", "-o", "OUT"], 3, "a pickle file, which can run code"),
+        (["extract", "BASE", "gone", "-o", "OUT"], 4, "gone: no such file"),
+        (["extract", "BASE", "TUNED", "-o", "/proc/x"], 4, "No such file or directory: /proc/"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--max-memory", "1kB"], 5, "needs about"),
+        (["merge", "BASE", "gone", "-o", "OUT"], 4, "gone"),
+        (["inspect", "BASE"], 4, "Not a directory"),
+        (["diff", "BASE", "gone"], 4, "gone: no such file"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["--nonsense"], 2, "No such option"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    arguments: list[str], code: int, message: str, pair: tuple[Path, Path], tmp_path: Path
+):
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    names = {"BASE": pair[0], "TUNED": pair[1], "OUT": tmp_path / "out", "PICKLE": tmp_path / "m.pt"}
+    result = run(*(names.get(a, a) for a in arguments))
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_an_io_error(pair: tuple[Path, Path], tmp_path: Path):
+    assert run("extract", *pair, "-o", tmp_path / "a", "--ranks", "2").exit_code == 0
+    refused = run("extract", *pair, "-o", tmp_path / "a", "--ranks", "2")
+    assert (refused.exit_code, refused.stdout) == (4, "")
+    assert "--overwrite" in refused.stderr
+    assert run("extract", *pair, "-o", tmp_path / "a", "--ranks", "2", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+        (MemoryError(), 5, "not enough memory"),
+        (ImportError("plots need matplotlib"), 5, "plots need matplotlib"),
+        (ft.InputError("two\nlines"), 3, "two lines"),
+        (OSError(28, "No space left on device", "/x"), 4, "No space left on device: /x"),
+        (RuntimeError("a mistake"), 1, "unexpected RuntimeError: a mistake; run again with --debug"),
+        (torch.OutOfMemoryError("CUDA"), 5, "CUDA"),
+    ],
+)
+def test_every_kind_of_error_has_its_code(
+    error: BaseException, code: int, message: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", fail)
+    result = run("diff", *pair)
+    assert result.exit_code == code
+    assert result.stderr.startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in run("diff", *pair, "--debug").stderr
+
+
+def test_a_closed_pipe_is_no_error(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any, **options: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", fail)
+    result = run("diff", *pair)
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_ends_a_real_process_quietly(pair: tuple[Path, Path]):
+    command = [sys.executable, "-m", "flora_tensor", "ranks", str(pair[0]), str(pair[1]), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_our_warnings_are_one_line(pair: tuple[Path, Path], tmp_path: Path):
+    run("extract", *pair, "-o", tmp_path / "a", "--ranks", "2")
+    result = run("merge", pair[1], tmp_path / "a", "-o", tmp_path / "m")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: merge: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown():
+    assert run().stdout.startswith("Usage:")
+    assert run("--help").exit_code == run().exit_code == 0
+    assert ft.__version__ in run("--version").stdout
+    for command in cli.main.commands:
+        assert run(command, "--help").exit_code == 0
+
+
+def test_progress_is_drawn_on_a_terminal_s_stderr_only(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    result = run("diff", *pair, "--json")
+    assert "comparing" in result.stderr
+    json.loads(result.stdout)
+
+
+@settings(max_examples=15)
+@given(content=st.binary(max_size=200))
+def test_no_bytes_make_a_traceback_or_a_partial_output(content: bytes, tmp_path_factory: pytest.TempPathFactory):
+    here = tmp_path_factory.mktemp("cli")
+    (here / "x.safetensors").write_bytes(content)
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_bytes(content)
+    good = save(here / "good.safetensors", {"w": np.ones((2, 2))})
+    for arguments in (
+        ("extract", good, here / "x.safetensors", "-o", here / "out"),
+        ("merge", good, here / "adapter", "-o", here / "out"),
+        ("inspect", here / "adapter"),
+        ("diff", here / "x.safetensors", good),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 3
+        assert result.stderr.count("\n") == 1
+        assert not (here / "out").exists()
+
+
+def test_a_real_process(pair: tuple[Path, Path], tmp_path: Path):
+    command = [sys.executable, "-m", "flora_tensor"]
+    arguments = ["extract", str(pair[0]), str(pair[1]), "-o", str(tmp_path / "a"), "--ranks", "3", "--json"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["totals"]["tucker"] == 1
+    again = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (4, "")
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_130_and_leaves_nothing(number: int, tmp_path: Path):
+    x = np.random.default_rng(0).standard_normal((600, 600)).astype(np.float32)
+    base = save(tmp_path / "b.safetensors", {f"w{k}": x for k in range(30)})
+    tuned = save(tmp_path / "t.safetensors", {f"w{k}": x * (k + 2) for k in range(30)})
+    command = [sys.executable, "-m", "flora_tensor", "extract", str(base), str(tuned), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.decode() == "error: interrupted; nothing was written\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors"}

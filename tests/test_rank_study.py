@@ -1,0 +1,110 @@
+"""The rank study and its pictures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flora_tensor as ft
+from checkpoints import save
+from flora_tensor.plots import plot_budgets, plot_spectra, save_figure
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    base = {
+        "conv": rng.standard_normal((8, 6, 3, 3)),
+        "fc": np.zeros((5, 5)),
+        "b": np.ones(3),
+        "ids": np.ones((2, 2), int),
+    }
+    tuned = {
+        **{n: t + 1 for n, t in base.items()},
+        "conv": base["conv"] + rng.standard_normal((8, 6, 3, 3)),
+        "fc": np.diag([4.0, 3.0, 1.0, 0.5, 0.0]),
+    }
+    return save(tmp_path / "b.safetensors", base), save(tmp_path / "t.safetensors", tuned)
+
+
+def test_a_study_agrees_with_the_functions_it_stands_for(pair: tuple[Path, Path]):
+    study = ft.study_ranks(*pair, budgets=[0.1, 1.0])
+    assert set(study.spectra) == {"conv", "fc"}
+    np.testing.assert_allclose(study.spectra["fc"].values[0], [4, 3, 1, 0.5, 0], atol=1e-12)
+    # 16, 25, 26, 26.25 of 26.25: nine tenths need two, 99 hundredths three.
+    assert study.energy_ranks("fc", 0.9) == (2, 2)
+    assert study.energy_ranks("fc", 0.99) == (3, 3)
+    assert study.energy_ranks("fc", 1.0) == (4, 4)
+    for budget in study.budgets:
+        report = ft.extract(*pair, None, dry_run=True, max_ratio=budget.max_ratio)
+        assert budget.n_parameters == report.n_parameters
+        assert budget.relative_error == pytest.approx(report.relative_error, rel=1e-9, abs=1e-12)
+        assert budget.lower_bound <= budget.relative_error * (1 + 1e-12)
+        assert budget.n_weights == report.count("tucker")
+    with pytest.raises(ValueError, match="energy"):
+        study.energy_ranks("fc", 1.5)
+    with pytest.raises(KeyError):
+        study.energy_ranks("b", 0.5)
+
+
+def test_a_study_looks_where_it_is_told_and_refuses_nothing_to_study(pair: tuple[Path, Path]):
+    assert set(ft.study_ranks(*pair, include="c*").spectra) == {"conv"}
+    assert set(ft.study_ranks(*pair, exclude=["c*"]).spectra) == {"fc"}
+    with pytest.raises(ft.InputError, match="no selected weight differs"):
+        ft.study_ranks(pair[0], pair[0])
+    with pytest.raises(ValueError, match="budget is 0"):
+        ft.study_ranks(*pair, budgets=[0.0])
+    with pytest.raises(ft.ResourceError, match="ranks: 'conv' of shape"):
+        ft.study_ranks(*pair, max_memory=10)
+
+
+def test_pictures_have_titles_labels_and_a_panel_a_weight(pair: tuple[Path, Path], tmp_path: Path):
+    study = ft.study_ranks(*pair)
+    figure = plot_spectra(study.spectra, title="A title")
+    assert [axes.get_title() for axes in figure.axes] == ["conv (8×6×3×3)", "fc (5×5)"]
+    for axes in figure.axes:
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("index", "σ / σ₁")
+        assert axes.get_legend() is not None
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [8, 6, 3, 3]
+    assert len(figure.axes[1].lines[0].get_xdata()) == 4  # the zero has no place on a logarithm
+    curves = plot_budgets({name: f[0] for name, f in study.frontiers.items()})
+    (axes,) = curves.axes
+    assert axes.get_ylabel() == "relative error"
+    assert len(axes.lines) == 2
+    for name, drawn in (("a.png", figure), ("b.svg", curves)):
+        save_figure(drawn, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_many_weights_are_drawn_twelve_at_most_and_that_is_said():
+    spectra = {f"w{k}": ft.mode_spectra(np.eye(3) * (k + 1)) for k in range(20)}
+    figure = plot_spectra(spectra)
+    assert len(figure.axes) == 12
+    assert "12 largest of 20 weights" in figure.get_suptitle()
+    assert figure.axes[0].get_title() == "w19 (3×3)"
+    plot_spectra({"zero": ft.mode_spectra(np.zeros((3, 3)))})
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="plot_spectra: no spectra; pass at least one"):
+        plot_spectra({})
+    with pytest.raises(ValueError, match="plot_budgets: no frontiers; pass at least one"):
+        plot_budgets({})
+
+
+def test_without_matplotlib_the_error_names_the_extra():
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+import numpy as np, flora_tensor as ft
+from flora_tensor.plots import plot_spectra
+try:
+    plot_spectra({"w": ft.mode_spectra(np.eye(3))})
+except ImportError as error:
+    assert "pip install 'flora-tensor[viz]'" in str(error), error
+else:
+    sys.exit(1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
