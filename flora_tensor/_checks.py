@@ -75,10 +75,10 @@ def check_ranks(where: str, ranks: Ranks, shape: Sequence[int]) -> tuple[int, ..
     for mode, (rank, size) in enumerate(zip(given, shape)):
         if rank > size:
             raise ValueError(f"{where}: rank {rank} for mode {mode} exceeds its size {size}; pass at most {size}")
-        if rank < 1 and size > 0:
+        if rank < 1 and 0 not in shape:
             raise ValueError(f"{where}: rank {rank} for mode {mode}; pass at least 1 and at most {size}")
-        if rank < 0:
-            raise ValueError(f"{where}: rank {rank} for mode {mode} of size 0; pass 0")
+        if rank < 0:  # an empty tensor has rank 0 in every mode
+            raise ValueError(f"{where}: rank {rank} for mode {mode} of size {size}; pass 0")
     for mode, rank in enumerate(given):
         others = math.prod(given[:mode] + given[mode + 1 :])
         if rank > others:

@@ -5,6 +5,7 @@ come from a seeded generator, so that drawing is fast, shrinking works on shapes
 example is all that is needed to rebuild it.
 """
 
+import contextvars
 import functools
 import importlib
 import math
@@ -17,7 +18,7 @@ import numpy as np
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from flora_tensor import TuckerTensor
+from flora_tensor import TuckerTensor, feasible_ranks
 
 NAMESPACES = ("numpy", "torch", "jax", "array_api_strict")
 
@@ -55,11 +56,17 @@ def library(xp: Any) -> str:
     return xp.__name__.removeprefix("array_api_compat.").split(".")[0]
 
 
-def for_all(**strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
+# Where this is set, `shapes` draws from these alone.
+_few_shapes: contextvars.ContextVar[Sequence[tuple[int, ...]]] = contextvars.ContextVar("few_shapes", default=())
+
+
+def for_all(
+    *, jax_shapes: Sequence[tuple[int, ...]] = (), **strategies: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
     """Run ``test(xp, **drawn)`` as a property, over the namespace that pytest's ``xp`` fixture gives.
 
     JAX compiles each operation anew for each shape, which takes a hundred times as long as running it, so it sees an
-    eighth of the examples.
+    eighth of the examples; with ``jax_shapes`` only these shapes, whose operations are compiled once for all tests.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[[Any], None]:
@@ -70,9 +77,14 @@ def for_all(**strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., Non
 
             # Hypothesis derives the seed of a derandomized run from the name.
             body.__name__ = f"{test.__name__}_{library(xp)}"
+            on_jax = library(xp) == "jax"
             examples = settings().max_examples
-            examples = max(4, examples // 8) if library(xp) == "jax" else examples
-            settings(max_examples=examples)(given(**strategies)(body))()
+            examples = max(4, examples // 8) if on_jax else examples
+            token = _few_shapes.set(jax_shapes if on_jax else ())
+            try:
+                settings(max_examples=examples)(given(**strategies)(body))()
+            finally:
+                _few_shapes.reset(token)
 
         # pytest reads the signature: only the fixture is its business.
         del wrapper.__wrapped__
@@ -300,6 +312,8 @@ def shapes(
 
     Empty modes are rare, as an empty tensor says little. Above ``max_size`` elements the largest modes are lowered.
     """
+    if few := [s for s in _few_shapes.get() if min_ndim <= len(s) <= max_ndim and min(s) >= min_dim]:
+        return draw(st.sampled_from(few))
     usual = st.integers(min_ndim, min(5, max_ndim))
     ndim = draw(st.one_of(*[usual] * 7, st.integers(max(6, min_ndim), max_ndim)) if max_ndim >= 6 else usual)
     top = max_dim if ndim <= 5 else min(3, max_dim)
@@ -329,6 +343,76 @@ def samples(
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(seeds),
     )
+
+
+@st.composite
+def ranked_samples(draw: st.DrawFn, **options: Any) -> tuple[Sample, tuple[int, ...]]:
+    """Draw a tensor and ranks that a Tucker decomposition of it can have; full ones now and then."""
+    sample = draw(samples(**options))
+    if _few_shapes.get():
+        return sample, feasible_ranks([2] * len(sample.shape), sample.shape)
+    ranks = [n if draw(st.integers(0, 3)) == 0 else draw(st.integers(min(n, 1), n)) for n in sample.shape]
+    return sample, feasible_ranks(ranks, sample.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """A tensor in double precision and in units of a power of two near its magnitude, so that squares are safe."""
+
+    x: np.ndarray
+    exponent: int
+
+    @classmethod
+    def of(cls, values: Any) -> "Truth":
+        """Take an array of any library."""
+        values = to_numpy(values)
+        wide = values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
+        largest = float(np.max(np.abs(wide), initial=0.0))
+        exponent = math.frexp(largest)[1] if largest > 0 else 0
+        return cls(times_power_of_two(wide, -exponent), exponent)
+
+    @property
+    def norm(self) -> float:
+        """‖X‖ in these units."""
+        return float(np.linalg.norm(self.x.ravel()))
+
+    @functools.cached_property
+    def values(self) -> list[np.ndarray]:
+        """The singular values of every unfolding, min(I_k, ∏ of the others) of them, in these units."""
+        return [
+            np.linalg.svd(matrix, compute_uv=False) if matrix.size else np.zeros(0)
+            for matrix in (unfolded(self.x, mode) for mode in range(self.x.ndim))
+        ]
+
+    def tails(self, ranks: Sequence[int]) -> list[float]:
+        """Σ_{i≥r_k} σ_i² / ‖X‖² for every mode k."""
+        total = max(self.norm, math.ulp(0.0)) ** 2 if self.norm else 1.0
+        return [float(np.sum(v[r:][::-1] ** 2)) / total for v, r in zip(self.values, ranks)]
+
+    def core(self, t: TuckerTensor) -> np.ndarray:
+        """Return a decomposition's core in these units, in double precision."""
+        core = to_numpy(t.core)
+        wide = core.astype(np.complex128 if np.iscomplexobj(core) else np.float64)
+        return times_power_of_two(wide, -self.exponent)
+
+    def error(self, t: TuckerTensor) -> float:
+        """Return ‖X − X̂‖ / ‖X‖, formed densely in double precision; absolute for a zero tensor."""
+        factors = [None if u is None else to_numpy(u).astype(self.core(t).dtype) for u in t.factors]
+        residual = float(np.linalg.norm((self.x - dense(self.core(t), factors)).ravel()))
+        return residual / self.norm if self.norm else residual
+
+
+def times_power_of_two(x: np.ndarray, k: int) -> np.ndarray:
+    """Return x · 2**k, complex x too, without an overflow on the way."""
+    if np.iscomplexobj(x):
+        return np.ldexp(x.real, k) + 1j * np.ldexp(x.imag, k)
+    return np.ldexp(x, k)
+
+
+def unfolded(x: np.ndarray, mode: int) -> np.ndarray:
+    """Return the unfolding of a NumPy array along a mode, written out anew: the tests' own."""
+    others = [k for k in range(x.ndim) if k != mode]
+    return x.transpose([mode, *others]).reshape(x.shape[mode], math.prod(x.shape[k] for k in others))
 
 
 @dataclass(frozen=True)
