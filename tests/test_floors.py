@@ -30,7 +30,6 @@ FLOORS = {
     "flora_torch.initialize": 11,
     "flora_torch.update": 11,
     "flora_torch.functional": 10,
-    "flora_torch.digits": 10,
     # torch above this line, never below
     "flora_tensor.cli": 5,
     "flora_tensor.extraction": 4,

@@ -6,6 +6,7 @@ The demonstration and the notebooks decompose the change that this fine-tuning m
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def digits(seed: int = 0) -> Digits:
     >>> tuple(task.train.shape), tuple(task.test.shape)
     ((1200, 1, 12, 12), (597, 1, 12, 12))
     """
-    loaded = load_digits()
+    loaded: Any = load_digits()
     images = torch.from_numpy(np.asarray(loaded.images, dtype=np.float32) / 16.0)[:, None]
     images = functional.pad(images, ((_CANVAS - images.shape[-1]) // 2,) * 4)
     labels = torch.from_numpy(np.asarray(loaded.target, dtype=np.int64))
