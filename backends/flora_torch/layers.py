@@ -977,7 +977,7 @@ def freeze(module: nn.Module) -> None:
         if live:
             owner.__dict__[FROZEN] = (*owner.__dict__.get(FROZEN, ()), *live)
             for name in live:
-                owner.get_parameter(name).requires_grad_(False)
+                owner.get_parameter(name).requires_grad = False
 
 
 def thaw(module: nn.Module) -> None:
@@ -995,7 +995,7 @@ def thaw(module: nn.Module) -> None:
         own = dict(owner.named_parameters(recurse=False))
         for name in owner.__dict__.pop(FROZEN, ()):
             if name in own:
-                own[name].requires_grad_(True)
+                own[name].requires_grad = True
 
 
 def _outside_updates(module: nn.Module) -> list[nn.Module]:

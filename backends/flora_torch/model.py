@@ -348,8 +348,9 @@ class _AttachOptions:
     def check_used(self, targets: list[Site]) -> None:
         """Refuse options that meant nothing."""
         names = [name for site in targets for name in site.names]
+        modules = [holder_name.rpartition(".")[0] for holder_name in names]
         for option in (self.ranks, self.scale, self.arrangement):
-            option.check_used(names)
+            option.check_used([*modules, *names])
         single = self.arrangement.value if self.arrangement.table is None else None
         arranged = Arrangement(single) if isinstance(single, str) else single
         if arranged is not None and all(site.weight.dim() != arranged.n_axes for site in targets):
@@ -373,7 +374,7 @@ def _all_or_nothing(model: nn.Module) -> Generator[None, None, None]:
         yield
     except BaseException:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
         for module, note in notes:
             module.__dict__.pop(FROZEN, None)
             if note is not None:
