@@ -619,7 +619,7 @@ def _decompose(
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
-    fitted = _fit(_on_device(arranged, settings.device), weight).map(to_numpy)
+    fitted = _fit(_on_device(arranged, settings.device), weight, settings).map(to_numpy)
     core, exponent = _fitting_core(name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     for part, array in [("core", core), *((f"factor_{k}", u) for k, u in enumerate(fitted.factors))]:
@@ -639,10 +639,14 @@ def _decompose(
     return scale, row
 
 
-def _fit(arranged: Array, weight: _Weight) -> TuckerTensor:
-    """Decompose at the chosen ranks, at least as well as the spectrum promised when the budget was spread."""
+def _fit(arranged: Array, weight: _Weight, settings: _Settings) -> TuckerTensor:
+    """Decompose at the chosen ranks; under a tolerance at least as well as the spectrum promised."""
     fit = tucker(arranged, weight.ranks)
-    if weight.predicted is not None and fit.relative_error > weight.predicted * (1 + 1e-6):
+    if (
+        "rtol" in settings.budget
+        and weight.predicted is not None
+        and fit.relative_error > weight.predicted * (1 + 1e-6)
+    ):
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
         fit = min(fit, tucker(arranged, weight.ranks, method="hosvd"), key=lambda f: f.relative_error)
     return fit.tucker
