@@ -165,11 +165,19 @@ def constructors(cls: type) -> list[FunctionType]:
     return [f for f in found if f.__code__.co_filename != "<string>"]
 
 
+def is_documented_below(cls: type, name: str) -> bool:
+    """Tell whether a class of ours that this one derives from documents the member."""
+    ours = [base for base in cls.__mro__[1:] if base.__module__.split(".")[0] in PACKAGES]
+    return any(getattr(vars(base).get(name), "__doc__", None) for base in ours)
+
+
 def complaints_about_members(cls: type) -> Iterator[str]:
     for name, member in vars(cls).items():
         if name.startswith("_"):
             continue
         subject = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if not subject.__doc__ and is_documented_below(cls, name):
+            continue
         if isinstance(subject, FunctionType):
             yield from (f"{name}: {c}" for c in complaints_about_function(subject, method=True))
         elif isinstance(subject, property | functools.cached_property) and not subject.__doc__:
