@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -692,3 +693,16 @@ def test_compiled_model_trains():
     ours = torch.autograd.grad(compiled(x).square().sum(), adapter_parameters(model))
     theirs = torch.autograd.grad(model(x).square().sum(), adapter_parameters(model))
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_by_inductor():
+    layer = FloraLinear(nn.Linear(16, 8), ranks=2, path="factored")
+    nn.init.normal_(layer.tucker_update["default"].core)
+    x = torch.randn(4, 16)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    ours = torch.autograd.grad(compiled(x).sum(), adapter_parameters(layer))
+    theirs = torch.autograd.grad(layer(x).sum(), adapter_parameters(layer))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs))
