@@ -291,6 +291,21 @@ def test_a_header_that_claims_more_than_the_file_has_is_refused_before_anything_
         ft.load_adapter(written)
 
 
+@given(data=st.data())
+def test_mutated_adapters_are_read_or_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    directory = tmp_path_factory.mktemp("mutated") / "a"
+    ft.save_adapter(directory, ft.Adapter({"fc.weight": tensor((4, 6), (2, 3))}, whole={"fc.bias": np.ones(2)}))
+    path = directory / data.draw(st.sampled_from([CONFIG, MODEL]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content))
+    result = run("inspect", directory)
+    assert result.exit_code in (0, 3)
+    assert (result.stdout == "") == (result.exit_code == 3)
+    assert result.stderr.count("error: ") == (result.exit_code == 3)
+
+
 def test_without_strict_what_fits_is_loaded_and_the_rest_is_listed(written: Path):
     edit(written, whole=["fc.bias"], rank_pattern={"fc.weight": [2, 3], "gone.weight": [1, 1]})
     lone = "base_model.model.lone.tucker_update.factor_0"

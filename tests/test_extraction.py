@@ -269,8 +269,8 @@ def test_a_dry_run_promises_what_a_run_keeps_and_writes_nothing(tmp_path: Path):
         kept = ft.extract(*paths, tmp_path / "wet", overwrite=True, **criterion)
         assert [row.ranks for row in promised.rows] == [row.ranks for row in kept.rows]
         assert promised.n_parameters == kept.n_parameters == sum(t.n_parameters for t in load_all(tmp_path / "wet"))
-        # The promise is the truncated HOSVD. HOOI improves on it; its randomized start may cost a hair, which a tolerance
-        # does not allow.
+        # The promise is the truncated HOSVD. HOOI improves on it; a randomized start may cost a hair, which a
+        # tolerance does not allow.
         assert kept.relative_error <= promised.relative_error * (1 + (1e-5 if "rtol" in criterion else 1e-3))
         assert kept.relative_error >= 0.8 * promised.relative_error
     assert ft.extract(*paths, None, dry_run=True).to_table().count("would store") == 1

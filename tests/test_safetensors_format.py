@@ -109,6 +109,9 @@ def test_mutated_files_never_crash_the_reader(data: st.DataObject, tmp_path_fact
         if not content:
             break
     path.write_bytes(bytes(content))
+    result = run("diff", path, path)
+    assert result.exit_code in (0, 3)
+    assert result.stderr.count("error: ") == (result.exit_code == 3)
     try:
         checkpoint = ft.open_checkpoint(path)
     except ft.InputError:
