@@ -77,9 +77,20 @@ class FloraLayer(nn.Module):
     enabled : bool
         With ``False`` the layer is its base. Neither a parameter nor saved.
 
+    Raises
+    ------
+    TypeError
+        If the base is wrapped already.
+    ValueError
+        If there is no such path.
+
     Notes
     -----
     Any other attribute (``in_features``, ``kernel_size``, ``bias``, …) is the base layer's.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5.
 
     Examples
     --------
@@ -121,6 +132,21 @@ class FloraLayer(nn.Module):
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
         """Return an adapter's updates by the name of the parameter they change; empty where it has none.
 
+        Parameters
+        ----------
+        adapter_name : str
+            The adapter.
+
+        Returns
+        -------
+        dict of str to TuckerUpdate
+            One entry for each parameter.
+
+        Raises
+        ------
+        NotImplementedError
+            If called on `FloraLayer` itself.
+
         Examples
         --------
         >>> list(FloraLinear(nn.Linear(4, 3), ranks=2).updates("default"))
@@ -160,10 +186,12 @@ class FloraLayer(nn.Module):
             The parameter of the base layer.
         scale, dropout
             See `TuckerUpdate`.
-        init, dtype, generator, tensor
+        init, dtype, generator
             See `flora_torch.initialize.start_update`.
         arrangement : Arrangement or str, optional
             Which axes form a mode.
+        tensor : Tensor, of the parameter's shape, optional
+            What ``init`` decomposes, if it is ``"from_delta"`` or ``"from_gradient"``.
 
         Returns
         -------
@@ -201,6 +229,15 @@ class FloraLayer(nn.Module):
 
     def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
         """Refuse an update that this layer cannot have, before anything is changed.
+
+        Parameters
+        ----------
+        adapter_name : str
+            The name that it would get.
+        update : TuckerUpdate
+            The update.
+        parameter : str
+            The parameter that it would change.
 
         Raises
         ------
@@ -261,6 +298,11 @@ class FloraLayer(nn.Module):
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; without one left, the layer is its base.
 
+        Parameters
+        ----------
+        adapter_name : str
+            The adapter.
+
         Raises
         ------
         ValueError
@@ -281,6 +323,16 @@ class FloraLayer(nn.Module):
 
     def running(self, parameter: str = "weight") -> list[TuckerUpdate]:
         """Return the updates of a parameter that take part in the output now.
+
+        Parameters
+        ----------
+        parameter : str
+            The parameter.
+
+        Returns
+        -------
+        list of TuckerUpdate
+            In the order in which they are added.
 
         Examples
         --------
@@ -306,7 +358,7 @@ class FloraLayer(nn.Module):
 
         Returns
         -------
-        Tensor
+        Tensor, of the parameter's shape
             The effective parameter; W itself where nothing is added.
 
         Examples
@@ -879,7 +931,18 @@ class FloraParameter(FloraLayer):
         group[parameter] = update
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base with the effective parameters in their places; arguments and result are the base's own."""
+        """Call the base with the effective parameters in their places.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As the base takes them.
+
+        Returns
+        -------
+        object
+            What the base gives.
+        """
         if not (self.enabled and self.active_adapters):
             return self.base_layer(*args, **kwargs)
         effective = {name: self.effective(name) for name in self.parameter_names}

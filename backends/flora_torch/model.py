@@ -65,6 +65,10 @@ class LayerReport:
     tied : tuple of str
         The weight's other names, which the update serves too.
 
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, section 3, for what ranks and parameters count.
+
     Examples
     --------
     >>> report = attach(nn.Sequential(nn.Linear(8, 3)), ranks=4)
@@ -101,6 +105,10 @@ class AttachReport:
         How many parameters the model has without the adapter.
     whole : tuple of str
         Tensors that were replaced by a stored value.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, section 3, for what ranks and parameters count.
 
     Examples
     --------
@@ -214,7 +222,8 @@ def attach(
         ``"orthonormal"``, ``"official"``, ``"loralib"``, ``"peft"``, ``"principal"``, ``"from_delta"``,
         ``"from_gradient"``.
     init_tensors : mapping of str to Tensor, optional
-        By the weight's name, what ``"from_delta"`` and ``"from_gradient"`` decompose.
+        By the weight's name, what ``"from_delta"`` and ``"from_gradient"`` decompose: tensors of the weights' own
+        shapes.
     adapter_name : str
         The adapter's name; a weight can have several adapters, which add up.
     arrangement : Arrangement, str, or mapping of pattern to these, optional
@@ -657,6 +666,10 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
     ValueError
         If the model has no adapter, or none of this name.
 
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5: the core and the factors are what is trained.
+
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -688,6 +701,10 @@ def activate(model: nn.Module, *adapter_names: str) -> None:
     ------
     ValueError
         If the model has no adapter of such a name.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5: changes of one weight add up.
 
     Examples
     --------
@@ -721,6 +738,10 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
     ------
     ValueError
         If the model has no adapter.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5, without the change.
 
     Examples
     --------
@@ -764,6 +785,10 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     ------
     ValueError
         If the model has no adapter, or none of this name.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5, without the change.
 
     Examples
     --------
@@ -833,6 +858,10 @@ def merge(model: nn.Module) -> nn.Module:
     ------
     ValueError
         If the model has no adapter, or an entry of a sum is not finite.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, equation 5.
 
     Examples
     --------

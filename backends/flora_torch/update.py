@@ -134,6 +134,16 @@ class TuckerUpdate(nn.Module):
         The start is a term of its own, computed in the same way as the trained one, so that both cancel bit for bit as
         long as nothing has been trained.
 
+        Parameters
+        ----------
+        dtype : torch.dtype, optional
+            The type to compute in; by default the parameters'.
+
+        Returns
+        -------
+        list of (Tensor, tuple of (Tensor or None), float)
+            One or two terms: a core of shape (r_0, …), factors of shapes (I_n, r_n), and 1 or -1.
+
         Examples
         --------
         >>> update = TuckerUpdate(TuckerTensor(torch.ones(1, 1), [None, None]), scale=3.0)
@@ -202,6 +212,16 @@ class TuckerUpdate(nn.Module):
     def split(exported: TuckerTensor) -> tuple[TuckerTensor, TuckerTensor]:
         """Undo `exported` where there was a start: return T and T_start, bit for bit.
 
+        Parameters
+        ----------
+        exported : TuckerTensor
+            A tensor that `exported` returned for an update with a start.
+
+        Returns
+        -------
+        tuple of two TuckerTensor
+            T and T_start.
+
         Examples
         --------
         >>> t = TuckerTensor(torch.ones(1, 1), [torch.ones(3, 1), None])
@@ -234,6 +254,11 @@ class TuckerUpdate(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Take the settings of a state dict over.
+
+        Parameters
+        ----------
+        state : Tensor of uint8, shape (n,)
+            What `get_extra_state` returned.
 
         Raises
         ------
