@@ -49,7 +49,7 @@ from flora_tensor._checks import (
 from flora_tensor._typing import Array, DType, Namespace, Ranks
 from flora_tensor.algebra import contract, multi_mode_dot
 from flora_tensor.ranks import fewest_parameters, smallest_error
-from flora_tensor.spectra import ModeSpectra, Spectrum, frobenius, prepare, spectrum_of
+from flora_tensor.spectra import ModeSpectra, Spectrum, prepare, spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
@@ -326,9 +326,10 @@ def tucker(
             "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
         )
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
-    fit = _fit(xp, scaled, tuple(x.shape), target, method, rng)
+    squares = float_squares("tucker", xp, scaled)
+    fit = _fit(xp, scaled, tuple(x.shape), target, method, rng, squares)
     result = all_orthogonal(xp, fit.result)
-    norm = frobenius(xp, scaled)
+    norm = math.sqrt(squares)
     decomposed = _finished("tucker", xp, x, result, k)
     return TuckerFit(
         tucker=decomposed,
@@ -396,7 +397,9 @@ def round_tucker(
     upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
     xp, scaled, k = prepare("round_tucker", upright.core)
     target = _target("round_tucker", upright.ranks, ranks, rtol, max_parameters)
-    result = all_orthogonal(xp, _fit(xp, scaled, a.shape, target, "auto", None).result)
+    result = all_orthogonal(
+        xp, _fit(xp, scaled, a.shape, target, "auto", None, float_squares("round_tucker", xp, scaled)).result
+    )
     core, factors = times_power_of_two(result.core, k), list[Array | None](result.factors)
     for mode, (outer, inner) in enumerate(zip(upright.factors, result.factors)):
         if outer is not None:
@@ -435,29 +438,35 @@ def _fit(
     target: Target,
     method: Method,
     rng: "int | np.random.Generator | None",
+    squares: float,
 ) -> _Fit:
     """Decompose a prepared tensor; parameters are counted by ``shape``."""
     if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
-        return _fit_directly(xp, x, target, method, rng)
+        return _fit_directly(xp, x, target, method, rng, squares)
     spectrum = spectrum_of(xp, stop_gradient(x), 0, target.accuracy)
     if target.max_parameters is not None:
         chosen = smallest_error(spectrum, shape, target.max_parameters, "tucker")
     else:
         chosen = fewest_parameters(spectrum, shape, target.rtol**2) or spectrum.max_ranks
     if method not in ("auto", "hooi"):
-        return _fit_directly(xp, x, Target(chosen), method, rng)
+        return _fit_directly(xp, x, Target(chosen), method, rng, squares)
     result = _truncated(xp, x, spectrum, chosen)
     lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
     if len(x.shape) <= 2 or chosen == spectrum.max_ranks:
         return _Fit(result, lower, upper, "hosvd at the best ranks")
-    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH)
+    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
     if target.max_parameters is None:
         result = _trimmed(xp, result, shape, target.rtol, spectrum.norm)
     return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi")
 
 
 def _fit_directly(
-    xp: Namespace, x: Array, target: Target, method: Method, rng: "int | np.random.Generator | None"
+    xp: Namespace,
+    x: Array,
+    target: Target,
+    method: Method,
+    rng: "int | np.random.Generator | None",
+    squares: float,
 ) -> _Fit:
     """Decompose to given ranks, or by the tolerance rule of the method itself."""
     if method == "auto":
@@ -470,9 +479,11 @@ def _fit_directly(
         tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
         return _Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
     if method == "randomized":
-        result, sweeps = randomized_of(xp, x, target.ranks or (), np.random.default_rng(0 if rng is None else rng))
+        result, sweeps = randomized_of(
+            xp, x, target.ranks or (), np.random.default_rng(0 if rng is None else rng), squares
+        )
         lower, ran = 0.0, f"{sweeps} sweeps of a range finder"
-        upper = math.sqrt(max(float_squares("tucker", xp, x) - float_squares("tucker", xp, result.core), 0.0))
+        upper = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
     else:
         order = cheapest_order(x.shape, target.ranks)
         result = st_hosvd_of(xp, x, target, order, quick=quick)
@@ -480,7 +491,7 @@ def _fit_directly(
         lower, upper, ran = math.sqrt(tails[order[0]]), math.sqrt(sum(tails)), "st_hosvd"
     if method == "st_hosvd" or len(x.shape) <= 2:
         return _Fit(result, lower, upper, f"{ran}: {why}")
-    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH)
+    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
     return _Fit(result, lower, upper, f"{ran}, then {sweeps} sweeps of hooi: {why}")
 
 
@@ -557,7 +568,8 @@ def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTe
 def _finished(where: str, xp: Namespace, x: Array, result: Truncation, k: int) -> TuckerTensor:
     """Undo the scaling and return to the input's data type."""
     dtype = result_dtype(xp, x.dtype)
-    core = xp.astype(times_power_of_two(result.core, k), dtype, copy=False)
+    with np.errstate(over="ignore"):  # NumPy would warn of what is refused in the next lines
+        core = xp.astype(times_power_of_two(result.core, k), dtype, copy=False)
     largest = largest_magnitude(xp, core)
     if largest is not None and not math.isfinite(largest):
         raise ValueError(

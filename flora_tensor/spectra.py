@@ -27,7 +27,7 @@ from flora_tensor._arrays import (
     to_numpy,
     working_dtype,
 )
-from flora_tensor._bases import Basis, mode_basis, orthonormal_columns, with_fixed_signs
+from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, with_fixed_signs
 from flora_tensor._checks import as_int, check_tensor
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -317,7 +317,7 @@ def mode_spectra(x: Array) -> ModeSpectra:
     [[3.0, 2.0], [3.0, 2.0]]
     """
     xp, scaled, k = prepare("mode_spectra", x)
-    values = tuple(times_power_of_two(mode_basis(xp, scaled, mode).values, k) for mode in range(len(x.shape)))
+    values = tuple(times_power_of_two(mode_values(xp, scaled, mode), k) for mode in range(len(x.shape)))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
     norm = math.ldexp(frobenius(xp, scaled), k)

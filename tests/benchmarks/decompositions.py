@@ -1,0 +1,226 @@
+"""Time decompositions against TensorLy, pyttb, `torch.svd_lowrank` and the full SVD, with the error beside the time.
+
+Every figure is taken in this process, ours and the peer's in turn, and printed as a ratio of medians. Run from the repository:
+
+    python tests/benchmarks/decompositions.py            # the table of the README, some minutes
+    python tests/benchmarks/decompositions.py --small    # seconds: shows that the program works
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import flora_tensor as ft
+
+TENSORS = {
+    (512, 512, 3, 3): (16, 16, 2, 2),
+    (1024, 1024, 3, 3): (16, 16, 2, 2),
+    (320, 320, 3, 3, 3): (16, 16, 2, 2, 2),
+    (32, 1024, 1024): (8, 16, 16),
+}
+MATRICES = {(4096, 4096): 32, (4096, 11008): 32}
+SMALL_TENSORS = {(64, 48, 3, 3): (6, 6, 2, 2), (8, 64, 64): (2, 6, 6)}
+SMALL_MATRICES = {(256, 300): 8}
+
+
+def sample(shape: tuple[int, ...], spectrum: str, seed: int = 0) -> np.ndarray:
+    """Make a float32 tensor of norm 1 whose modes decay like k^-0.7 in random bases, or white noise ("flat")."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    if spectrum == "decaying":
+        for mode, n in enumerate(shape):
+            fall = (np.arange(1, n + 1) ** -0.7).astype(np.float32)
+            x *= fall.reshape([-1 if k == mode else 1 for k in range(x.ndim)])
+        for mode, n in enumerate(shape):  # products of two Householder reflections: orthogonal, and cheap at any size
+            for _ in range(2):
+                v = rng.standard_normal(n).astype(np.float32)
+                v /= np.linalg.norm(v)
+                x -= (
+                    2
+                    * np.expand_dims(np.tensordot(v, x, axes=(0, mode)), mode)
+                    * v.reshape([-1 if k == mode else 1 for k in range(x.ndim)])
+                )
+    return np.ascontiguousarray(x / np.linalg.norm(x))
+
+
+def median_times(runs: int, contenders: dict[str, Callable[[], Any]], once: set[str]) -> dict[str, tuple[float, Any]]:
+    """Run all contenders in turn ``runs`` times; slow ones (``once``) a single time. Median seconds and a result each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, Any] = {}
+    for run in range(runs + 1):  # the first round warms up
+        for name, function in contenders.items():
+            if name in once and run != 1:
+                continue
+            start = time.perf_counter()
+            results[name] = function()
+            if run > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(times[name]), results[name]) for name in contenders}
+
+
+def relative_error(x: np.ndarray, approximation: Any) -> float:
+    """Return ‖x − x̂‖ / ‖x‖ in float64, slab by slab."""
+    return float(
+        np.sqrt(sum(np.sum((a.astype(np.float64) - b) ** 2) for a, b in zip(x, np.asarray(approximation))))
+        / np.linalg.norm(x.astype(np.float64).ravel())
+    )
+
+
+def tensor_contenders(x: np.ndarray, ranks: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """Decompose to given ranks by each library."""
+    import pyttb
+    import tensorly
+    from tensorly.decomposition import tucker as tensorly_tucker
+
+    tensor = torch.from_numpy(x)
+    tensorly.set_backend("pytorch")
+    wide = pyttb.tensor(x.astype(np.float64))
+    return {
+        "flora-tensor (NumPy)": lambda: ft.tucker(x, ranks),
+        "flora-tensor (PyTorch)": lambda: ft.tucker(tensor, ranks),
+        "TensorLy, default": lambda: tensorly_tucker(tensor, rank=list(ranks)),
+        "TensorLy, random start": lambda: tensorly_tucker(tensor, rank=list(ranks), init="random", random_state=0),
+        "pyttb tucker_als (float64)": lambda: pyttb.tucker_als(wide, list(ranks), printitn=0),
+    }
+
+
+def matrix_contenders(x: np.ndarray, rank: int, full: bool) -> dict[str, Callable[[], Any]]:
+    """Truncate a matrix to a rank by each routine; the peer's oversampling and iterations are raised until errors match."""
+    tensor = torch.from_numpy(x)
+
+    def lowrank(iterations: int) -> Callable[[], Any]:
+        def run() -> Any:
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(tensor, q=rank + 8, niter=iterations)
+            return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
+
+        return run
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "flora-tensor (NumPy)": lambda: ft.tucker(x, (rank, rank)),
+        "flora-tensor (PyTorch)": lambda: ft.tucker(tensor, (rank, rank)),
+        "torch.svd_lowrank, 2 iterations": lowrank(2),
+        "torch.svd_lowrank, 4 iterations": lowrank(4),
+    }
+    if full:
+        contenders["torch.linalg.svd"] = lambda: _truncated_svd(tensor, rank)
+    return contenders
+
+
+def _truncated_svd(x: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def dense(result: Any) -> Any:
+    """Form the dense tensor of any library's result."""
+    if isinstance(result, ft.TuckerFit):
+        return np.asarray(result.tucker.to_tensor())
+    if isinstance(result, tuple):  # pyttb: model, initial guess, log
+        return result[0].full().data
+    if hasattr(result, "core"):
+        import tensorly
+
+        return np.asarray(tensorly.tucker_to_tensor(result))
+    return np.asarray(result)
+
+
+def limits(x: np.ndarray, columns: int) -> dict[str, Callable[[], Any]]:
+    """What no method can beat: one pass over the data, one sketch product, one Gram matrix."""
+    rows = x.reshape(x.shape[0], -1)
+    sketch = np.ones((rows.shape[1], columns), dtype=x.dtype)
+    return {
+        "one pass over the data": lambda: x.sum() is None,
+        "one sketch product": lambda: rows @ sketch is None,
+        "one Gram matrix (syrk)": lambda: rows @ rows.T is None,
+    }
+
+
+def report(title: str, x: np.ndarray, timed: dict[str, tuple[float, Any]], ours: str) -> None:
+    """Print a table: milliseconds, how many times ours, and the relative error."""
+    print(f"\n{title}")
+    base = timed[ours][0]
+    for name, (seconds, result) in timed.items():
+        has_error = result is not None and not isinstance(result, bool)
+        error = f"{relative_error(x, dense(result)):.6f}" if has_error else ""
+        print(f"  {name:34s} {1e3 * seconds:10.1f} ms   {seconds / base:8.2f} ×   {error}")
+
+
+def spectra(shape: tuple[int, ...], runs: int) -> None:
+    """Compare the spectra of all unfoldings with `numpy.linalg.svd` of each."""
+    x, modes = sample(shape, "decaying"), range(len(shape))
+    contenders: dict[str, Callable[[], Any]] = {
+        "flora-tensor mode_spectra": lambda: ft.mode_spectra(x) is None,
+        "numpy svdvals of each unfolding": lambda: (
+            not [np.linalg.svd(ft.unfold(x, k), compute_uv=False) for k in modes]
+        ),
+    }
+    report(f"spectra {shape}", x, median_times(runs, contenders, set()), "flora-tensor mode_spectra")
+
+
+def reconstructions(shape: tuple[int, ...], ranks: tuple[int, ...], runs: int) -> None:
+    """Compare forming the dense tensor with its last matrix product, einsum, opt_einsum and TensorLy."""
+    import opt_einsum
+    import tensorly
+
+    tensorly.set_backend("numpy")
+    rng = np.random.default_rng(0)
+    t = ft.TuckerTensor(
+        rng.standard_normal(ranks, dtype=np.float32),
+        [rng.standard_normal((n, r), dtype=np.float32) for n, r in zip(shape, ranks)],
+    )
+    out = np.empty(shape, dtype=np.float32)
+    letters = "abcdefgh"[: len(shape)]
+    upper = letters.upper()
+    pattern = f"{letters},{','.join(u + v for u, v in zip(upper, letters))}->{upper}"
+    first = max(range(len(shape)), key=lambda k: (shape[k] / ranks[k], -k))
+    rest = ft.multi_mode_dot(t.core, [None if k == first else u for k, u in enumerate(t.factors)])
+    rest = np.ascontiguousarray(np.moveaxis(rest, first, 0)).reshape(ranks[first], -1)
+    flat = np.empty((shape[first], rest.shape[1]), dtype=np.float32)
+    contenders: dict[str, Callable[[], Any]] = {
+        "flora-tensor, into out": lambda: ft.reconstruct(t, out=out) is None,
+        "flora-tensor": lambda: ft.reconstruct(t) is None,
+        "its last product, into out": lambda: np.matmul(t.factors[first], rest, out=flat) is None,
+        "numpy einsum (optimized)": lambda: np.einsum(pattern, t.core, *t.factors, optimize="optimal") is None,
+        "opt_einsum": lambda: opt_einsum.contract(pattern, t.core, *t.factors) is None,
+        "TensorLy": lambda: tensorly.tucker_to_tensor((t.core, t.factors)) is None,
+    }
+    report(f"reconstruction {shape} from {ranks}", out, median_times(runs, contenders, set()), "flora-tensor, into out")
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny tensors: shows that the program works")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
+    parser.add_argument("--runs", type=int, default=None, help="counted runs of each contender")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    runs = arguments.runs or (1 if arguments.small else 3)
+    tensors, matrices = (SMALL_TENSORS, SMALL_MATRICES) if arguments.small else (TENSORS, MATRICES)
+    slow = {"TensorLy, default", "TensorLy, random start", "torch.linalg.svd"}
+    for shape, ranks in tensors.items():
+        for spectrum in ("decaying", "flat"):
+            x = sample(shape, spectrum)
+            contenders = tensor_contenders(x, ranks) | limits(x, ranks[-1] + 8)
+            title = f"{shape} to {ranks}, {spectrum} spectrum"
+            report(title, x, median_times(runs, contenders, slow), "flora-tensor (NumPy)")
+    for (rows, columns), rank in matrices.items():
+        for spectrum in ("decaying", "flat"):
+            x = sample((rows, columns), spectrum)
+            contenders = matrix_contenders(x, rank, full=rows == columns or arguments.small)
+            title = f"{(rows, columns)} to rank {rank}, {spectrum} spectrum"
+            report(title, x, median_times(runs, contenders, slow), "flora-tensor (PyTorch)")
+    for shape in list(tensors)[:2]:
+        spectra(shape, runs)
+    for shape, ranks in tensors.items():
+        reconstructions(shape, ranks, max(runs, 5))
+
+
+if __name__ == "__main__":
+    main()
