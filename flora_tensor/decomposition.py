@@ -20,6 +20,7 @@ from flora_tensor._algorithms import (
     cheapest_order,
     hooi_of,
     hosvd_of,
+    left_whole,
     randomized_of,
     range_sizes,
     st_hosvd_of,
@@ -45,9 +46,10 @@ from flora_tensor._checks import (
     check_tolerance,
     exactly_one,
     feasible_ranks,
+    whole_modes,
 )
 from flora_tensor._typing import Array, DType, Namespace, Ranks
-from flora_tensor.algebra import contract, multi_mode_dot
+from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.ranks import fewest_parameters, smallest_error
 from flora_tensor.spectra import ModeSpectra, Spectrum, prepare, spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
@@ -104,8 +106,8 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     x : array, shape (I_0, …, I_{N-1})
         The tensor, N ≥ 1. 16-bit floats are computed in float32, integers are promoted.
     ranks : int or sequence of int, optional
-        One rank a mode, or one number for all (lowered where a mode cannot have it). By default the full ranks
-        min(I_n, ∏_{j≠n} I_j), which represent ``x`` exactly.
+        One rank a mode, or one number for all (lowered where a mode cannot have it). ``None`` for a mode leaves it
+        whole: it stores no factor. By default the full ranks min(I_n, ∏_{j≠n} I_j), which represent ``x`` exactly.
     rtol : float, optional
         Instead of ranks: the relative error ‖X − X̂‖ / ‖X‖ to stay within, each mode taking ``rtol² ‖X‖² / N`` of the
         squares. `tucker` needs fewer parameters for the same tolerance.
@@ -138,7 +140,8 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     """
     xp, scaled, k = prepare("hosvd", x)
     target = _target("hosvd", tuple(x.shape), ranks, rtol)
-    return _finished("hosvd", xp, x, hosvd_of(xp, scaled, target), k)
+    result = left_whole(xp, hosvd_of(xp, scaled, target), whole_modes(ranks))
+    return _finished("hosvd", xp, x, result, k)
 
 
 def st_hosvd(
@@ -193,7 +196,8 @@ def st_hosvd(
     target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
     shape = tuple(x.shape)
     order = cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
-    return _finished("st_hosvd", xp, x, st_hosvd_of(xp, scaled, target, order), k)
+    result = left_whole(xp, st_hosvd_of(xp, scaled, target, order), whole_modes(ranks))
+    return _finished("st_hosvd", xp, x, result, k)
 
 
 def hooi(
@@ -254,7 +258,8 @@ def hooi(
         raise ValueError(f"hooi: max_sweeps is {most}; pass 0 or more")
     start = _start(xp, scaled, wanted, init)
     result, _ = hooi_of(xp, scaled, start, most, float(tolerance))
-    return _finished("hooi", xp, x, all_orthogonal(xp, result), k)
+    result = left_whole(xp, all_orthogonal(xp, result), whole_modes(ranks))
+    return _finished("hooi", xp, x, result, k)
 
 
 def tucker(
@@ -277,7 +282,8 @@ def tucker(
     x : array, shape (I_0, …, I_{N-1})
         The tensor, N ≥ 1. 16-bit floats are computed in float32, integers are promoted.
     ranks : int or sequence of int, optional
-        One rank a mode, or one number for all (lowered where a mode cannot have it).
+        One rank a mode, or one number for all (lowered where a mode cannot have it). ``None`` for a mode leaves it
+        whole: it stores no factor, as in ``tucker(kernel, (16, 16, None, None))``.
     rtol : float, optional
         The relative error ‖X − X̂‖ / ‖X‖ to stay within, in [0, 1].
     max_parameters : int, optional
@@ -328,7 +334,7 @@ def tucker(
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
     squares = float_squares("tucker", xp, scaled)
     fit = _fit(xp, scaled, tuple(x.shape), target, method, rng, squares)
-    result = all_orthogonal(xp, fit.result)
+    result = left_whole(xp, all_orthogonal(xp, fit.result), whole_modes(ranks))
     norm = math.sqrt(squares)
     decomposed = _finished("tucker", xp, x, result, k)
     return TuckerFit(
@@ -392,6 +398,8 @@ def round_tucker(
     ((2, 2), (1, 1))
     """
     exactly_one("round_tucker", ranks=ranks, rtol=rtol, max_parameters=max_parameters)
+    for part in (a.core, *(u for u in a.factors if u is not None)):  # before any QR sees it
+        check_finite("round_tucker", part, "a")
     xp = array_namespace("round_tucker", a.core, *a.factors)
     dtype = result_dtype(xp, xp.result_type(a.core, *(u for u in a.factors if u is not None)))
     upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
@@ -400,12 +408,13 @@ def round_tucker(
     result = all_orthogonal(
         xp, _fit(xp, scaled, a.shape, target, "auto", None, float_squares("round_tucker", xp, scaled)).result
     )
-    core, factors = times_power_of_two(result.core, k), list[Array | None](result.factors)
-    for mode, (outer, inner) in enumerate(zip(upright.factors, result.factors)):
-        if outer is not None:
-            factors[mode] = xp.matmul(outer, inner)
-        elif inner.shape[0] == inner.shape[1]:
-            core, factors[mode] = contract(xp, core, inner, mode), None
+    stay = [m for m, u in enumerate(upright.factors) if u is None and result.core.shape[m] == upright.ranks[m]]
+    result = left_whole(xp, result, {*stay, *whole_modes(ranks)})
+    factors = [
+        inner if outer is None else outer if inner is None else xp.matmul(outer, inner)
+        for outer, inner in zip(upright.factors, result.factors)
+    ]
+    core = times_power_of_two(result.core, k)
     return TuckerTensor(core, tuple(factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
@@ -576,7 +585,7 @@ def _finished(where: str, xp: Namespace, x: Array, result: Truncation, k: int) -
             f"{where}: the core's largest entry, about 2**{k}, is beyond the range of {dtype}; "
             "pass x in a wider type, or scaled"
         )
-    return TuckerTensor(core, tuple(xp.astype(u, dtype, copy=False) for u in result.factors))
+    return TuckerTensor(core, tuple(result.factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
 def _relative_error(xp: Namespace, x: Array, fit: TuckerTensor, k: int, norm: float) -> float:
@@ -587,12 +596,12 @@ def _relative_error(xp: Namespace, x: Array, fit: TuckerTensor, k: int, norm: fl
     """
     if norm == 0.0:
         return 0.0
-    core = times_power_of_two(xp.astype(stop_gradient(fit.core), x.dtype, copy=False), -k)
-    factors = [xp.astype(stop_gradient(u), x.dtype, copy=False) for u in fit.factors]
+    constant = fit.map(lambda array: xp.astype(stop_gradient(array), x.dtype, copy=False))
+    core = times_power_of_two(constant.core, -k)
     lost = norm**2 - float_squares("tucker", xp, core)
     if fit.dtype == x.dtype and lost > 1e4 * epsilon(xp, x.dtype) * norm**2:
         return math.sqrt(lost) / norm
-    return _residual_norm(xp, x, TuckerTensor(core, tuple(factors))) / norm
+    return _residual_norm(xp, x, TuckerTensor(core, constant.factors)) / norm
 
 
 def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:
@@ -606,9 +615,10 @@ def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:
     total = 0.0
     for start in range(0, x.shape[mode], rows):
         slab = slice(start, min(start + rows, x.shape[mode]))
+        here = (*(slice(None),) * mode, slab, ...)
         factors = tuple(u[slab, :] if k == mode and u is not None else u for k, u in enumerate(fit.factors))
-        part = x[(*(slice(None),) * mode, slab, ...)]
-        rest = xp.astype(part, wide, copy=False) - reconstruct(TuckerTensor(fit.core, factors))
+        core = fit.core if fit.factors[mode] is not None else fit.core[here]
+        rest = xp.astype(x[here], wide, copy=False) - reconstruct(TuckerTensor(core, factors))
         total += float_squares("tucker", xp, rest)
     return math.sqrt(total)
 
