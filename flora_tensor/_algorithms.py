@@ -4,7 +4,7 @@ They take tensors that `spectra.prepare` has checked and scaled, and hand each o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from flora_tensor._arrays import epsilon, float_squares, is_complex, squared_nor
 from flora_tensor._bases import GRAM_FLOOR, Basis, leading_basis, mode_basis, orthonormal_columns
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import multi_mode_dot, unfold
+from flora_tensor.algebra import contract, multi_mode_dot, unfold
 
 # HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
 ENOUGH = 2e-4
@@ -40,7 +40,7 @@ class Truncation:
     """
 
     core: Array
-    factors: list[Array]
+    factors: list[Array]  # None: the mode was left whole, after everything else was done
     values: list[Array]
     kind: str
 
@@ -230,6 +230,14 @@ def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
     inner = [mode_basis(xp, result.core, mode).vectors for mode in range(len(result.factors))]
     core = multi_mode_dot(result.core, inner, transpose=True)
     return replace(result, core=core, factors=[xp.matmul(u, v) for u, v in zip(result.factors, inner)])
+
+
+def left_whole(xp: Namespace, result: Truncation, modes: Iterable[int]) -> Truncation:
+    """Multiply the factors of ``modes`` back into the core: these modes store no factor; exact."""
+    core, factors = result.core, list(result.factors)
+    for mode in modes:
+        core, factors[mode] = contract(xp, core, factors[mode], mode), None
+    return replace(result, core=core, factors=factors)
 
 
 def by_shrinkage(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:

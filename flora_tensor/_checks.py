@@ -60,7 +60,8 @@ def check_ranks(where: str, ranks: Ranks, shape: Sequence[int]) -> tuple[int, ..
     """Return ``ranks`` as a tuple that a Tucker decomposition of ``shape`` can have.
 
     One integer stands for that rank in every mode, lowered where the mode cannot have it. A sequence is taken at its
-    word: a rank below 1, above the mode's size or above the product of the other ranks is an error.
+    word: a rank below 1, above the mode's size or above the product of the other ranks is an error. ``None`` in it
+    leaves a mode whole (see `whole_modes`): it gets the largest rank that the others allow.
     """
     if isinstance(ranks, str | bytes):
         raise TypeError(f"{where}: ranks is {ranks!r}; pass an integer, or one integer a mode")
@@ -69,9 +70,14 @@ def check_ranks(where: str, ranks: Ranks, shape: Sequence[int]) -> tuple[int, ..
         if rank < 1:
             raise ValueError(f"{where}: rank {rank}; pass at least 1")
         return feasible_ranks([rank] * len(shape), shape)
-    given = tuple(as_int(where, f"ranks[{k}]", r) for k, r in enumerate(ranks))
-    if len(given) != len(shape):
-        raise ValueError(f"{where}: {len(given)} ranks for {len(shape)} modes of shape {tuple(shape)}; pass one a mode")
+    ranks = tuple(ranks)
+    if len(ranks) != len(shape):
+        raise ValueError(f"{where}: {len(ranks)} ranks for {len(shape)} modes of shape {tuple(shape)}; pass one a mode")
+    wished = [n if r is None else as_int(where, f"ranks[{k}]", r) for k, (r, n) in enumerate(zip(ranks, shape))]
+    given = tuple(wished)
+    if None in ranks:
+        lowered = feasible_ranks(wished, shape)
+        given = tuple(low if r is None else w for r, w, low in zip(ranks, wished, lowered))
     for mode, (rank, size) in enumerate(zip(given, shape)):
         if rank > size:
             raise ValueError(f"{where}: rank {rank} for mode {mode} exceeds its size {size}; pass at most {size}")
@@ -87,6 +93,13 @@ def check_ranks(where: str, ranks: Ranks, shape: Sequence[int]) -> tuple[int, ..
                 f"no tensor has it; pass at most {others}, as in {feasible_ranks(given, shape)}"
             )
     return given
+
+
+def whole_modes(ranks: Any) -> tuple[int, ...]:
+    """Return the modes that ``ranks`` leaves whole: those whose entry is ``None``."""
+    if not isinstance(ranks, Iterable):
+        return ()
+    return tuple(mode for mode, rank in enumerate(ranks) if rank is None)
 
 
 def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:

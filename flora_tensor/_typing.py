@@ -16,5 +16,5 @@ Namespace: TypeAlias = Any
 DType: TypeAlias = Any
 """A data type of some array library."""
 
-Ranks: TypeAlias = int | Sequence[int]
-"""One rank a mode, or one number for all of them."""
+Ranks: TypeAlias = int | Sequence[int | None]
+"""One rank a mode (``None``: the mode is left whole), or one number for all of them."""
