@@ -60,13 +60,19 @@ def library(xp: Any) -> str:
 _few_shapes: contextvars.ContextVar[Sequence[tuple[int, ...]]] = contextvars.ContextVar("few_shapes", default=())
 
 
+def few_shapes() -> bool:
+    """Tell whether a strategy draws for a library that should see few shapes."""
+    return bool(_few_shapes.get())
+
+
 def for_all(
-    *, jax_shapes: Sequence[tuple[int, ...]] = (), **strategies: st.SearchStrategy[Any]
+    *, jax_shapes: Sequence[tuple[int, ...]] = (), jax_examples: int = 0, **strategies: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
     """Run ``test(xp, **drawn)`` as a property, over the namespace that pytest's ``xp`` fixture gives.
 
     JAX compiles each operation anew for each shape, which takes a hundred times as long as running it, so it sees an
-    eighth of the examples; with ``jax_shapes`` only these shapes, whose operations are compiled once for all tests.
+    eighth of the examples (or ``jax_examples``); with ``jax_shapes`` only these shapes, in two data types, whose
+    operations are compiled once for all tests.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[[Any], None]:
@@ -79,7 +85,7 @@ def for_all(
             body.__name__ = f"{test.__name__}_{library(xp)}"
             on_jax = library(xp) == "jax"
             examples = settings().max_examples
-            examples = max(4, examples // 8) if on_jax else examples
+            examples = jax_examples or max(4, examples // 8) if on_jax else examples
             token = _few_shapes.set(jax_shapes if on_jax else ())
             try:
                 settings(max_examples=examples)(given(**strategies)(body))()
@@ -335,6 +341,8 @@ def samples(
     **shape_options: int,
 ) -> Sample:
     """Draw tensors of every shape, kind, scale, layout and data type that is asked for."""
+    if few_shapes():
+        dtypes = [d for d in dtypes if d in ("float32", "complex128")] or dtypes[:1]
     return Sample(
         shape=draw(shapes(**shape_options)),
         kind=draw(st.sampled_from(kinds)),
@@ -349,7 +357,7 @@ def samples(
 def ranked_samples(draw: st.DrawFn, **options: Any) -> tuple[Sample, tuple[int, ...]]:
     """Draw a tensor and ranks that a Tucker decomposition of it can have; full ones now and then."""
     sample = draw(samples(**options))
-    if _few_shapes.get():
+    if few_shapes():
         return sample, feasible_ranks([2] * len(sample.shape), sample.shape)
     ranks = [n if draw(st.integers(0, 3)) == 0 else draw(st.integers(min(n, 1), n)) for n in sample.shape]
     return sample, feasible_ranks(ranks, sample.shape)
