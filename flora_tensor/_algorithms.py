@@ -211,6 +211,8 @@ def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]
     ``partial`` times the factors of the other half, so products are shared along a binary tree: two products with X a
     sweep, not N.
     """
+    if not modes:  # a tensor whose modes are all small is its own sketch
+        return partial
     if len(modes) == 1:
         (mode,) = modes
         factors[mode] = leaf(xp, partial, mode, factors[mode])
