@@ -113,6 +113,11 @@ def _warnings_on_stderr() -> Generator[None]:
         yield
 
 
+def _noise(text: str) -> float | str | None:
+    """Read "auto", "none" or a number."""
+    return {"auto": "auto", "none": None}[text.lower()] if text.lower() in ("auto", "none") else float(text)
+
+
 def _share(text: str) -> float:
     """Read a share, as ``5%`` or ``0.05``."""
     try:
@@ -205,6 +210,14 @@ def main(ctx: click.Context) -> None:
 @click.option("--vectors", type=click.Choice(["keep", "skip", "error"]), default="keep", show_default=True)
 @click.option("--on-mismatch", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that only one checkpoint has.")
+@click.option(
+    "--noise-floor",
+    type=_noise,
+    default="auto",
+    show_default=True,
+    metavar="NOISE",
+    help="Cap ranks at this noise per entry: auto (the rounding of the storage types), none, or a number.",
+)
 @click.option("--device", help="A PyTorch device, such as cuda.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32", show_default=True

@@ -41,6 +41,7 @@ from flora_tensor.allocation import allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.decomposition import tucker
+from flora_tensor.noise import projected_edge, rounding_noise, worth_storing
 from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import Frontier, hosvd_spectrum
 from flora_tensor.tucker_tensor import TuckerTensor
@@ -72,6 +73,7 @@ class _Settings:
     dtype: str
     device: Any
     max_memory: int | None
+    noise_floor: float | Literal["auto"] | None
     dry_run: bool
     progress: Progress
 
@@ -88,6 +90,7 @@ class _Settings:
             "exclude": list(self.exclude),
             "arrangements": self.arrangement.pattern if self.arrangement else "auto",
             "vectors": self.vectors,
+            "noise_floor": self.noise_floor,
             "dtype": {code: name for name, code in _CODES.items()}[self.dtype],
         }
 
@@ -158,6 +161,7 @@ def extract(
     vectors: Literal["keep", "skip", "error"] = "keep",
     on_mismatch: Literal["error", "skip"] = "error",
     allow_missing: bool = False,
+    noise_floor: float | Literal["auto"] | None = "auto",
     device: Any = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32",
     dry_run: bool = False,
@@ -197,6 +201,10 @@ def extract(
         What to do about a tensor whose shape differs.
     allow_missing : bool, default False
         Whether tensors that only one checkpoint has are left out; the default refuses.
+    noise_floor : "auto", float or None
+        The standard deviation of noise in the entries of the changes; ranks that would only store noise are not spent.
+        ``"auto"`` takes the rounding noise of the types that the checkpoints are stored in, where a budget is given: a
+        tolerance is a promise and is kept. ``None`` turns the cap off. It does not apply to ``ranks``.
     device : optional
         A PyTorch device to compute on, such as ``"cuda"``; NumPy on the CPU by default.
     dtype : {"float32", "bfloat16", "float16", "float64"}
@@ -265,6 +273,7 @@ def extract(
         _CODES[_choice("dtype", dtype, tuple(_CODES))],
         device,
         max_memory,
+        _noise_option(noise_floor),
         dry_run,
         progress or _silent,
     )
@@ -422,12 +431,39 @@ def _scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: _Settings) -
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=norm, notes=tuple(notes))
     weight = _Weight(row, settings.arrangements(a.shape))
+    floor = _noise_floor(base, tuned, name, delta, settings)
     for arrangement in weight.arrangements if settings.ranks is None else ():
         spectrum = hosvd_spectrum(_on_device(arrangement.arrange(delta), settings.device))
-        weight.frontiers.append(spectrum.frontier())
+        caps = None if floor is None else projected_edge(spectrum, floor)[0]
+        weight.frontiers.append(spectrum.frontier(max_ranks=caps))
+        if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:
+            weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
+    if floor is not None and weight.frontiers:
+        weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
         _take_ranks(weight, delta, settings)
     return weight
+
+
+def _noise_floor(
+    base: Checkpoint, tuned: Checkpoint, name: str, delta: np.ndarray, settings: _Settings
+) -> float | None:
+    """Return the standard deviation of the noise in a change, or ``None`` where no cap is wanted."""
+    if settings.ranks is not None or settings.noise_floor != "auto":
+        return settings.noise_floor if isinstance(settings.noise_floor, float) else None
+    if "rtol" in settings.budget:
+        return None
+    types = {code: dtype for dtype, code in _CODES.items()}
+    sides = [side for side in (base, tuned) if side.info(name).dtype in types]
+    stored = max((rounding_noise(side.read(name), types[side.info(name).dtype]) for side in sides), default=0.0)
+    # The subtraction rounds too; beside the rounding of a shorter storage type that vanishes.
+    return math.hypot(stored, rounding_noise(delta, delta.dtype.name))
+
+
+def _noise_note(caps: Sequence[int]) -> str:
+    if not any(caps):
+        return "the change does not stand above the rounding noise of its storage type"
+    return f"ranks above {tuple(caps)} would store rounding noise"
 
 
 def _scan_whole(
@@ -524,7 +560,13 @@ def _choose(weights: dict[str, _Weight], settings: _Settings, *, keep_going: boo
         return None
     allocation = allocate_ranks({name: weight.frontiers for name, weight in weights.items()}, **settings.budget)
     if not allocation.n_parameters and not keep_going:
-        least = min(int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1)
+        smallest = [int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1]
+        if not smallest:
+            raise InputError(
+                "extract: nothing to extract: no change stands above the rounding noise of its storage type; "
+                "pass noise_floor=None (--noise-floor none) to extract it all the same"
+            )
+        least = min(smallest)
         raise ValueError(
             f"extract: the budget {settings.budget} holds nothing: the smallest tensor takes {least} numbers; raise it"
         )
@@ -553,7 +595,9 @@ def _predicted_row(weight: _Weight) -> TensorRow:
 
 
 def _rank_zero_row(weight: _Weight) -> TensorRow:
-    return replace(weight.row, status="left out", reason="rank 0 under this budget", relative_error=1.0)
+    noise = any(note == _noise_note((0,)) for note in weight.row.notes)
+    reason = "below the rounding noise of its storage type" if noise else "rank 0 under this budget"
+    return replace(weight.row, status="left out", reason=reason, relative_error=1.0)
 
 
 def _n_parameters(shape: Sequence[int], ranks: Sequence[int]) -> int:
@@ -697,6 +741,18 @@ def _globs(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def _choice(name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"extract: {name} is {value!r}; pass one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _noise_option(given: Any) -> float | Literal["auto"] | None:
+    if given is None or given == "auto":
+        return given
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"extract: noise_floor is {given!r}; pass 'auto', None, or a finite number of at least 0")
     return value
 
 

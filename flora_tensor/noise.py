@@ -7,6 +7,7 @@ is known.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array
-from flora_tensor.spectra import FloatArray, Spectrum
+from flora_tensor.spectra import FloatArray, Frontier, Spectrum
 
 __all__ = ["rounding_noise"]
 
@@ -111,6 +112,9 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
         return (0,) * len(shape), 0.0 if deviation is None else deviation
     variance = squares / entries if known is None else known
     ranks = _start(spectrum, entries, squares, variance, known)
+    if known is not None and (len(shape) <= 2 or ranks == spectrum.max_ranks):
+        # A matrix has no other modes to look through, and where all is signal there is nothing to find.
+        return _feasible_or_nothing(ranks, shape), deviation or 0.0
     if not any(ranks):
         return ranks, unit * math.sqrt(squares / entries if known is None else known)
     # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
@@ -174,6 +178,26 @@ def gavish_donoho(spectrum: Spectrum, deviation: float | None = None) -> tuple[i
     return _feasible_or_nothing(found, spectrum.shape)
 
 
+def worth_storing(frontiers: Sequence[Frontier], deviation: float) -> list[Frontier]:
+    """Cut frontiers of one weight where more parameters would fit noise of a known deviation rather than signal.
+
+    A parameter that only fits noise lowers the squared error by τ²; the parameters worth having are those that minimize
+    E + 2 τ² p over all points of all frontiers (Mallows, *Some comments on C_p*, Technometrics 15, 1973). An
+    arrangement that needs more numbers for the same signal is cut before it reaches that signal.
+    """
+    price = 2 * deviation * deviation
+    scores = [f.error_squared + price * f.n_parameters for f in frontiers]
+    best = min(range(len(frontiers)), key=lambda k: float(scores[k].min()))
+    most = int(frontiers[best].n_parameters[int(np.argmin(scores[best]))])
+    kept: list[Frontier] = []
+    for f in frontiers:
+        end = int(np.searchsorted(f.n_parameters, most, side="right"))
+        kept.append(
+            replace(f, n_parameters=f.n_parameters[:end], error_squared=f.error_squared[:end], ranks=f.ranks[:end])
+        )
+    return kept
+
+
 def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:
     """Return the core in double precision and in units of 2**exponent."""
     core = to_numpy(spectrum.core)
@@ -208,8 +232,13 @@ def _update(
         if other != mode:
             projected = np.moveaxis(np.tensordot(basis.conj().T, projected, axes=(1, other)), 0, other)
     unfolded = np.moveaxis(projected, mode, 0).reshape(core.shape[mode], -1)
-    vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
-    rank = int(np.count_nonzero(values**2 > variance * edge_squared(shape[mode], unfolded.shape[1])))
+    if unfolded.shape[0] <= unfolded.shape[1]:
+        squares, vectors = np.linalg.eigh(unfolded @ unfolded.conj().T)
+        squares, vectors = squares[::-1], vectors[:, ::-1]
+    else:
+        vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
+        squares = values * values
+    rank = int(np.count_nonzero(squares > variance * edge_squared(shape[mode], unfolded.shape[1])))
     bases[mode] = vectors[:, : max(rank, 1)]
     return rank
 
