@@ -337,10 +337,12 @@ def tucker(
     result = left_whole(xp, all_orthogonal(xp, fit.result), whole_modes(ranks))
     norm = math.sqrt(squares)
     decomposed = _finished("tucker", xp, x, result, k)
+    relative_error = _relative_error(xp, stop_gradient(scaled), decomposed, k, norm)
     return TuckerFit(
         tucker=decomposed,
-        relative_error=_relative_error(xp, stop_gradient(scaled), decomposed, k, norm),
-        error_bound=fit.upper / norm if norm else 0.0,
+        relative_error=relative_error,
+        # A sketch's bound is a difference of squares, which cancels where the error is small: what was measured stands.
+        error_bound=max(fit.upper / norm, relative_error) if norm else 0.0,
         lower_bound=fit.lower / norm if norm else 0.0,
         spectra=ModeSpectra(
             tuple(times_power_of_two(v, k) for v in result.values), math.ldexp(norm, k), tuple(x.shape), result.kind

@@ -606,10 +606,10 @@ def test_a_tolerance_of_zero_is_exact_to_rounding(xp, sample):
 
 def test_planted_ranks_are_found_by_tolerance(xp):
     rng = np.random.default_rng(1)
-    x = dense(rng.standard_normal((3, 2, 4)), [orthonormal(rng, n, r) for n, r in zip((12, 9, 11), (3, 2, 4))])
+    x = dense(rng.standard_normal((2, 2, 2)), [orthonormal(rng, n, 2) for n in (4, 3, 5)])
     for dtype, rtol in (("float32", 1e-5), ("float64", 1e-12)):
         for method in FORCED:
-            assert ft.tucker(as_array(xp, x, dtype), rtol=rtol, method=method).tucker.ranks == (3, 2, 4)
+            assert ft.tucker(as_array(xp, x, dtype), rtol=rtol, method=method).tucker.ranks == (2, 2, 2)
 
 
 def test_rng_makes_the_result_repeatable():
@@ -1009,3 +1009,74 @@ def test_the_driver_refuses_traced_input():
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match=r"tucker: x is traced by jit or vmap, .*; call hosvd, st_hosvd or hooi"):
         jax.jit(lambda x: ft.tucker(x, 2).tucker.core)(jax.numpy.ones((3, 3)))
+
+
+# --- sizes at which sketching pays -------------------------------------------------------------------
+
+LARGE = [((90, 80), (6, 6)), ((60, 50, 3), (5, 6, 3)), ((40, 36, 32), (4, 3, 5)), ((48, 40, 3, 3), (6, 5, 2, 2))]
+
+
+def noisy(shape, ranks, dtype: str, level: float) -> np.ndarray:
+    """Return a tensor of given ranks with noise of relative norm ``level`` on top."""
+    rng = np.random.default_rng(math.prod(shape))
+    planted = dense(normal(rng, ranks, dtype), [orthonormal(rng, n, r, dtype) for n, r in zip(shape, ranks)])
+    noise = normal(rng, shape, dtype)
+    return (planted + noise * (level * frobenius(planted) / frobenius(noise))).astype(dtype)
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize(("shape", "ranks"), LARGE)
+@pytest.mark.parametrize("level", [1e-4, 0.3])
+def test_sketched_decompositions_hold_the_same_identities(method, dtype, shape, ranks, level):
+    """Orthonormal factors, an all-orthogonal core, the true error reported, and an error within the bounds of the
+    spectra: the noise's flat spectrum is the hard case.
+    """
+    x = noisy(shape, ranks, dtype, level)
+    fit = ft.tucker(x, ranks, method=method, rng=0)
+    truth, t = Truth.of(x), fit.tucker
+    rounding = tolerance(dtype, sum(shape))
+    assert_orthonormal(t)
+    assert_all_orthogonal(truth.core(t), 2 * rounding * truth.norm**2)
+    true, tails = truth.error(t), truth.tails(ranks)
+    assert fit.relative_error == pytest.approx(true, rel=1e-3)
+    assert math.sqrt(max(tails)) - rounding <= true <= math.sqrt(sum(tails)) + rounding
+    assert fit.lower_bound - rounding <= fit.relative_error <= fit.error_bound + rounding
+    assert true <= 1.001 * truth.error(ft.st_hosvd(x, ranks))
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+@pytest.mark.parametrize(("shape", "ranks"), LARGE)
+def test_the_same_seed_gives_the_same_bits(method, shape, ranks):
+    x = noisy(shape, ranks, "float64", 0.1)
+    first, second = (ft.tucker(x, ranks, method=method, rng=3).tucker for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip((first.core, *first.factors), (second.core, *second.factors)))
+    assert same_bits(ft.tucker(x, ranks, method=method).tucker.core, ft.tucker(x, ranks, method=method).tucker.core)
+    other = ft.tucker(x, ranks, method=method, rng=np.random.default_rng(4))
+    assert other.relative_error == pytest.approx(ft.tucker(x, ranks, method=method, rng=3).relative_error, rel=1e-2)
+
+
+@pytest.mark.parametrize(("shape", "ranks"), LARGE)
+@pytest.mark.parametrize("method", FORCED)
+def test_tolerances_and_budgets_are_kept_at_size(method, shape, ranks):
+    x = noisy(shape, ranks, "float32", 0.02)
+    truth = Truth.of(x)
+    for rtol in (0.03, 0.3):
+        fit = ft.tucker(x, rtol=rtol, method=method)
+        assert fit.relative_error == pytest.approx(truth.error(fit.tucker), rel=1e-3)
+        assert truth.error(fit.tucker) <= rtol + tolerance("float32", sum(shape))
+    budget = 1 + sum(n * r for n, r in zip(shape, ranks)) + math.prod(ranks)
+    fit = ft.tucker(x, max_parameters=budget, method=method)
+    assert fit.tucker.n_parameters <= budget
+    assert truth.error(fit.tucker) <= 0.03
+
+
+@pytest.mark.parametrize("name", ["torch", "array_api_strict"])
+def test_every_library_sketches_alike(name):
+    """The random numbers come from one generator whatever the library, so the results agree to rounding."""
+    shape, ranks = LARGE[2]
+    x = noisy(shape, ranks, "float64", 0.1)
+    ours = ft.tucker(as_array(support.namespace(name), x), ranks, method="randomized", rng=0)
+    theirs = ft.tucker(x, ranks, method="randomized", rng=0)
+    assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-6)
+    assert distance(ours.tucker.to_tensor(), theirs.tucker.to_tensor()) <= 1e-4 * frobenius(x)
