@@ -128,6 +128,30 @@ def test_a_mix_of_weights_is_allocated_within_half_a_percent_of_the_bound(mix, r
     assert result.gap <= 0.005
 
 
+@given(seed=seeds, budget=st.integers(0, 300), count=st.integers(1, 4))
+def test_no_budget_is_left_that_would_buy_something(seed, budget, count):
+    rng = np.random.default_rng(seed)
+    spectra = {f"w{i}": tiny_options(rng, 1)[0] for i in range(count)}
+    result = ft.allocate_ranks(spectra, max_parameters=budget)
+    for name, choice in result.choices.items():
+        points = spectra[name].frontier().n_parameters
+        larger = points[points > choice.n_parameters]
+        assert len(larger) == 0 or larger[0] - choice.n_parameters > budget - result.n_parameters
+
+
+@given(seed=seeds, rtol=st.floats(0.01, 0.99), count=st.integers(1, 4))
+def test_no_numbers_are_kept_that_the_tolerance_does_not_need(seed, rtol, count):
+    rng = np.random.default_rng(seed)
+    spectra = {f"w{i}": tiny_options(rng, 1)[0] for i in range(count)}
+    result = ft.allocate_ranks(spectra, rtol=rtol)
+    total = sum(s.norm**2 for s in spectra.values())
+    lost = sum(choice.error_squared for choice in result.choices.values())
+    for name, choice in result.choices.items():
+        frontier = spectra[name].frontier()
+        at = int(np.searchsorted(frontier.n_parameters, choice.n_parameters))
+        assert at == 0 or lost - choice.error_squared + frontier.error_squared[at - 1] > rtol**2 * total * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("ratio", [0.02, 0.05, 0.1, 0.2])
 def test_simple_rules_are_no_better(mix, ratio):
     budget = math.floor(ratio * sum(math.prod(s.shape) for s in mix.values()))

@@ -72,6 +72,21 @@ def test_a_tolerance_costs_the_fewest_parameters(sample, rtol):
     assert choice.method == "rtol"
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 4), (4, 3, 3), (2, 3, 2, 4)])
+def test_infeasible_ranks_are_not_chosen_though_the_table_prices_them(shape):
+    """Keeping (1, 1, 2) of a core keeps a tensor of ranks (1, 1, 1), and may still lose less than (1, 1, 1)."""
+    for seed in range(6):
+        spectrum = ft.hosvd_spectrum(Sample(shape, seed=seed).values)
+        for budget in range(1 + sum(shape), 70):
+            choice = ft.select_ranks(spectrum, max_parameters=budget)
+            assert ft.feasible_ranks(choice.ranks, choice.ranks) == choice.ranks
+            assert choice.relative_error <= best_within(spectrum, budget) + 1e-12
+        for rtol in np.linspace(0.05, 0.95, 19):
+            choice = ft.select_ranks(spectrum, rtol=float(rtol))
+            assert ft.feasible_ranks(choice.ranks, choice.ranks) == choice.ranks
+            assert choice.n_parameters <= fewest_within(spectrum, float(rtol))
+
+
 @given(sample=samples(**DOUBLE, **TINY))
 def test_a_tolerance_of_zero_keeps_what_there_is(sample):
     spectrum = ft.hosvd_spectrum(sample.values)
