@@ -71,8 +71,9 @@ def rounding_noise(stored: Array, dtype: str) -> float:
     flat = np.ravel(to_numpy(stored))
     total = 0.0
     for start in range(0, flat.size, 1 << 20):
-        _, exponents = np.frexp(flat[start : start + (1 << 20)])  # |w| in [2**(e-1), 2**e)
-        units = np.maximum(exponents - 1, lowest) - (bits - 1)
+        part = flat[start : start + (1 << 20)]
+        exponents = np.frexp(part)[1] - 1  # |w| in [2**e, 2**(e+1))
+        units = np.where(part == 0, lowest, np.maximum(exponents, lowest)) - (bits - 1)
         total += float(np.sum(np.exp2(2.0 * units)))
     return math.sqrt(total / flat.size / 12) if flat.size else 0.0
 
@@ -106,12 +107,14 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
     """
     core, shape = _host_core(spectrum), spectrum.shape
     entries, squares = math.prod(shape), float(np.sum(np.abs(core) ** 2))
+    # Directions below the rounding of the spectrum itself show what leaks from the strong ones, not signal.
+    resolved = squares * (4 * float(np.finfo(to_numpy(spectrum.core).dtype).eps)) ** 2
     unit = math.ldexp(1.0, spectrum.exponent)
     known = None if deviation is None else (deviation / unit) ** 2
     if squares == 0.0 or entries == 0:
         return (0,) * len(shape), 0.0 if deviation is None else deviation
     variance = squares / entries if known is None else known
-    ranks = _start(spectrum, entries, squares, variance, known)
+    ranks = _start(spectrum, entries, squares, variance, known, resolved)
     if known is not None and (len(shape) <= 2 or ranks == spectrum.max_ranks):
         # A matrix has no other modes to look through, and where all is signal there is nothing to find.
         return _feasible_or_nothing(ranks, shape), deviation or 0.0
@@ -119,10 +122,12 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
         return ranks, unit * math.sqrt(squares / entries if known is None else known)
     # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
     bases = [np.eye(m)[:, : max(r, 2)] for m, r in zip(core.shape, ranks)]
+    order = sorted(range(len(shape)), key=lambda k: shape[k])  # the same modes first, however they are numbered
     for _ in range(_MOST_ROUNDS):
         before = ranks
         variance = _variance_left(core, bases, shape, squares) if known is None else known
-        ranks = tuple(_update(core, bases, mode, shape, variance) for mode in range(len(shape)))
+        updated = {mode: _update(core, bases, mode, shape, variance, resolved) for mode in order}
+        ranks = tuple(updated[mode] for mode in range(len(shape)))
         if ranks == before:
             break
     variance = _variance_left(core, bases, shape, squares) if known is None else known
@@ -206,12 +211,14 @@ def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:
     return core * 2.0**-half * 2.0 ** -(spectrum.exponent - half)
 
 
-def _start(spectrum: Spectrum, entries: int, squares: float, variance: float, known: float | None) -> tuple[int, ...]:
+def _start(
+    spectrum: Spectrum, entries: int, squares: float, variance: float, known: float | None, resolved: float
+) -> tuple[int, ...]:
     """Count singular values of the plain unfoldings above the edge; the noise level falls as signal is found."""
     shape, ranks = spectrum.shape, (0,) * len(spectrum.shape)
     values = [np.ldexp(to_numpy(v).astype(np.float64), -spectrum.exponent) ** 2 for v in spectrum.values]
     for _ in range(_MOST_ROUNDS):
-        edges = [variance * edge_squared(n, entries // n) for n in shape]
+        edges = [max(resolved, variance * edge_squared(n, entries // n)) for n in shape]
         found = tuple(int(np.count_nonzero(v > e)) for v, e in zip(values, edges))
         if found == ranks:
             break
@@ -224,7 +231,12 @@ def _start(spectrum: Spectrum, entries: int, squares: float, variance: float, kn
 
 
 def _update(
-    core: npt.NDArray[Any], bases: list[npt.NDArray[Any]], mode: int, shape: Sequence[int], variance: float
+    core: npt.NDArray[Any],
+    bases: list[npt.NDArray[Any]],
+    mode: int,
+    shape: Sequence[int],
+    variance: float,
+    resolved: float,
 ) -> int:
     """Renew one mode's basis from the projection on the others; return how many of its directions are signal."""
     projected = core
@@ -238,7 +250,8 @@ def _update(
     else:
         vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
         squares = values * values
-    rank = int(np.count_nonzero(squares > variance * edge_squared(shape[mode], unfolded.shape[1])))
+    edge = max(resolved, variance * edge_squared(shape[mode], unfolded.shape[1]))
+    rank = int(np.count_nonzero(squares > edge))
     bases[mode] = vectors[:, : max(rank, 1)]
     return rank
 

@@ -112,7 +112,7 @@ def select_ranks(
         A noise rule. ``"noise"``: the directions above the edge of the noise, each mode seen through the signal
         subspaces of the others. ``"evbmf"``: empirical variational Bayes on each unfolding. ``"bic"``: the Bayesian
         information criterion over all rank tuples. ``"gavish-donoho"``: the optimal hard threshold on each unfolding,
-        one noise level for all.
+        one noise level for all. All of them take the noise to be white.
     noise_floor : float, optional
         A known standard deviation of noise in the entries, such as `rounding_noise` gives. It replaces the estimate of
         ``"noise"`` and ``"gavish-donoho"``; beside any other criterion it caps the ranks, as more rank would only store
