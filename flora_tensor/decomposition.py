@@ -70,11 +70,13 @@ class TuckerFit:
     relative_error : float
         ‖X − X̂‖ / ‖X‖ of the tensor as returned, the rounding to its data type included; 0 for a zero tensor.
     error_bound : float
-        What the method guarantees beforehand, relative to ‖X‖: √(Σ_n Σ_{i≥r_n} σ_i²) over the singular values that it
-        truncated, which is at most √N times the error of the best tensor of these ranks.
+        An upper bound on ``relative_error``. For HOSVD and ST-HOSVD, and HOOI started from them, √(Σ_n Σ_{i≥r_n} σ_i²)
+        / ‖X‖ over the singular values that were truncated, which is at most √N times the error of the best tensor of
+        these ranks. For the randomized method, the error of its start, which HOOI only lowers.
     lower_bound : float
-        No tensor of these ranks has a smaller relative error: √(max_n Σ_{i≥r_n} σ_i²) over the modes whose exact
-        singular values are known. ``relative_error / lower_bound`` certifies how close to the best the fit is.
+        No tensor of these ranks has a smaller relative error: √(max_n Σ_{i≥r_n} σ_i²) / ‖X‖ over the modes whose exact
+        singular values are known, 0 where none are (the randomized method). ``relative_error / lower_bound`` certifies
+        how close to the best the fit is.
     spectra : ModeSpectra
         The singular values that the method computed; ``spectra.kind`` tells of which tensor.
     method : str
@@ -273,9 +275,16 @@ def tucker(
 ) -> TuckerFit:
     """Decompose a tensor as well as its ranks, a tolerance or a parameter budget allow, and say how good the result is.
 
-    Given ranks, the default is HOOI started from ST-HOSVD. Given a tolerance or a budget, the ranks are the optimum
-    over *all* rank tuples of the full HOSVD (fewest parameters within the error, or smallest error within the
-    parameters), then the factors are improved by HOOI, which only lowers the error.
+    Given a tolerance or a budget, the ranks are the optimum over *all* rank tuples of the full HOSVD (fewest parameters
+    within the error, or smallest error within the parameters), then the factors are improved by HOOI, which only lowers
+    the error.
+
+    Given ranks, ``method="auto"`` takes by estimated arithmetic the cheaper of two ways and ends with HOOI: bases from
+    two sweeps of a randomized range finder, where at least two modes shrink to less than half, or ST-HOSVD. Full ranks
+    need HOSVD alone; of a matrix the range finder, swept until it stands still, or ST-HOSVD is the end. Where somebody
+    differentiates through ``x``, nothing is randomized. HOOI sweeps until what further sweeps are expected to gain is
+    below 0.02 % of the squared error. float32 data goes through Gram matrices in float64, which resolve what float32
+    holds; float64 data does so only where the singular values that matter lie above 1e-5 of the largest.
 
     Parameters
     ----------
@@ -288,10 +297,10 @@ def tucker(
         The relative error ‖X − X̂‖ / ‖X‖ to stay within, in [0, 1].
     max_parameters : int, optional
         How many numbers core and factors may store, ∏ r_n + Σ I_n r_n.
-    method : {"auto", "hosvd", "st_hosvd", "hooi"}
-        Force an algorithm.
+    method : {"auto", "hosvd", "st_hosvd", "hooi", "randomized"}
+        Force an algorithm; ``fit.method`` says which one ran and why.
     rng : int or numpy.random.Generator, optional
-        The source of randomness for methods that draw random numbers; none of the present ones does.
+        The source of randomness of the randomized method; 0 by default, so that equal input gives equal bits.
 
     Returns
     -------

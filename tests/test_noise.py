@@ -73,7 +73,7 @@ def test_pure_noise_has_no_rank(shape, method):
 
 
 def test_rows_of_unequal_noise_seldom_mislead_the_projected_edge():
-    """The rule assumes white noise: with rows up to three times as noisy it found 34 of 40, and a single loud row breaks it."""
+    """The rule assumes white noise: with rows up to three times as noisy it found 34 of 40; one loud row breaks it."""
     right = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)

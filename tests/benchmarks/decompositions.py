@@ -1,6 +1,7 @@
 """Time decompositions against TensorLy, pyttb, `torch.svd_lowrank` and the full SVD, with the error beside the time.
 
-Every figure is taken in this process, ours and the peer's in turn, and printed as a ratio of medians. Run from the repository:
+Every figure is taken in this process, ours and the peer's in turn, and printed as a ratio of medians. Run from the
+repository:
 
     python tests/benchmarks/decompositions.py            # the table of the README, some minutes
     python tests/benchmarks/decompositions.py --small    # seconds: shows that the program works
