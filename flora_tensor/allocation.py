@@ -3,7 +3,8 @@
 Each weight has a frontier: the best error for every number of parameters. Choosing one point per weight so that the
 summed error is least within a budget is a multiple-choice knapsack. On the lower convex hulls the best choice is
 greedy: take hull segments by their gain per parameter. That is optimal at every budget on a segment's end; between, the
-hulls give a lower bound that no choice can beat, and points off the hulls fill what is left.
+hulls give a lower bound that no choice can beat, and points off the hulls fill what is left. Small problems are solved
+exactly.
 """
 
 import math
@@ -11,11 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
 from flora_tensor.spectra import FloatArray, Frontier, IntArray, Spectrum
 
 __all__ = ["Allocation", "RankAssignment", "allocate_ranks"]
+
+
+# Points times budget up to which the knapsack is solved exactly: some tenths of a second.
+_SMALL_KNAPSACK = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,9 @@ def allocate_ranks(
     else:
         budget = _budget(where, options, max_parameters, max_ratio)
         at, squares = _most_accurate(curves, budget)
+        # Few weights leave the greedy choice far from the best; then the exact one costs next to nothing.
+        if sum(len(c.parameters) for c in curves) * budget <= _SMALL_KNAPSACK:
+            at = _exactly(curves, budget)
         bound = math.sqrt(squares / total) if total else 0.0
     choices = {name: curve.choice(options[name], i) for name, curve, i in zip(options, curves, at)}
     stored = sum(choice.n_parameters for choice in choices.values())
@@ -234,6 +243,27 @@ def _most_accurate(curves: Sequence[_Curve], budget: int) -> tuple[list[int], fl
         bound = math.fsum(float(c.errors[-1]) for c in curves)
     _fill(curves, at, left)
     return at, max(0.0, bound)
+
+
+def _exactly(curves: Sequence[_Curve], budget: int) -> list[int]:
+    """Solve the knapsack by dynamic programming over the budget: positions of least summed error."""
+    least = np.zeros(budget + 1)  # least[b]: the least error of the curves so far with at most b numbers
+    chosen: list[npt.NDArray[np.int32]] = []
+    for c in curves:
+        best = np.full(budget + 1, np.inf)
+        position = np.zeros(budget + 1, dtype=np.int32)
+        for i, (cost, error) in enumerate(zip(c.parameters, c.errors)):
+            if cost > budget:
+                break
+            offer = least[: budget + 1 - cost] + error
+            better = offer < best[cost:]
+            best[cost:][better], position[cost:][better] = offer[better], i
+        least, chosen = best, [*chosen, position]
+    at, left = [0] * len(curves), budget
+    for k in reversed(range(len(curves))):
+        at[k] = int(chosen[k][left])
+        left -= int(curves[k].parameters[at[k]])
+    return at
 
 
 def _fill(curves: Sequence[_Curve], at: list[int], left: int) -> None:

@@ -105,10 +105,10 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
 
     Returns the ranks (all zero: no signal) and the standard deviation of the noise, in the units of ``spectrum``.
     """
-    core, shape = _host_core(spectrum), spectrum.shape
-    entries, squares = math.prod(shape), float(np.sum(np.abs(core) ** 2))
+    shape, entries = spectrum.shape, math.prod(spectrum.shape)
+    squares = float(spectrum.squared_tails[0][0])
     # Directions below the rounding of the spectrum itself show what leaks from the strong ones, not signal.
-    resolved = squares * (4 * float(np.finfo(to_numpy(spectrum.core).dtype).eps)) ** 2
+    resolved = squares * (4 * float(np.finfo(to_numpy(spectrum.core[(slice(1),) * len(shape)]).dtype).eps)) ** 2
     unit = math.ldexp(1.0, spectrum.exponent)
     known = None if deviation is None else (deviation / unit) ** 2
     if squares == 0.0 or entries == 0:
@@ -120,6 +120,7 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
         return _feasible_or_nothing(ranks, shape), deviation or 0.0
     if not any(ranks):
         return ranks, unit * math.sqrt(squares / entries if known is None else known)
+    core = _host_core(spectrum)
     # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
     bases = [np.eye(m)[:, : max(r, 2)] for m, r in zip(core.shape, ranks)]
     order = sorted(range(len(shape)), key=lambda k: shape[k])  # the same modes first, however they are numbered

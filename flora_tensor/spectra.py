@@ -187,6 +187,9 @@ class Spectrum:
         for mode, (rank, most) in enumerate(zip(given, self.max_ranks)):
             if not 0 <= rank <= most:
                 raise ValueError(f"Spectrum.error: rank {rank} for mode {mode}; pass a number from 0 to {most}")
+        if len(given) <= 2:  # the core is diagonal
+            tail = self.squared_tails[0]
+            return math.sqrt(float(tail[min(given)]) / float(tail[0])) if tail[0] > 0 else 0.0
         total = float(self._squares.sum())
         return math.sqrt(_discarded(self._squares, given) / total) if total > 0 else 0.0
 
@@ -277,7 +280,7 @@ class Spectrum:
         return tuple(_suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
 
     def _bound(self, ranks: Sequence[int], combine: Any) -> float:
-        total = float(self._squares.sum())
+        total = float(self.squared_tails[0][0])
         if total == 0:
             return 0.0
         return math.sqrt(combine(float(t[min(r, len(t) - 1)]) for t, r in zip(self.squared_tails, ranks)) / total)
