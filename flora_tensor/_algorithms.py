@@ -19,7 +19,7 @@ from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import contract, multi_mode_dot, unfold
 
 # HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
-ENOUGH = 2e-4
+ENOUGH = 3e-4
 # … and after this many in any case.
 MOST_SWEEPS = 50
 

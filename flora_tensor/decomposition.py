@@ -283,7 +283,7 @@ def tucker(
     two sweeps of a randomized range finder, where at least two modes shrink to less than half, or ST-HOSVD. Full ranks
     need HOSVD alone; of a matrix the range finder, swept until it stands still, or ST-HOSVD is the end. Where somebody
     differentiates through ``x``, nothing is randomized. HOOI sweeps until what further sweeps are expected to gain is
-    below 0.02 % of the squared error. float32 data goes through Gram matrices in float64, which resolve what float32
+    below 0.03 % of the squared error. float32 data goes through Gram matrices in float64, which resolve what float32
     holds; float64 data does so only where the singular values that matter lie above 1e-5 of the largest.
 
     Parameters
