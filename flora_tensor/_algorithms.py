@@ -100,11 +100,14 @@ def st_hosvd_of(xp: Namespace, x: Array, target: Target, order: Sequence[int], *
 
 
 def _quick_basis(xp: Namespace, x: Array, mode: int, rank: int) -> Basis:
+    """Try the Gram kernel, and take the exact one where what is kept or what is cut lies below the former's reach."""
     basis = mode_basis(xp, x, mode, accuracy=1.0)
     squares = _host_squares(basis.values)
-    if 0 < rank <= squares.size and squares[rank - 1] < (100 * GRAM_FLOOR) ** 2 * squares[0]:
-        return mode_basis(xp, x, mode)
-    return basis
+    if epsilon(xp, x.dtype) >= GRAM_FLOOR or not 0 < rank <= squares.size:
+        return basis
+    weakest, cut = squares[rank - 1], np.sum(squares[rank:])
+    reach = (100 * GRAM_FLOOR) ** 2 * squares[0]
+    return mode_basis(xp, x, mode) if weakest < reach or (rank < squares.size and cut < reach) else basis
 
 
 def hooi_of(

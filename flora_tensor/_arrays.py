@@ -231,15 +231,15 @@ def float_squares(where: str, xp: Namespace, x: Array) -> float:
 
 
 # Entries that are cast to float64 at a time: what the processor's cache holds.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 
 
 def _sum_of_squares(xp: Namespace, x: Array) -> Array:
     dtype = accumulation_dtype(xp, x)
     flat = xp.reshape(x, (-1,))
     total = xp.zeros((), dtype=dtype, device=array_api_compat.device(x))
-    for start in range(0, flat.shape[0], 64 * _BLOCK):
-        part = flat[start : min(start + 64 * _BLOCK, flat.shape[0])]
+    for start in range(0, flat.shape[0], 256 * _BLOCK):
+        part = flat[start : min(start + 256 * _BLOCK, flat.shape[0])]
         halves = (xp.real(part), xp.imag(part)) if is_complex(xp, x.dtype) else (part,)
         for half in halves:
             wide = xp.astype(half, dtype, copy=False)

@@ -35,7 +35,7 @@ from flora_tensor.algebra import unfold
 
 # Rows of an unfolding that are cast and multiplied at a time: large enough for the matrix kernel, small beside the
 # tensor.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 # Relative size of the smallest singular value that a Gram matrix in float64 still resolves, with a margin.
 GRAM_FLOOR = 1e-7
@@ -169,7 +169,7 @@ def _device_gram_basis(xp: Namespace, x: Array, mode: int) -> tuple[Array, Array
     wide = xp.complex128 if is_complex(xp, x.dtype) else xp.float64
     n, p = matrix.shape
     gram = xp.zeros((n, n), dtype=wide, device=array_api_compat.device(x))
-    width = max(n, _BLOCK * 16 // n)
+    width = max(n, _BLOCK * 64 // n)
     for left in range(0, p, width):
         part = xp.astype(matrix[:, left : min(left + width, p)], wide)
         gram = gram + xp.matmul(part, hermitian(xp, part))

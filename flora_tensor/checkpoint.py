@@ -70,7 +70,25 @@ class Checkpoint:
 
     @classmethod
     def of(cls, path: Path, files: "Sequence[_File]") -> "Checkpoint":
-        """Put files together; a tensor in two of them is refused."""
+        """Put files together.
+
+        Parameters
+        ----------
+        path : Path
+            What the user named: the name of the whole.
+        files : sequence of open files
+            The shards, each with its tensors and metadata.
+
+        Returns
+        -------
+        Checkpoint
+            All tensors under one roof.
+
+        Raises
+        ------
+        InputError
+            If two files hold a tensor of the same name.
+        """
         home: dict[str, _File] = {}
         for file in files:
             for name in file.tensors:
@@ -106,7 +124,23 @@ class Checkpoint:
         return dict(self.files[0].metadata) if self.files else {}
 
     def info(self, name: str) -> TensorInfo:
-        """Return a tensor's type and shape, under the name it is stored by; a KeyError where there is none."""
+        """Look up a tensor's type and shape.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, or an alias of it.
+
+        Returns
+        -------
+        TensorInfo
+            The type, the shape and where in its file the tensor lies.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        """
         name = self.aliases.get(name, name)
         return self._file(name).tensors[name]
 
@@ -136,12 +170,46 @@ class Checkpoint:
         return decode(self.read_raw(name), info.dtype, info.shape)
 
     def read_raw(self, name: str) -> np.ndarray:
-        """Read one tensor's bytes, as uint8, shape (n_bytes,)."""
+        """Read one tensor's bytes as they are stored.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, or an alias of it.
+
+        Returns
+        -------
+        numpy array of uint8, shape (n_bytes,)
+            The bytes.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        InputError
+            If the file ends before the tensor does, or was changed since it was opened.
+        """
         name = self.aliases.get(name, name)
         return self._file(name).raw(name)
 
     def shard_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
+        """Look up the file that holds a tensor.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, or an alias of it.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        """
         return self._file(self.aliases.get(name, name)).path
 
     def check_unchanged(self) -> None:

@@ -350,9 +350,10 @@ def tucker(
     return TuckerFit(
         tucker=decomposed,
         relative_error=relative_error,
-        # A sketch's bound is a difference of squares, which cancels where the error is small: what was measured stands.
+        # Bounds are sums and differences of squares, which rounding blurs where errors are small: what was measured
+        # stands.
         error_bound=max(fit.upper / norm, relative_error) if norm else 0.0,
-        lower_bound=fit.lower / norm if norm else 0.0,
+        lower_bound=min(fit.lower / norm, relative_error) if norm else 0.0,
         spectra=ModeSpectra(
             tuple(times_power_of_two(v, k) for v in result.values), math.ldexp(norm, k), tuple(x.shape), result.kind
         ),

@@ -38,7 +38,7 @@ def rounding_noise(stored: Array, dtype: str) -> float:
 
     Parameters
     ----------
-    stored : array
+    stored : array of any shape
         The tuned weight as it was read, in any type that holds its values exactly.
     dtype : str
         The type that it was stored in: "float64", "float32", "float16" or "bfloat16".

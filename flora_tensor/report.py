@@ -124,7 +124,18 @@ class ExtractionReport:
         return self.n_parameters / self.dense_parameters if self.dense_parameters else 0.0
 
     def count(self, status: Status) -> int:
-        """Return how many tensors have this status."""
+        """Count the tensors of a status.
+
+        Parameters
+        ----------
+        status : str
+            ``"tucker"``, ``"whole"`` or ``"left out"``.
+
+        Returns
+        -------
+        int
+            How many tensors have it.
+        """
         return sum(row.status == status for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,9 +50,9 @@ class ModeSpectra:
 
     Attributes
     ----------
-    values : tuple of arrays
+    values : tuple of arrays, shape (m_k,)
         One vector of singular values per mode, in decreasing order, in the units of the tensor. Mode k has at most
-        min(I_k, ∏_{j≠k} I_j) of them.
+        m_k = min(I_k, ∏_{j≠k} I_j) of them.
     norm : float
         The tensor's Frobenius norm ‖X‖; Σ σ² = ‖X‖² in every mode where all singular values are listed.
     shape : tuple of int
@@ -156,7 +156,24 @@ class Spectrum:
         return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_TABLE))
 
     def table_around(self, ranks: Sequence[int], coarse: "ErrorTable") -> "ErrorTable":
-        """Compute the errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one."""
+        """Compute the errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            One rank a mode, on the coarse grid.
+        coarse : ErrorTable
+            The errors on the coarse grid.
+
+        Returns
+        -------
+        ErrorTable
+            Exact errors at the points of the finer grid.
+
+        References
+        ----------
+        The errors are those of `error_table`.
+        """
         return ErrorTable.of_squares(self._squares, coarse.grid_around(ranks, self.max_ranks))
 
     def error(self, ranks: Sequence[int]) -> float:
@@ -268,7 +285,19 @@ class Spectrum:
         return _frontier_of(ranks, parameters, errors, unit=2.0 ** (2 * self.exponent), n_entries=entries)
 
     def feasible_errors(self) -> tuple[IntArray, FloatArray]:
-        """List the rank tuples that `frontier` compares and their squared errors, in units of 4**exponent."""
+        """List the rank tuples that `frontier` compares, and their squared errors.
+
+        Returns
+        -------
+        ranks : numpy array of int64, shape (K, N)
+            Rank tuples that a decomposition can have, and (0, …, 0).
+        errors : numpy array of float64, shape (K,)
+            ‖X − X_r‖² in units of 4**exponent.
+
+        References
+        ----------
+        The errors are those of `error_table`.
+        """
         if len(self.shape) <= 2:
             one = np.arange(self.max_ranks[0] + 1)  # the core is diagonal, so only equal ranks can be best
             return np.stack([one] * len(self.shape), axis=1), self.squared_tails[0]

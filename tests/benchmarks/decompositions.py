@@ -50,7 +50,7 @@ def sample(shape: tuple[int, ...], spectrum: str, seed: int = 0) -> np.ndarray:
 
 
 def median_times(runs: int, contenders: dict[str, Callable[[], Any]], once: set[str]) -> dict[str, tuple[float, Any]]:
-    """Run all contenders in turn ``runs`` times; slow ones (``once``) a single time. Median seconds and a result each."""
+    """Run all contenders in turn ``runs`` times, slow ones (``once``) a single time: median seconds and a result."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     results: dict[str, Any] = {}
     for run in range(runs + 1):  # the first round warms up
@@ -91,7 +91,7 @@ def tensor_contenders(x: np.ndarray, ranks: tuple[int, ...]) -> dict[str, Callab
 
 
 def matrix_contenders(x: np.ndarray, rank: int, full: bool) -> dict[str, Callable[[], Any]]:
-    """Truncate a matrix to a rank by each routine; the peer's oversampling and iterations are raised until errors match."""
+    """Truncate a matrix to a rank by each routine; the peer with more iterations too, as it is less exact with few."""
     tensor = torch.from_numpy(x)
 
     def lowrank(iterations: int) -> Callable[[], Any]:

@@ -1,0 +1,125 @@
+"""Tensors with modes left whole, stacks of equal weights, memory, and threads."""
+
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flora_tensor as ft
+from support import as_array, distance, for_all, frobenius, ranked_samples, seeds, to_numpy, tolerance
+
+METHODS = {"hosvd": ft.hosvd, "st_hosvd": ft.st_hosvd, "hooi": ft.hooi}
+
+
+@for_all(
+    seed=seeds,
+    shape=st.sampled_from([(5, 4, 3), (6, 3, 2, 2), (4, 5)]),
+    method=st.sampled_from([*METHODS, "tucker"]),
+    whole=st.sets(st.integers(0, 3)),
+)
+def test_a_whole_mode_stores_no_factor_and_costs_no_accuracy(xp, seed, shape, method, whole):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    whole = {k for k in whole if k < len(shape)}
+    explicit = ft.feasible_ranks([n if k in whole else 2 for k, n in enumerate(shape)], shape)
+    ranks = tuple(None if k in whole else r for k, r in enumerate(explicit))
+    x = as_array(xp, values)
+    run = METHODS.get(method, lambda x, r: ft.tucker(x, r).tucker)
+    partial, full = run(x, ranks), run(x, explicit)
+    assert [u is None for u in partial.factors] == [k in whole for k in range(len(shape))]
+    assert partial.shape == shape
+    assert all(partial.ranks[k] == shape[k] for k in whole)
+    bound = tolerance("float64", *shape, norm=frobenius(values))
+    assert distance(partial.to_tensor(), full.to_tensor()) <= bound
+    for u in (u for u in partial.factors if u is not None):
+        gram = to_numpy(u).T @ to_numpy(u)
+        assert distance(gram, np.eye(gram.shape[0])) <= tolerance("float64", *u.shape)
+
+
+@given(seed=seeds)
+def test_the_reported_error_of_a_partial_tensor_is_the_true_one(seed):
+    x = np.random.default_rng(seed).standard_normal((7, 6, 3, 3)).astype(np.float32)
+    fit = ft.tucker(x, (3, 3, None, None))
+    assert fit.relative_error == pytest.approx(distance(fit.tucker.to_tensor(), x) / frobenius(x), rel=1e-3)
+    assert fit.tucker.n_parameters == 3 * 3 * 9 + 7 * 3 + 6 * 3
+
+
+def test_round_tucker_takes_whole_modes():
+    x = np.random.default_rng(0).standard_normal((7, 6, 3, 3))
+    partial = ft.tucker(x, (5, 5, None, None)).tucker
+    rounded = ft.round_tucker(partial, ranks=(2, 2, None, None))
+    assert [u is None for u in rounded.factors] == [False, False, True, True]
+    dense = partial.to_tensor()
+    error = distance(rounded.to_tensor(), dense) / frobenius(dense)
+    assert error == pytest.approx(ft.tucker(dense, (2, 2, 3, 3)).relative_error, rel=0.05)
+
+
+@pytest.mark.parametrize("run", [*METHODS.values(), ft.tucker])
+def test_whole_modes_do_not_excuse_wrong_lengths(run):
+    with pytest.raises(ValueError, match=r"3 ranks for 4 modes of shape \(4, 3, 2, 2\); pass one a mode"):
+        run(np.ones((4, 3, 2, 2)), (2, 2, None))
+
+
+@given(seed=seeds, layers=st.integers(2, 6))
+def test_a_stack_of_related_weights_is_smaller_together(seed, layers):
+    """The joint Tucker tensor of a stack shares its factors: it is never larger than the single ones at their ranks."""
+    rng = np.random.default_rng(seed)
+    left, right = rng.standard_normal((20, 3)), rng.standard_normal((15, 3))
+    weights = [left @ rng.standard_normal((3, 3)) @ right.T for _ in range(layers)]
+    joint = ft.tucker(np.stack(weights), rtol=1e-8)
+    single = [ft.tucker(w, rtol=1e-8) for w in weights]
+    assert joint.relative_error <= 1e-8
+    assert joint.tucker.ranks[1:] == (3, 3)
+    assert joint.tucker.n_parameters < sum(f.tucker.n_parameters for f in single)
+
+
+@given(sample=ranked_samples(dtypes=("float32", "float64"), scales=("unit",)))
+def test_a_random_start_is_repeated_bit_for_bit(sample):
+    drawn, ranks = sample
+    x = drawn.to(np)
+    if 0 in x.shape:
+        return
+    first, second = (ft.tucker(x, ranks, method="randomized", rng=7).tucker for _ in range(2))
+    assert to_numpy(first.core).tobytes() == to_numpy(second.core).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((400, 400, 3, 3), (8, 8, 2, 2)), ((32, 512, 512), (4, 8, 8)), ((1500, 1500), (16, 16))]
+)
+def test_small_ranks_take_half_the_input_in_memory_at_most(shape, ranks):
+    x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    ft.tucker(x, ranks)  # imports and caches are not the decomposition's
+    tracemalloc.start()
+    ft.tucker(x, ranks)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 0.5 * x.nbytes
+
+
+_PROGRAM = """
+import json, sys
+import numpy as np
+import flora_tensor as ft
+x = np.random.default_rng(0).standard_normal((96, 80, 3, 3)) / np.arange(1, 97)[:, None, None, None]
+x = x.astype(np.float32)
+tensors = [ft.tucker(x, ranks).tucker.to_tensor() for ranks in ((6, 6, 2, 2), (40, 30, 3, 3))]
+json.dump([t[::7, ::5].ravel().tolist() for t in tensors], sys.stdout)
+"""
+
+
+def test_the_number_of_threads_changes_rounding_only():
+    results = []
+    for threads in ("1", "2"):
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = os.environ | dict.fromkeys(names, threads)
+        run = subprocess.run(
+            [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=120
+        )
+        results.append([np.array(values) for values in json.loads(run.stdout)])
+    for one, two in zip(*results):
+        assert np.linalg.norm(one - two) <= 1e3 * np.finfo(np.float32).eps * np.linalg.norm(one)
