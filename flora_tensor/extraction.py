@@ -43,7 +43,7 @@ from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.decomposition import tucker
 from flora_tensor.noise import projected_edge, rounding_noise, worth_storing
 from flora_tensor.report import ExtractionReport, TensorRow
-from flora_tensor.spectra import Frontier, hosvd_spectrum
+from flora_tensor.spectra import Frontier, hosvd_spectrum, n_parameters_of
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["extract"]
@@ -435,7 +435,7 @@ def _scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: _Settings) -
     for arrangement in weight.arrangements if settings.ranks is None else ():
         spectrum = hosvd_spectrum(_on_device(arrangement.arrange(delta), settings.device))
         caps = None if floor is None else projected_edge(spectrum, floor)[0]
-        weight.frontiers.append(spectrum.frontier(max_ranks=caps))
+        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True))
         if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:
             weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
     if floor is not None and weight.frontiers:
@@ -601,7 +601,7 @@ def _rank_zero_row(weight: _Weight) -> TensorRow:
 
 
 def _n_parameters(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    return math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks))
+    return int(n_parameters_of(ranks, shape, partial=True))
 
 
 def _write(
@@ -647,7 +647,8 @@ def _layout(
     for name, weight in stored.items():
         yield tensor_key(name, "core"), dtype, weight.ranks
         for mode, (size, rank) in enumerate(zip(weight.arranged_shape, weight.ranks)):
-            yield tensor_key(name, f"factor_{mode}"), dtype, (size, rank)
+            if rank < size:  # a mode of full rank is left whole
+                yield tensor_key(name, f"factor_{mode}"), dtype, (size, rank)
     for name in whole:
         yield whole_key(name), tuned.info(name).dtype, tuned.info(name).shape
 
@@ -666,7 +667,8 @@ def _decompose(
     fitted = _fit(_on_device(arranged, settings.device), weight, settings).map(to_numpy)
     core, exponent = _fitting_core(name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
-    for part, array in [("core", core), *((f"factor_{k}", u) for k, u in enumerate(fitted.factors))]:
+    factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
+    for part, array in [("core", core), *factors]:
         writer.write(tensor_key(name, part), encode(to_numpy(array), dtype))
     stored = TuckerTensor(core, fitted.factors).map(lambda array: round_to(array, dtype).astype(np.float64))
     # What `load_adapter` gives and `merge_checkpoint` adds, in float64: the difference is the error and nothing else.
@@ -685,14 +687,17 @@ def _decompose(
 
 def _fit(arranged: Array, weight: _Weight, settings: _Settings) -> TuckerTensor:
     """Decompose at the chosen ranks; under a tolerance at least as well as the spectrum promised."""
-    fit = tucker(arranged, weight.ranks)
+    ranks = tuple(None if rank == size else rank for rank, size in zip(weight.ranks, arranged.shape))
+    if not any(ranks):  # all modes whole: the change itself
+        return TuckerTensor(arranged, (None,) * len(ranks))
+    fit = tucker(arranged, ranks)
     if (
         "rtol" in settings.budget
         and weight.predicted is not None
         and fit.relative_error > weight.predicted * (1 + 1e-6)
     ):
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
-        fit = min(fit, tucker(arranged, weight.ranks, method="hosvd"), key=lambda f: f.relative_error)
+        fit = min(fit, tucker(arranged, ranks, method="hosvd"), key=lambda f: f.relative_error)
     return fit.tucker
 
 

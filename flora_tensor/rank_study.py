@@ -236,7 +236,7 @@ def _study(delta: np.ndarray) -> tuple[ModeSpectra, list[Frontier]]:
     rest = (hosvd_spectrum(a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
     # Only values are kept: cores and factors of all weights together are as large as the model.
     spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
-    return spectra, [native.frontier(), *(spectrum.frontier() for spectrum in rest)]
+    return spectra, [spectrum.frontier(partial=True) for spectrum in (native, *rest)]
 
 
 def _budget_row(frontiers: Mapping[str, list[Frontier]], share: float) -> BudgetRow:

@@ -248,13 +248,16 @@ class Spectrum:
         """
         return self._bound(ranks, sum)
 
-    def frontier(self, *, max_ranks: Sequence[int] | None = None) -> Frontier:
+    def frontier(self, *, max_ranks: Sequence[int] | None = None, partial: bool = False) -> Frontier:
         """List the rank tuples that no other beats in both parameters and error.
 
         Parameters
         ----------
         max_ranks : sequence of int, optional
             Bounds on the ranks, one a mode; 0 in every mode leaves only "nothing kept".
+        partial : bool
+            Count a mode of full rank as stored whole, without its factor (see `TuckerTensor`), and list the dense
+            tensor itself as the last point, all modes whole, in place of what would store more.
 
         Returns
         -------
@@ -278,10 +281,13 @@ class Spectrum:
             none = np.zeros((1, len(self.shape)), dtype=np.int64)
             return Frontier(none[:, 0], np.zeros(1), none, 0.0, entries)
         ranks, errors = self.feasible_errors()
+        if partial:
+            ranks, errors = np.vstack([ranks, self.shape]), np.append(errors, 0.0)
         if max_ranks is not None:
-            allowed = (ranks <= np.asarray(max_ranks)).all(axis=1)
+            bounds = [n if r == m else r for r, m, n in zip(max_ranks, self.max_ranks, self.shape)]
+            allowed = (ranks <= np.asarray(bounds)).all(axis=1)
             ranks, errors = ranks[allowed], errors[allowed]
-        parameters = np.where(ranks.any(axis=1), n_parameters_of(list(ranks.T), self.shape), 0)
+        parameters = np.where(ranks.any(axis=1), n_parameters_of(list(ranks.T), self.shape, partial=partial), 0)
         return _frontier_of(ranks, parameters, errors, unit=2.0 ** (2 * self.exponent), n_entries=entries)
 
     def feasible_errors(self) -> tuple[IntArray, FloatArray]:
@@ -572,9 +578,13 @@ def _suffix_sums(values: npt.NDArray[Any]) -> FloatArray:
     return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
 
 
-def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int]) -> Any:
-    """Return ∏ r_k + Σ I_k r_k for ranks that are numbers or arrays that broadcast."""
-    return math.prod(ranks[1:], start=ranks[0]) + sum(n * r for n, r in zip(shape, ranks))
+def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int], *, partial: bool = False) -> Any:
+    """Return ∏ r_k + Σ I_k r_k for ranks that are numbers or arrays that broadcast.
+
+    ``partial`` leaves out the modes of full rank: the factor of such a mode can be multiplied into the core.
+    """
+    factors = sum(n * r * (r < n) if partial else n * r for n, r in zip(shape, ranks))
+    return math.prod(ranks[1:], start=ranks[0]) + factors
 
 
 def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit: float, n_entries: int) -> Frontier:
