@@ -123,3 +123,52 @@ def test_the_number_of_threads_changes_rounding_only():
         results.append([np.array(values) for values in json.loads(run.stdout)])
     for one, two in zip(*results):
         assert np.linalg.norm(one - two) <= 1e3 * np.finfo(np.float32).eps * np.linalg.norm(one)
+
+
+@given(seed=seeds, shape=st.sampled_from([(6, 5, 3), (5, 4, 2, 2), (7, 4), (4, 4), (5,)]))
+def test_a_partial_frontier_counts_what_is_stored_and_ends_dense(seed, shape):
+    x = np.random.default_rng(seed).standard_normal(shape) * (np.arange(1, shape[-1] + 1) ** -1.0)
+    spectrum = ft.hosvd_spectrum(x)
+    partial, plain = spectrum.frontier(partial=True), spectrum.frontier()
+    assert partial.n_parameters[0] == 0
+    assert (np.diff(partial.n_parameters) > 0).all()
+    assert (np.diff(partial.error_squared) < 0).all()
+    assert partial.n_parameters[-1] <= x.size
+    assert partial.error_squared[-1] <= plain.error_squared[-1]
+    for count, squares, ranks in zip(partial.n_parameters[1:], partial.error_squared[1:], partial.ranks[1:].tolist()):
+        wished = tuple(None if r == n else r for r, n in zip(ranks, shape))
+        fit = ft.tucker(x, wished, method="hosvd")
+        assert fit.tucker.n_parameters == count
+        assert (fit.relative_error * frobenius(x)) ** 2 <= squares + tolerance(
+            "float64", x.size, norm=frobenius(x) ** 2
+        )
+    # At every budget the partial count does at least as well.
+    at = np.searchsorted(partial.n_parameters, plain.n_parameters, side="right") - 1
+    assert (partial.error_squared[at] <= plain.error_squared).all()
+
+
+def test_a_partial_frontier_keeps_to_bounds_on_the_ranks():
+    spectrum = ft.hosvd_spectrum(np.random.default_rng(0).standard_normal((6, 5, 3)))
+    bounded = spectrum.frontier(max_ranks=(2, 5, 3), partial=True)
+    assert bounded.ranks.max(axis=0).tolist() == [2, 5, 3]
+    with pytest.raises(ValueError, match="2 bounds for 3 modes; pass one a mode"):
+        spectrum.frontier(max_ranks=(2, 2))
+
+
+def test_extraction_never_stores_more_than_the_dense_change(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    rng = np.random.default_rng(0)
+    shapes = {"a.weight": (9, 4, 3, 3), "b.weight": (20, 6), "c.weight": (3, 40)}
+    base = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    tuned = {n: w + rng.standard_normal(w.shape).astype(np.float32) for n, w in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    report = ft.extract(*paths, tmp_path / "adapter", rtol=0.0)
+    assert report.n_parameters == report.dense_parameters == sum(w.size for w in base.values())
+    assert report.relative_error == 0.0
+    ft.merge_checkpoint(paths[0], tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    for name, weight in tuned.items():
+        assert distance(merged[name], weight) <= tolerance("float32", norm=frobenius(weight), factor=1.0)
