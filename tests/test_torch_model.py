@@ -418,6 +418,10 @@ class TestRanks:
         assert all(torch.equal(a, b) for a, b in zip(*drawn))
 
 
+def adapter_delta(layer, parameter):
+    return layer.updates("default")[parameter].delta().detach()
+
+
 class TestTies:
     def test_shared_modules_have_one_wrapper(self):
         model = cnn()
@@ -442,6 +446,33 @@ class TestTies:
             merge(model)
             assert model.embed.weight is model.head.weight
             assert model.embed.weight.requires_grad
+
+    def test_a_weight_tied_inside_a_wrapped_module_is_changed_once(self):
+        class Inside(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+                self.own = self.linear.weight
+                self.alias = self.own
+
+            def forward(self, x):
+                return self.linear(x) + x @ self.own + x @ self.alias.square()
+
+        model, x = nn.Sequential(Inside()), torch.randn(3, 4, dtype=torch.float64)
+        weight = model[0].own
+        before = weight.detach().clone()
+        report = attach(model, ranks=2, target_parameters="0.own")
+        assert set(report.layers[0].tied) | {report.layers[0].name} == {"0.own", "0.alias", "0.linear.weight"}
+        randomize(model)
+        changed = before + adapter_delta(model[0], "own")
+        expected = x @ changed.mT + x @ changed + x @ changed.square()
+        assert torch.allclose(model(x), expected, rtol=0, atol=1e-12)
+        merged = merge(copy.deepcopy(model))
+        assert merged[0].own is merged[0].alias is merged[0].linear.weight
+        assert torch.allclose(merged(x), expected, rtol=0, atol=1e-12)
+        detach(model)
+        assert model[0].own is model[0].alias is model[0].linear.weight is weight
+        assert torch.equal(weight, before)
 
     def test_gpt2_merges_to_a_model_that_is_still_tied(self):
         model = gpt2()
@@ -551,6 +582,49 @@ class TestKnownTensors:
             attach_adapter(model, Adapter({}, whole={"norm.weight": np.ones(8)}), adapter_name="other")
         assert same_state(bits(merge(twin)), bits(merge(copy.deepcopy(model))))
         assert same_state(bits(detach(model)), before)
+
+    def test_a_tied_tensor_is_replaced_once(self, tmp_path):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].bias = model[0].bias
+        before = bits(model)
+        names = ("0.bias", "1.bias")
+        for second in (np.zeros(3), np.full(3, np.inf)):
+            with pytest.raises(ValueError, match=r"'0.bias' and '1.bias' are one tied tensor|'1.bias' has NaN"):
+                attach_adapter(model, Adapter({}, whole={"0.bias": np.ones(3), "1.bias": second}))
+        adapter = Adapter({}, whole=dict.fromkeys(names, np.ones(3)))
+        directory = flora_tensor.save_adapter(tmp_path / "adapter", adapter)
+        for _ in range(2):
+            load_adapter(model, directory)
+            assert bool((model[1].bias == 1).all())
+            with disabled(model):
+                assert same_state(bits(model), before)
+        with pytest.raises(ValueError, match=r"'1.bias' was replaced by another adapter already"):
+            attach_adapter(model, Adapter({}, whole={"1.bias": np.zeros(3)}), adapter_name="other")
+        assert same_state(bits(detach(model)), before)
+
+    def test_whole_tensors_follow_the_active_adapters(self, tmp_path):
+        model = cnn()
+        before = bits(model)
+        attach_adapter(model, Adapter({}, whole={"norm.bias": np.ones(8)}), adapter_name="a")
+        attach_adapter(model, Adapter({}, whole={"norm.running_mean": np.ones(8)}), adapter_name="b")
+        activate(model, "b")
+        assert torch.equal(model.norm.bias, before["norm.bias"])
+        assert bool((model.norm.running_mean == 1).all())
+        load_adapter(model, save_adapter(model, tmp_path / "a", adapter_name="a"), adapter_name="a")
+        assert torch.equal(model.norm.bias, before["norm.bias"])
+        activate(model)
+        assert same_state(bits(model), before)
+        activate(model, "a", "b")
+        assert bool((model.norm.bias == 1).all())
+        assert same_state(bits(detach(model)), before)
+
+    def test_detached_while_disabled(self):
+        model = cnn()
+        before = bits(model)
+        attach_adapter(model, Adapter({}, whole={"norm.bias": np.ones(8)}))
+        with disabled(model):
+            detach(model)
+        assert same_state(bits(model), before)
 
     def test_only_whole_tensors(self, tmp_path):
         model = cnn()

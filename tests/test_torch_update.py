@@ -46,6 +46,17 @@ class TestRandomStarts:
             dense = TuckerTensor(core, start.factors).to_tensor()
             assert math.isclose(float(dense.norm()), float(core.norm()), rel_tol=1e-12)
 
+    def test_another_default_device_draws_the_same_numbers(self):
+        weight = torch.ones(6, 4)
+        for init in PRESETS:
+            expected = start_update(weight, (2, 2), init=init, generator=torch.Generator().manual_seed(1)).tucker
+            with torch.device("meta"):
+                generator = torch.Generator("cpu").manual_seed(1)
+                got = start_update(weight, (2, 2), init=init, generator=generator).tucker
+                there = random_start((6, 4), (2, 2), init)
+            assert all(torch.equal(a, b) for a, b in zip(got.factors, expected.factors))
+            assert {a.device.type for a in (there.core, *there.factors)} == {"meta"}
+
     def test_a_full_rank_mode_needs_no_factor_in_ours_and_has_one_in_the_published_starts(self):
         assert orthonormal((5, 4), (5, 2)).factors[0] is None
         for preset in ("official", "loralib", "peft"):
@@ -138,6 +149,17 @@ class TestDecomposedStarts:
         step = TuckerTensor(core.grad, update.factors).to_tensor()
         assert torch.allclose(step, gradient)
 
+    def test_autocast_changes_no_decomposition(self):
+        delta = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+        expected = from_delta(delta, (5, 5))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = from_delta(delta, (5, 5))
+            whole = from_delta(delta, (20, 16))
+        assert torch.equal(got.core, expected.core)
+        assert all(torch.equal(a, b) for a, b in zip(got.factors, expected.factors))
+        rounding = tolerance("float32", *delta.shape, norm=float(delta.norm()))
+        assert float((whole.to_tensor() - delta).norm()) <= rounding
+
     def test_refusals(self):
         with pytest.raises(ValueError, match="scale is 0, so that no update can be the given change"):
             from_delta(torch.ones(2, 2), (1, 1), scale=0.0)
@@ -204,6 +226,21 @@ class TestUpdate:
             for ours, theirs in zip(TuckerUpdate.split(exported), pair):
                 for a, b in zip((ours.core, *ours.factors), (theirs.core, *theirs.factors)):
                     assert (a is None and b is None) or torch.equal(a, b)
+
+    def test_the_start_stays_where_the_trained_tensors_were_passed_for_it(self):
+        tucker = low_rank((6, 4), (2, 3))
+        update = TuckerUpdate(tucker, start=tucker)
+        assert not update.delta().any()
+        with torch.no_grad():
+            update.core.mul_(3.0)
+        assert torch.allclose(update.delta(), 2.0 * update.start.to_tensor())
+
+    def test_a_start_needs_factors_for_the_same_modes(self):
+        core, eye = torch.ones(2, 2), torch.eye(2)
+        with pytest.raises(ValueError, match="same shape and ranks, with factors for the same modes"):
+            TuckerUpdate(TuckerTensor(core, [eye, None]), start=TuckerTensor(core, [None, eye]))
+        with pytest.raises(ValueError, match="a start without factors is no more than a shift of the core; pass the"):
+            TuckerUpdate(TuckerTensor(core, [None, None]), start=TuckerTensor(core, [None, None]))
 
     def test_delta_in_double_precision(self):
         update = TuckerUpdate(low_rank((6, 4), (2, 3), torch.float32))
@@ -282,6 +319,36 @@ class TestLayerRefusals:
             FloraLinear(nn.Linear(2, 2)).install("default", TuckerUpdate(low_rank((3, 3), (1, 1))))
         with pytest.raises(ValueError, match=r"FloraEmbedding: the base has max_norm=2[.]0"):
             FloraEmbedding(nn.Embedding(3, 2, max_norm=2.0))
+
+    def test_types_too_narrow_to_add_up(self):
+        linear = nn.Linear(2, 2)
+        linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        with pytest.raises(
+            ValueError, match=r"'weight' of Linear is of type torch.float8_e4m3fn; real floats of 16 bits"
+        ):
+            FloraLinear(linear, ranks=1)
+
+    def test_a_forward_that_was_set_on_the_object(self):
+        base = nn.Linear(4, 3)
+        plain = base.forward
+        base.forward = lambda x: plain(2 * x)
+        layer, x = FloraLinear(base, ranks=2), torch.randn(5, 4)
+        with torch.no_grad():
+            layer.tucker_update["default"].core.normal_()
+        assert torch.allclose(layer(x), nn.functional.linear(2 * x, layer.weight, base.bias), atol=1e-5)
+        with pytest.raises(ValueError, match=r"forward of this Linear was set on the object itself .* delete that"):
+            layer.merged()
+
+    def test_merging_a_recurrent_layer_leaves_its_base(self):
+        base, x = nn.LSTM(4, 5), torch.randn(3, 2, 4)
+        before = base(x)[0]
+        layer = FloraParameter(base, "weight_hh_l0", 2)
+        with torch.no_grad():
+            layer.tucker_update["default"]["weight_hh_l0"].core.normal_()
+        merged = layer.merged()
+        assert torch.allclose(merged(x)[0], layer(x)[0], atol=1e-6)
+        assert not torch.equal(merged(x)[0], before)
+        assert torch.equal(base(x)[0], before)
 
     def test_parameter_named_like_a_method(self):
         module = nn.Module()

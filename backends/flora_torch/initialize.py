@@ -135,22 +135,22 @@ def _one_rank(where: str, wish: Any, size: int, mode: int) -> int | None:
 
 def _orthonormal_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
     # The QR factor of a Gaussian matrix spans a uniformly distributed subspace.
-    gaussian = torch.randn(size, rank, dtype=torch.float64, generator=generator)
+    gaussian = torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator)
     return torch.linalg.qr(gaussian).Q
 
 
 def _loralib_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(size, rank, dtype=torch.float64, generator=generator) * 0.02
+    return torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator) * 0.02
 
 
 def _official_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
     # kaiming_normal_ with a = √3 on a (size, rank) matrix: variance 2 / ((1 + a²) · rank).
-    return torch.randn(size, rank, dtype=torch.float64, generator=generator) * math.sqrt(0.5 / rank)
+    return torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator) * math.sqrt(0.5 / rank)
 
 
 def _peft_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
     # kaiming_uniform_ with a = √5: the bound is √(6 / ((1 + a²) · rank)) = 1/√rank.
-    uniform = torch.rand(size, rank, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(size, rank, dtype=torch.float64, device="cpu", generator=generator)
     return (2.0 * uniform - 1.0) / math.sqrt(rank)
 
 
@@ -217,6 +217,7 @@ def random_start(
     """
     if preset not in PRESETS:
         raise ValueError(f"random_start: there is no start {preset!r}; pass one of {', '.join(PRESETS)}")
+    device = torch.get_default_device() if device is None else device
     square_is_whole = preset == "orthonormal"
     factors: list[Tensor | None] = []
     for size, rank in zip(shape, ranks, strict=True):
@@ -331,7 +332,8 @@ def from_delta(
     """
     if scale == 0.0:
         raise ValueError("from_delta: scale is 0, so that no update can be the given change; pass another scale")
-    with torch.no_grad():
+    # Autocast would take the products in 16 bits.
+    with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
         arranged = delta.detach() if arrangement is None else arrangement.arrange(delta.detach())
         # Rounded once at the end: 16-bit factors would have lost their orthonormality before the core is taken.
         work = arranged.to(default_dtype(arranged.dtype))

@@ -2,8 +2,8 @@
 
 Two ways lead there. *Factored*: add the product ΔW·x, computed without forming ΔW. *Dense*: form ΔW and run the base
 once with the effective weight. With ``path="auto"`` the cheaper of the two runs, by the rule in
-`flora_torch.functional.Work`; depthwise kernels and tiny inputs are cheaper dense. A base whose class has a `forward`
-of its own always runs dense, since nothing is known of what it does with its weight.
+`flora_torch.functional.Work`; depthwise kernels and tiny inputs are cheaper dense. A base whose class, or which itself,
+has a `forward` of its own always runs dense, since nothing is known of what it does with its weight.
 """
 
 import copy
@@ -387,13 +387,19 @@ class FloraLayer(nn.Module):
         Raises
         ------
         ValueError
-            If an entry of the sum is not finite.
+            If an entry of the sum is not finite, or the base's ``forward`` was set on the object itself: it would go on
+            with the weights of the base.
 
         Examples
         --------
         >>> type(FloraLinear(nn.Linear(4, 3), ranks=2).merged()).__name__
         'Linear'
         """
+        if "forward" in vars(self.base_layer):
+            raise ValueError(
+                f"merge: the forward of this {type(self.base_layer).__name__} was set on the object itself and would "
+                "go on with the weights of the base; delete that attribute first"
+            )
         values = {name: self._merged_value(name) for name in self.parameter_names}
         return _with_parameters(self.base_layer, values)
 
@@ -577,6 +583,8 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 def _has_known_forward(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
     forward = type(module).forward
+    if "forward" in vars(module):
+        return False
     if _is_conv1d_of_transformers(module):
         return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
     return any(isinstance(module, kind) and forward is kind.forward for kind in known)
@@ -946,7 +954,8 @@ class FloraParameter(FloraLayer):
         if not (self.enabled and self.active_adapters):
             return self.base_layer(*args, **kwargs)
         effective = {name: self.effective(name) for name in self.parameter_names}
-        return functional_call(self.base_layer, effective, args, kwargs)
+        # What is tied to a parameter inside the base has updates of its own: it would get them twice.
+        return functional_call(self.base_layer, effective, args, kwargs, tie_weights=False)
 
 
 def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
@@ -955,7 +964,8 @@ def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
     Raises
     ------
     ValueError
-        If there is none of that name, or it has no values, is no real float, or has fewer than two axes.
+        If there is none of that name, or it has no values, is no real float of 16 bits or more, or has fewer
+        than two axes.
 
     Examples
     --------
@@ -963,7 +973,7 @@ def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
     torch.Size([2, 3])
     """
     base = type(module).__name__
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     weight = own.get(parameter)
     if weight is None:
         known = ", ".join(own) or "none"
@@ -974,8 +984,10 @@ def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
         raise ValueError(
             f"{where}: {parameter!r} of {base} is on the meta device and has no values; load the model first"
         )
-    if not weight.is_floating_point():
-        raise ValueError(f"{where}: {parameter!r} of {base} is of type {weight.dtype}; real floating types are needed")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"{where}: {parameter!r} of {base} is of type {weight.dtype}; real floats of 16 bits or more are needed"
+        )
     if weight.dim() < 2:
         raise ValueError(
             f"{where}: {parameter!r} of {base} has shape {tuple(weight.shape)}; an update needs two axes or more"
@@ -1076,9 +1088,10 @@ def _outside_updates(module: nn.Module) -> list[nn.Module]:
 def _with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """Return a shallow copy of a module with some parameters replaced; all else is shared."""
     clone = copy.copy(module)
-    # A shallow copy shares the dictionaries themselves.
+    # A shallow copy shares the dictionaries themselves, and the list in which a recurrent layer keeps its weights.
     for table in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[table] = dict(module.__dict__[table])
+    clone.__dict__.update({key: list(value) for key, value in vars(module).items() if type(value) is list})
     for name, value in values.items():
         setattr(clone, name, nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad))
     return clone

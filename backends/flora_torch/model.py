@@ -510,7 +510,7 @@ def attach_adapter(
     """
     adapter = _as_adapter(source)
     table = sites(model)
-    whole = {name: _whole_target(model, name, array) for name, array in adapter.whole.items()}
+    whole = {name: _whole_target(model, name, array) for name, array in _distinct(table, adapter.whole).items()}
     with _all_or_nothing(model):
         plans = [_plan_of(adapter, name, table, dtype, dropout) for name in adapter]
         twice = {site.name for site in (p.site for p in plans)}
@@ -577,6 +577,22 @@ def _as_torch(array: Any, name: str) -> Tensor:
     return tensor
 
 
+def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep one name of each tied parameter: replaced twice, its own value would be lost."""
+    kept: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    for name, array in whole.items():
+        known = first.setdefault(table[name].name, name) if name in table else name
+        if known == name:
+            kept[name] = array
+        elif not torch.equal(_as_torch(kept[known], known), _as_torch(array, name)):
+            raise ValueError(
+                f"attach_adapter: {known!r} and {name!r} are one tied tensor of the model, and the adapter has two "
+                "values for it; keep one of them"
+            )
+    return kept
+
+
 def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, str, Tensor]:
     """Find the parameter or buffer that a stored tensor replaces, and bring the value to its type and device."""
     known: dict[str, tuple[nn.Module, str, Tensor]] = {}
@@ -595,7 +611,8 @@ def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, s
             f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
             "the adapter; pass the adapter of this model"
         )
-    if local in owner.__dict__.get(_WHOLE, {}):
+    taken = [dict(p.module.named_parameters(recurse=False)).get(other) for p, other, _ in _whole_of(model)]
+    if local in owner.__dict__.get(_WHOLE, {}) or any(parameter is current for parameter in taken):
         raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
     return owner, local, value.to(device=current.device, dtype=current.dtype)
 
@@ -690,6 +707,8 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
 def activate(model: nn.Module, *adapter_names: str) -> None:
     """Choose the adapters that take part in the output; they add up. Without a name, none does.
 
+    A tensor that an adapter replaced has the adapter's value while that adapter takes part, and the model's otherwise.
+
     Parameters
     ----------
     model : nn.Module
@@ -718,6 +737,9 @@ def activate(model: nn.Module, *adapter_names: str) -> None:
     _check_known(model, "activate", adapter_names)
     for layer in _layers_of(model, "activate"):
         layer.active_adapters = [name for name in adapter_names if name in layer.tucker_update]
+    for place, local, note in _whole_of(model):
+        if note.active != (note.adapter_name in adapter_names):
+            note.other, note.active = _swap(place.module, local, note.other), not note.active
 
 
 @contextmanager
@@ -763,7 +785,9 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
         for layer in layers:
             layer.enabled = True
         for owner, local, note in replaced:
-            note.other, note.active = _swap(owner, local, note.other), True
+            # The body may have detached or activated the adapter.
+            if not note.active and owner.__dict__.get(_WHOLE, {}).get(local) is note:
+                note.other, note.active = _swap(owner, local, note.other), True
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
@@ -842,7 +866,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Add the active adapters to the weights and give plain modules back; the adapters are gone afterwards.
 
     Each sum W + s·ΔW is taken in float64 and rounded once to the weight's type; tied weights stay tied. Nothing is
-    changed if a sum is not finite. Tensors that an adapter replaced keep the adapter's values.
+    changed if a sum is not finite. Tensors that an active adapter replaced keep the adapter's values.
 
     Parameters
     ----------
@@ -1056,7 +1080,7 @@ def load_adapter(
     """
     adapter = ft.load_adapter(path)
     present = _updates_by_weight(model, adapter_name)
-    if not present:
+    if not present and all(note.adapter_name != adapter_name for _, _, note in _whole_of(model)):
         return attach_adapter(model, adapter, adapter_name=adapter_name, freeze_model=freeze_model)
     if differing := set(present) ^ set(adapter):
         raise ValueError(
@@ -1065,7 +1089,8 @@ def load_adapter(
         )
     table = sites(model)
     plans = [_plan_of(adapter, name, table, None, None) for name in adapter]
-    whole = {name: _whole_again(model, name, array, adapter_name) for name, array in adapter.whole.items()}
+    distinct = _distinct(table, adapter.whole)
+    whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     for name, plan in zip(adapter, plans):
@@ -1073,8 +1098,10 @@ def load_adapter(
     for owner, local, value, is_new in whole.values():
         if is_new:
             _replace_whole(owner, local, value, adapter_name)
-        else:
+        elif (note := owner.__dict__[_WHOLE][local]).active:
             _swap(owner, local, value)
+        else:
+            note.other = value.to(note.other)
     layers = _layers_by_weight(model)
     reports = tuple(_report(plan, layers[plan.site.name]) for plan in plans)
     return AttachReport(adapter_name, reports, _n_model_parameters(model), tuple(whole))

@@ -36,7 +36,8 @@ class TuckerUpdate(nn.Module):
     dropout : float
         The chance, in [0, 1), that an entry of this update's input is zeroed in training.
     start : TuckerTensor, optional
-        T_start, kept in buffers ``start_core``, ``start_factor_0``, …; ``None`` stands for zero.
+        T_start, copied to buffers ``start_core``, ``start_factor_0``, …; ``None`` stands for zero. It has factors for
+        the same modes as T, at least one.
 
     Attributes
     ----------
@@ -88,13 +89,13 @@ class TuckerUpdate(nn.Module):
         self.core = nn.Parameter(tucker.core.contiguous())
         for mode, factor in enumerate(tucker.factors):
             self.register_parameter(f"factor_{mode}", None if factor is None else nn.Parameter(factor.contiguous()))
-        if start is not None and (start.shape, start.ranks) != (tucker.shape, tucker.ranks):
-            raise ValueError(
-                f"TuckerUpdate: start is {start!r} beside {tucker!r}; pass one of the same shape and ranks"
-            )
-        self.register_buffer("start_core", None if start is None else start.core.contiguous())
+        if start is not None:
+            _check_start(tucker, start)
+            # The start stays where it is, also where the caller passed the tensors that are trained.
+            start = start.map(lambda a: a.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("start_core", None if start is None else start.core)
         for mode, factor in enumerate((None,) * tucker.ndim if start is None else start.factors):
-            self.register_buffer(f"start_factor_{mode}", None if factor is None else factor.contiguous())
+            self.register_buffer(f"start_factor_{mode}", factor)
 
     def _arrange(self, arrangement: Arrangement) -> None:
         # The forward pass asks for these two, and reading a pattern takes longer than a small product.
@@ -314,6 +315,20 @@ def _check_fit(tucker: TuckerTensor, arrangement: Arrangement, shape: tuple[int,
         raise ValueError(
             f"TuckerUpdate: a Tucker tensor of shape {tucker.shape} for a weight of shape {shape} arranged as "
             f"{arrangement.pattern!r}; pass one of shape {arranged}"
+        )
+
+
+def _check_start(tucker: TuckerTensor, start: TuckerTensor) -> None:
+    whole, whole_start = ([u is None for u in t.factors] for t in (tucker, start))
+    if (start.shape, start.ranks, whole_start) != (tucker.shape, tucker.ranks, whole):
+        raise ValueError(
+            f"TuckerUpdate: start is {start!r} beside {tucker!r}; pass one of the same shape and ranks, with factors "
+            "for the same modes"
+        )
+    if all(whole):
+        raise ValueError(
+            "TuckerUpdate: a start without factors is no more than a shift of the core; pass the core's difference as "
+            "the Tucker tensor, and no start"
         )
 
 
