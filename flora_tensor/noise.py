@@ -105,10 +105,9 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
 
     Returns the ranks (all zero: no signal) and the standard deviation of the noise, in the units of ``spectrum``.
     """
+    spectrum = _occupied(spectrum)
     shape, entries = spectrum.shape, math.prod(spectrum.shape)
-    squares = float(spectrum.squared_tails[0][0])
-    # Directions below the rounding of the spectrum itself show what leaks from the strong ones, not signal.
-    resolved = squares * (4 * float(np.finfo(to_numpy(spectrum.core[(slice(1),) * len(shape)]).dtype).eps)) ** 2
+    squares, resolved = float(spectrum.squared_tails[0][0]), _resolved(spectrum)
     unit = math.ldexp(1.0, spectrum.exponent)
     known = None if deviation is None else (deviation / unit) ** 2
     if squares == 0.0 or entries == 0:
@@ -141,6 +140,7 @@ def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
     Nakajima, Sugiyama, Babacan and Tomioka, *Global analytic solution of fully-observed variational Bayesian matrix
     factorization*, JMLR 14 (2013), theorem 9 and corollary 3 (the noise variance minimizes the free energy).
     """
+    spectrum = _occupied(spectrum)
     entries = math.prod(spectrum.shape)
     found: list[int] = []
     for values, size in zip(spectrum.values, spectrum.shape):
@@ -156,6 +156,7 @@ def bic(spectrum: Spectrum) -> tuple[int, ...]:
     Schwarz, *Estimating the dimension of a model*, Annals of Statistics 6 (1978). Models of more than half the entries
     are left out: there the fit of the noise itself is rewarded.
     """
+    spectrum = _occupied(spectrum)
     shape, entries = spectrum.shape, math.prod(spectrum.shape)
     if entries == 0 or spectrum.norm == 0.0:
         return (0,) * len(shape)
@@ -173,6 +174,7 @@ def gavish_donoho(spectrum: Spectrum, deviation: float | None = None) -> tuple[i
     Gavish and Donoho, *The optimal hard threshold for singular values is 4/√3*, IEEE TIT 60 (2014), equation 11. With
     the median rule for the noise, a mode of three singular values would take its own signal for noise.
     """
+    spectrum = _occupied(spectrum)
     tau = projected_edge(spectrum)[1] if deviation is None else deviation
     entries = math.prod(spectrum.shape)
     found: list[int] = []
@@ -202,6 +204,37 @@ def worth_storing(frontiers: Sequence[Frontier], deviation: float) -> list[Front
             replace(f, n_parameters=f.n_parameters[:end], error_squared=f.error_squared[:end], ranks=f.ranks[:end])
         )
     return kept
+
+
+def _resolved(spectrum: Spectrum) -> float:
+    """Return the square below which a singular value shows what rounding leaks from the strong ones, not signal."""
+    corner = to_numpy(spectrum.core[(slice(1),) * len(spectrum.shape)])
+    return float(spectrum.squared_tails[0][0]) * (4 * float(np.finfo(corner.dtype).eps)) ** 2
+
+
+def _occupied(spectrum: Spectrum) -> Spectrum:
+    """Leave out the slices that hold nothing at all.
+
+    A channel that no input reaches has a change of exactly zero: there is no noise in it, and counted in it would make
+    the noise look smaller than it is.
+    """
+    if 0 in spectrum.shape or spectrum.norm == 0.0:
+        return spectrum
+    floor, sizes = _resolved(spectrum), list[int]()
+    for values, factor in zip(spectrum.values, spectrum.factors):
+        squares = np.ldexp(to_numpy(values).astype(np.float64), -spectrum.exponent) ** 2
+        slices = np.abs(to_numpy(factor)) ** 2 @ squares  # ‖X[i]‖² of every slice along the mode
+        sizes.append(int(np.count_nonzero(slices > floor)))
+    if tuple(sizes) == spectrum.shape:
+        return spectrum
+    ranks = [min(m, n) for m, n in zip(spectrum.max_ranks, sizes)]
+    return Spectrum(
+        values=tuple(v[:r] for v, r in zip(spectrum.values, ranks)),
+        core=spectrum.core[tuple(slice(r) for r in ranks)],
+        factors=tuple(u[:, :r] for u, r in zip(spectrum.factors, ranks)),
+        norm=spectrum.norm,
+        shape=tuple(sizes),
+    )
 
 
 def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:

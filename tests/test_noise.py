@@ -117,6 +117,21 @@ def test_noise_rules_permute_with_the_modes(seed, method):
     assert (a[2], a[0], a[1]) == b
 
 
+@pytest.mark.parametrize("method", ["noise", "evbmf", "bic", "gavish-donoho"])
+def test_dead_channels_do_not_pass_for_little_noise(method):
+    for seed in range(4):
+        x, _ = planted(seed, (32, 24, 3, 3), 8)
+        padded = np.zeros((40, 29, 3, 3))
+        padded[:32, 3:27] = x
+        assert ft.select_ranks(padded, method=method).ranks == RANKS
+        assert ft.select_ranks(padded.astype(np.float32), method=method).ranks == RANKS
+
+
+def test_a_tensor_without_noise_is_all_signal():
+    x = signal(np.random.default_rng(0), (12, 10, 3, 3), RANKS)
+    assert ft.select_ranks(x, method="noise").ranks == RANKS
+
+
 def test_a_noise_floor_caps_other_criteria():
     x, deviation = planted(0, (32, 24, 3, 3), 0)
     free = ft.select_ranks(x, max_ratio=0.9)
