@@ -33,9 +33,9 @@ from flora_tensor._arrays import (
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import unfold
 
-# Rows of an unfolding that are cast and multiplied at a time: large enough for the matrix kernel, small beside the
-# tensor.
-_BLOCK = 1 << 18
+# Entries of an unfolding that are cast to float64 and multiplied at a time: this many, or a sixteenth of the tensor if
+# that is more. Few large products are faster than many small ones, and an eighth of the memory of float32 is little.
+_BLOCK = 1 << 17
 
 # Relative size of the smallest singular value that a Gram matrix in float64 still resolves, with a margin.
 GRAM_FLOOR = 1e-7
@@ -153,7 +153,7 @@ def _host_gram(x: Any, mode: int) -> Any:
     slabs = x.reshape(math.prod(x.shape[:mode]), n, math.prod(x.shape[mode + 1 :]))
     gram = np.zeros((n, n), dtype=dtype)
     rows, columns = slabs.shape[0], slabs.shape[2]
-    width = max(1, _BLOCK // n)
+    width = max(1, max(_BLOCK, x.size // 16) // n)
     for start in range(0, rows, max(1, width // max(columns, 1))):
         stop = min(rows, start + max(1, width // max(columns, 1)))
         slab = slabs[start] if stop == start + 1 else slabs[start:stop].transpose(1, 0, 2).reshape(n, -1)
@@ -169,7 +169,7 @@ def _device_gram_basis(xp: Namespace, x: Array, mode: int) -> tuple[Array, Array
     wide = xp.complex128 if is_complex(xp, x.dtype) else xp.float64
     n, p = matrix.shape
     gram = xp.zeros((n, n), dtype=wide, device=array_api_compat.device(x))
-    width = max(n, _BLOCK * 64 // n)
+    width = max(n, _BLOCK * 128 // n)
     for left in range(0, p, width):
         part = xp.astype(matrix[:, left : min(left + width, p)], wide)
         gram = gram + xp.matmul(part, hermitian(xp, part))
