@@ -92,7 +92,7 @@ def mode_basis(xp: Namespace, x: Array, mode: int, accuracy: float = 0.0) -> Bas
 def mode_values(xp: Namespace, x: Array, mode: int) -> Array:
     """Return only the singular values of an unfolding, as `mode_basis` would, for a fraction of its cost."""
     size = x.shape[mode]
-    host = host_view(x) if epsilon(xp, x.dtype) >= GRAM_FLOOR and 0 < 2 * size <= math.prod(x.shape) // size else None
+    host = host_view(x) if epsilon(xp, x.dtype) >= GRAM_FLOOR and 0 < size <= math.prod(x.shape) // size else None
     if host is None or is_differentiated(x):
         return mode_basis(xp, x, mode).values
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(_host_gram(host, mode))[::-1], 0.0))

@@ -43,7 +43,7 @@ from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.decomposition import tucker
 from flora_tensor.noise import projected_edge, rounding_noise, worth_storing
 from flora_tensor.report import ExtractionReport, TensorRow
-from flora_tensor.spectra import Frontier, hosvd_spectrum, n_parameters_of
+from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["extract"]
@@ -433,7 +433,8 @@ def _scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: _Settings) -
     weight = _Weight(row, settings.arrangements(a.shape))
     floor = _noise_floor(base, tuned, name, delta, settings)
     for arrangement in weight.arrangements if settings.ranks is None else ():
-        spectrum = hosvd_spectrum(_on_device(arrangement.arrange(delta), settings.device))
+        arranged = _on_device(arrangement.arrange(delta), settings.device)
+        spectrum = cheapest_spectrum("extract", arranged)
         caps = None if floor is None else projected_edge(spectrum, floor)[0]
         weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True))
         if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:

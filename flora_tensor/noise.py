@@ -208,8 +208,8 @@ def worth_storing(frontiers: Sequence[Frontier], deviation: float) -> list[Front
 
 def _resolved(spectrum: Spectrum) -> float:
     """Return the square below which a singular value shows what rounding leaks from the strong ones, not signal."""
-    corner = to_numpy(spectrum.core[(slice(1),) * len(spectrum.shape)])
-    return float(spectrum.squared_tails[0][0]) * (4 * float(np.finfo(corner.dtype).eps)) ** 2
+    dtype = to_numpy(spectrum.values[0][:1]).dtype
+    return float(spectrum.squared_tails[0][0]) * (4 * float(np.finfo(dtype).eps)) ** 2
 
 
 def _occupied(spectrum: Spectrum) -> Spectrum:
@@ -218,7 +218,7 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
     A channel that no input reaches has a change of exactly zero: there is no noise in it, and counted in it would make
     the noise look smaller than it is.
     """
-    if 0 in spectrum.shape or spectrum.norm == 0.0:
+    if 0 in spectrum.shape or spectrum.norm == 0.0 or not spectrum.factors:
         return spectrum
     floor, sizes = _resolved(spectrum), list[int]()
     for values, factor in zip(spectrum.values, spectrum.factors):

@@ -16,7 +16,7 @@ from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.extraction import check_memory, matches, read_delta
 from flora_tensor.report import format_table
-from flora_tensor.spectra import Frontier, ModeSpectra, hosvd_spectrum
+from flora_tensor.spectra import Frontier, ModeSpectra, cheapest_spectrum
 
 __all__ = ["BudgetRow", "RankStudy", "study_ranks"]
 
@@ -232,8 +232,8 @@ def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
 
 def _study(delta: np.ndarray) -> tuple[ModeSpectra, list[Frontier]]:
     """Return the spectra of a change's own modes, and the frontiers of all its arrangements."""
-    native = hosvd_spectrum(delta)
-    rest = (hosvd_spectrum(a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
+    native = cheapest_spectrum("study_ranks", delta)
+    rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
     # Only values are kept: cores and factors of all weights together are as large as the model.
     spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
     return spectra, [spectrum.frontier(partial=True) for spectrum in (native, *rest)]

@@ -135,7 +135,7 @@ class Spectrum:
     @property
     def max_ranks(self) -> tuple[int, ...]:
         """The multilinear ranks that the table covers: the core's shape."""
-        return tuple(self.core.shape)
+        return tuple(self.core.shape) if self.core is not None else tuple(int(v.shape[0]) for v in self.values)
 
     @cached_property
     def _squares(self) -> FloatArray:
@@ -394,6 +394,21 @@ def hosvd_spectrum(x: Array) -> Spectrum:
     """
     xp, scaled, k = prepare("hosvd_spectrum", stop_gradient(x))
     return spectrum_of(xp, scaled, k)
+
+
+def matrix_spectrum(where: str, x: Array) -> Spectrum:
+    """Compute a matrix's `Spectrum` without core and factors, which errors, bounds and the frontier do not need.
+
+    Singular values alone cost a fraction of a full HOSVD: no vectors, and one side only.
+    """
+    xp, scaled, k = prepare(where, stop_gradient(x))
+    values = times_power_of_two(mode_values(xp, scaled, 0 if x.shape[0] <= x.shape[1] else 1), k)
+    return Spectrum((values, values), None, (), math.ldexp(frobenius(xp, scaled), k), tuple(x.shape))
+
+
+def cheapest_spectrum(where: str, x: Array) -> Spectrum:
+    """Compute what frontiers and bounds need of a tensor: its full HOSVD, or a matrix's singular values alone."""
+    return matrix_spectrum(where, x) if len(x.shape) == 2 else hosvd_spectrum(x)
 
 
 def spectrum_of(xp: Namespace, scaled: Array, k: int, accuracy: float = 0.0) -> Spectrum:
