@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-from flora_tensor._arrays import epsilon, float_squares, is_complex, squared_norm, stop_gradient, to_numpy
+from flora_tensor._arrays import epsilon, float_squares, is_complex, squared_norm, stop_gradient, suffix_sums, to_numpy
 from flora_tensor._bases import GRAM_FLOOR, Basis, leading_basis, mode_basis, orthonormal_columns
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array, Namespace
@@ -271,9 +271,8 @@ def cheapest_order(shape: Sequence[int], ranks: Sequence[int] | None) -> list[in
 
 def rank_within(values: Array, allowed: float) -> int:
     """Return the smallest rank ≥ 1 whose discarded squares stay within ``allowed``."""
-    squares = _host_squares(values)
-    tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
-    return max(1, int(np.argmax(tails <= allowed))) if squares.size else 0
+    tails = suffix_sums(to_numpy(stop_gradient(values)))
+    return max(1, int(np.argmax(tails <= allowed))) if len(tails) > 1 else 0
 
 
 def tail(values: Array, rank: int) -> float:

@@ -245,3 +245,9 @@ def _sum_of_squares(xp: Namespace, x: Array) -> Array:
             wide = xp.astype(half, dtype, copy=False)
             total = total + xp.sum(wide * wide)
     return total
+
+
+def suffix_sums(values: Any) -> Any:
+    """Return t with t[r] = Σ_{i≥r} v_i², one entry longer than the host vector, summed from the smallest up."""
+    squares = values.astype(np.float64) ** 2
+    return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])

@@ -143,9 +143,8 @@ def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
     spectrum = _occupied(spectrum)
     entries = math.prod(spectrum.shape)
     found: list[int] = []
-    for values, size in zip(spectrum.values, spectrum.shape):
+    for squares, size in zip(_squared_values(spectrum), spectrum.shape):
         rows, columns = sorted((size, entries // size if size else 0))
-        squares = np.ldexp(to_numpy(values).astype(np.float64), -spectrum.exponent) ** 2
         found.append(_evbmf_rank(squares, rows, columns))
     return _feasible_or_nothing(found, spectrum.shape)
 
@@ -221,8 +220,7 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
     if 0 in spectrum.shape or spectrum.norm == 0.0 or not spectrum.factors:
         return spectrum
     floor, sizes = _resolved(spectrum), list[int]()
-    for values, factor in zip(spectrum.values, spectrum.factors):
-        squares = np.ldexp(to_numpy(values).astype(np.float64), -spectrum.exponent) ** 2
+    for squares, factor in zip(_squared_values(spectrum), spectrum.factors):
         slices = np.abs(to_numpy(factor)) ** 2 @ squares  # ‖X[i]‖² of every slice along the mode
         sizes.append(int(np.count_nonzero(slices > floor)))
     if tuple(sizes) == spectrum.shape:
@@ -235,6 +233,11 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
         norm=spectrum.norm,
         shape=tuple(sizes),
     )
+
+
+def _squared_values(spectrum: Spectrum) -> list[FloatArray]:
+    """Return the squared singular values of each mode, in units of 4**exponent."""
+    return [np.ldexp(to_numpy(v).astype(np.float64), -spectrum.exponent) ** 2 for v in spectrum.values]
 
 
 def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:
@@ -250,7 +253,7 @@ def _start(
 ) -> tuple[int, ...]:
     """Count singular values of the plain unfoldings above the edge; the noise level falls as signal is found."""
     shape, ranks = spectrum.shape, (0,) * len(spectrum.shape)
-    values = [np.ldexp(to_numpy(v).astype(np.float64), -spectrum.exponent) ** 2 for v in spectrum.values]
+    values = _squared_values(spectrum)
     for _ in range(_MOST_ROUNDS):
         edges = [max(resolved, variance * edge_squared(n, entries // n)) for n in shape]
         found = tuple(int(np.count_nonzero(v > e)) for v, e in zip(values, edges))

@@ -23,6 +23,7 @@ from flora_tensor._arrays import (
     power_of_two,
     result_dtype,
     stop_gradient,
+    suffix_sums,
     times_power_of_two,
     to_numpy,
     working_dtype,
@@ -73,7 +74,7 @@ class ModeSpectra:
 
     def tails(self) -> tuple[FloatArray, ...]:
         """Return for each mode t with t[r] = Σ_{i≥r} σ_i², the squared norm that rank r leaves out; length m + 1."""
-        return tuple(_suffix_sums(to_numpy(v)) for v in self.values)
+        return tuple(suffix_sums(to_numpy(v)) for v in self.values)
 
     def __repr__(self) -> str:
         counts = tuple(int(v.shape[0]) for v in self.values)
@@ -312,7 +313,7 @@ class Spectrum:
     @cached_property
     def squared_tails(self) -> tuple[FloatArray, ...]:
         """For each mode the vector Σ_{i≥r} σ_i², r = 0, …, m_k, in units of a power of four near ‖X‖²."""
-        return tuple(_suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
+        return tuple(suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
 
     def _bound(self, ranks: Sequence[int], combine: Any) -> float:
         total = float(self.squared_tails[0][0])
@@ -585,12 +586,6 @@ def _discarded(squares: FloatArray, ranks: tuple[int, ...]) -> float:
     for mode, rank in enumerate(ranks):
         total += float(squares[(*(slice(r) for r in ranks[:mode]), slice(rank, None))].sum())
     return total
-
-
-def _suffix_sums(values: npt.NDArray[Any]) -> FloatArray:
-    """Return t with t[r] = Σ_{i≥r} v_i², one entry longer than ``values``, summed from the smallest up."""
-    squares = values.astype(np.float64) ** 2
-    return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
 
 
 def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int], *, partial: bool = False) -> Any:
