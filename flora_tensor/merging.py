@@ -12,6 +12,7 @@ from warnings import warn
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
 from flora_tensor._safetensors import READABLE, decode, encode
@@ -19,7 +20,6 @@ from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter_file import Adapter, load_adapter
 from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint, plan_shards, write_checkpoint
-from flora_tensor.extraction import check_distinct
 from flora_tensor.report import format_table
 from flora_tensor.tucker_tensor import TuckerTensor
 

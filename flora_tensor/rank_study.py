@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flora_tensor._checks import check_fraction
+from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
+from flora_tensor._settings import matches
 from flora_tensor.allocation import allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
-from flora_tensor.extraction import check_memory, matches, read_delta
 from flora_tensor.report import format_table
 from flora_tensor.spectra import Frontier, ModeSpectra, cheapest_spectrum
 

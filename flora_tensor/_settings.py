@@ -1,0 +1,149 @@
+"""The options of an extraction, checked, and which tensors and arrangements they mean."""
+
+import fnmatch
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from flora_tensor._checks import as_int, check_fraction, check_tolerance, feasible_ranks
+from flora_tensor.arrangement import Arrangement
+
+__all__ = ["CODES", "PathLike", "Progress", "RanksOption", "Settings", "matches"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Progress: TypeAlias = Callable[[str, int, int, str], None]
+RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DEFAULT_RATIO = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `extract`, checked."""
+
+    budget: dict[str, Any]
+    ranks: RanksOption | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    arrangement: Arrangement | None
+    vectors: str
+    on_mismatch: str
+    allow_missing: bool
+    dtype: str
+    device: Any
+    max_memory: int | None
+    noise_floor: float | Literal["auto"] | None
+    dry_run: bool
+    progress: Progress
+
+    def options(self) -> dict[str, Any]:
+        """Return what shaped the result, for the report."""
+        ranks = self.ranks
+        if isinstance(ranks, Mapping):
+            ranks = {pattern: r if isinstance(r, int) else list(r) for pattern, r in ranks.items()}
+        elif ranks is not None and not isinstance(ranks, int):
+            ranks = list(ranks)
+        return {
+            **({"ranks": ranks} if ranks is not None else self.budget),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "arrangements": self.arrangement.pattern if self.arrangement else "auto",
+            "vectors": self.vectors,
+            "noise_floor": self.noise_floor,
+            "dtype": {code: name for name, code in CODES.items()}[self.dtype],
+        }
+
+    def selects(self, name: str) -> bool:
+        """Tell whether a tensor is asked for."""
+        return matches(name, self.include, self.exclude)
+
+    def arrangements(self, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
+        """Return the arrangements to try for a weight of this shape."""
+        native = Arrangement.native(len(shape))
+        if self.arrangement is None:
+            return (native,) if self.ranks is not None else Arrangement.candidates(len(shape))
+        try:
+            self.arrangement.shape(shape)
+        except ValueError:
+            return (native,)
+        return (self.arrangement,)
+
+    def ranks_of(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ranks asked for and the feasible ones, for the arranged shape of a weight."""
+        ranks = self.ranks
+        if isinstance(ranks, Mapping):
+            found = [r for pattern, r in ranks.items() if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise ValueError(f"extract: ranks has no pattern for {name!r}; add one, or '*' for all others")
+            ranks = found[0]
+        asked = [ranks] * len(shape) if isinstance(ranks, int) else list(ranks or ())
+        asked = [as_int("extract", "ranks", r) for r in asked]
+        if len(asked) != len(shape):
+            raise ValueError(
+                f"extract: {len(asked)} ranks for {name!r}, which has {len(shape)} modes; pass one integer for all, "
+                "or a mapping from name patterns to ranks"
+            )
+        if min(asked) < 1:
+            raise ValueError(f"extract: rank {min(asked)} for {name!r}; pass at least 1")
+        return tuple(asked), feasible_ranks(asked, shape)
+
+
+def checked_budget(budget: Mapping[str, Any], ranks: RanksOption | None) -> dict[str, Any]:
+    """Return the one criterion that was given; 5 % of the dense size where none was."""
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) + (ranks is not None) > 1:
+        names = [*given, *(["ranks"] if ranks is not None else [])]
+        raise TypeError(f"extract: got {' and '.join(names)}; pass one of ranks, rtol, max_parameters and max_ratio")
+    if "max_ratio" in given:
+        check_fraction("extract", "max_ratio", given["max_ratio"])
+    if "rtol" in given:
+        check_tolerance("extract", given["rtol"])
+    if "max_parameters" in given and as_int("extract", "max_parameters", given["max_parameters"]) < 1:
+        raise ValueError(f"extract: max_parameters is {given['max_parameters']}; pass at least 1")
+    if isinstance(ranks, Mapping):
+        return {}
+    for rank in ranks if isinstance(ranks, Sequence) else [ranks] if ranks is not None else []:
+        if as_int("extract", "ranks", rank) < 1:
+            raise ValueError(f"extract: rank {rank}; pass at least 1")
+    return given or {"max_ratio": _DEFAULT_RATIO}
+
+
+def matches(name: str, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> bool:
+    """Tell whether a name fits one of the globs ``include``, or there are none, and none of ``exclude``."""
+    wanted, unwanted = globs(include), globs(exclude)
+    is_wanted = not wanted or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+    return is_wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
+
+
+def globs(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"extract: {name} is {value!r}; pass one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def noise_option(given: Any) -> float | Literal["auto"] | None:
+    if given is None or given == "auto":
+        return given
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"extract: noise_floor is {given!r}; pass 'auto', None, or a finite number of at least 0")
+    return value
+
+
+def arrangement_option(given: str | Arrangement) -> Arrangement | None:
+    if isinstance(given, Arrangement):
+        return given
+    return None if given == "auto" else Arrangement(given)
+
+
+def silent(phase: str, done: int, total: int, name: str) -> None:
+    """Show no progress."""

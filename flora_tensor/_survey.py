@@ -1,0 +1,242 @@
+"""The first pass of an extraction: what changed, what each choice of ranks would buy, and the choice."""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_delta
+from flora_tensor._errors import InputError
+from flora_tensor._safetensors import READABLE
+from flora_tensor._settings import CODES, Settings
+from flora_tensor.allocation import allocate_ranks
+from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint, is_float
+from flora_tensor.noise import projected_edge, rounding_noise, worth_storing
+from flora_tensor.report import TensorRow
+from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
+
+__all__ = ["Weight", "choose", "predicted_row", "rank_zero_row", "scan", "survey"]
+
+
+@dataclass
+class Weight:
+    """A changed weight between the two passes."""
+
+    row: TensorRow
+    arrangements: tuple[Arrangement, ...]
+    frontiers: list[Frontier] = field(default_factory=list[Frontier])
+    arrangement: Arrangement | None = None
+    ranks: tuple[int, ...] = ()
+    predicted: float | None = None
+
+    @property
+    def arranged_shape(self) -> tuple[int, ...]:
+        assert self.arrangement is not None
+        return self.arrangement.shape(self.row.shape)
+
+
+def survey(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> tuple[dict[str, TensorRow], list[str]]:
+    """Sort all names, by what the headers alone tell, into rows that are done and tensors to read."""
+    rows: dict[str, TensorRow] = {}
+    candidates: list[str] = []
+    missing: list[str] = []
+    mismatched: list[str] = []
+    names = tuple(dict.fromkeys((*base.names(), *tuned.names())))
+    _check_globs(settings, names)
+    for name in names:
+        sides = [side for side in (base, tuned) if name in side]
+        row = TensorRow(name, "left out", shape=sides[0].info(name).shape, dtype=_dtypes(sides, name))
+        if not settings.selects(name):
+            rows[name] = replace(row, reason="excluded by name")
+        elif len(sides) == 1:
+            missing.append(name)
+            rows[name] = replace(row, reason=f"missing in {'tuned' if name in base else 'base'}")
+        elif base.info(name).shape != tuned.info(name).shape:
+            mismatched.append(name)
+            rows[name] = replace(row, reason=f"shape differs: {row.shape} and {tuned.info(name).shape}", changed=True)
+        elif 0 in row.shape:
+            rows[name] = replace(row, reason="zero-size", changed=False)
+        else:
+            candidates.append(name)
+    if missing and not settings.allow_missing:
+        raise InputError(_missing_message(base, tuned, missing))
+    if mismatched and settings.on_mismatch == "error":
+        raise InputError(_mismatch_message(base, tuned, mismatched))
+    return rows, candidates
+
+
+def _dtypes(sides: Sequence[Checkpoint], name: str) -> str:
+    return " → ".join(dict.fromkeys(side.info(name).dtype for side in sides))
+
+
+def _missing_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:
+    lost = [n for n in names if n in base]
+    new = [n for n in names if n in tuned]
+    parts = [
+        f"{len(group)} only in {side.path} ({', '.join(repr(n) for n in group[:3])}{', …' if len(group) > 3 else ''})"
+        for group, side in ((lost, base), (new, tuned))
+        if group
+    ]
+    return f"extract: tensors are {' and '.join(parts)}; pass allow_missing=True (--allow-missing) to leave them out"
+
+
+def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:
+    name = names[0]
+    a, b = base.info(name).shape, tuned.info(name).shape
+    hint = "; has the vocabulary been resized? " if len(a) == len(b) == 2 and a[1] == b[1] else "; "
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return (
+        f"extract: {name!r} has shape {a} in {base.path} and {b} in {tuned.path}{more}{hint}"
+        "pass on_mismatch='skip' (--on-mismatch skip) to leave such tensors out"
+    )
+
+
+def _check_globs(settings: Settings, names: Sequence[str]) -> None:
+    for pattern in settings.include:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.4) or list(names[:3])
+            raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; there are {', '.join(near)}")
+
+
+def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> TensorRow | Weight:
+    """Look at one tensor in the first pass."""
+    a, b = base.info(name), tuned.info(name)
+    row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
+    is_vector = len(a.shape) < 2
+    if not (is_float(a) and is_float(b)) or is_vector:
+        return _scan_whole(base, tuned, row, settings, decomposable=False if not is_vector else None)
+    check_memory("extract", base, tuned, name, settings.max_memory)
+    delta = read_delta(base, tuned, name)
+    if delta is None:
+        return replace(row, reason="unchanged", changed=False)
+    norm = frobenius_norm(delta)
+    if norm == 0.0:
+        return replace(row, reason="unchanged in value, the bits differ", changed=False)
+    notes = ["types differ"] if a.dtype != b.dtype else []
+    zeros = 1 - np.count_nonzero(delta) / delta.size
+    if zeros >= 0.5:
+        notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
+    row = replace(row, status="tucker", changed=True, delta_norm=norm, notes=tuple(notes))
+    weight = Weight(row, settings.arrangements(a.shape))
+    floor = _noise_floor(base, tuned, name, delta, settings)
+    for arrangement in weight.arrangements if settings.ranks is None else ():
+        arranged = on_device(arrangement.arrange(delta), settings.device)
+        spectrum = cheapest_spectrum("extract", arranged)
+        caps = None if floor is None else projected_edge(spectrum, floor)[0]
+        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True))
+        if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:
+            weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
+    if floor is not None and weight.frontiers:
+        weight.frontiers = worth_storing(weight.frontiers, floor)
+    if settings.ranks is not None:
+        _take_ranks(weight, delta, settings)
+    return weight
+
+
+def _noise_floor(base: Checkpoint, tuned: Checkpoint, name: str, delta: np.ndarray, settings: Settings) -> float | None:
+    """Return the standard deviation of the noise in a change, or ``None`` where no cap is wanted."""
+    if settings.ranks is not None or settings.noise_floor != "auto":
+        return settings.noise_floor if isinstance(settings.noise_floor, float) else None
+    if "rtol" in settings.budget:
+        return None
+    types = {code: dtype for dtype, code in CODES.items()}
+    sides = [side for side in (base, tuned) if side.info(name).dtype in types]
+    stored = max((rounding_noise(side.read(name), types[side.info(name).dtype]) for side in sides), default=0.0)
+    # The subtraction rounds too; beside the rounding of a shorter storage type that vanishes.
+    return math.hypot(stored, rounding_noise(delta, delta.dtype.name))
+
+
+def _noise_note(caps: Sequence[int]) -> str:
+    if not any(caps):
+        return "the change does not stand above the rounding noise of its storage type"
+    return f"ranks above {tuple(caps)} would store rounding noise"
+
+
+def _scan_whole(
+    base: Checkpoint, tuned: Checkpoint, row: TensorRow, settings: Settings, *, decomposable: bool | None
+) -> TensorRow:
+    """Look at a vector, or at a tensor of a type that cannot be decomposed (``decomposable=False``)."""
+    a, b = base.info(row.name), tuned.info(row.name)
+    if a.dtype == b.dtype and np.array_equal(base.read_raw(row.name), tuned.read_raw(row.name)):
+        return replace(row, reason="unchanged", changed=False)
+    row = replace(row, changed=True)
+    if decomposable is False:
+        return replace(row, reason=f"type {row.dtype} cannot be decomposed")
+    if a.dtype not in READABLE or b.dtype not in READABLE or "C64" in (a.dtype, b.dtype):
+        return replace(row, reason=f"type {row.dtype} cannot be stored")
+    check_finite(base.path, row.name, base.read(row.name))
+    check_finite(tuned.path, row.name, tuned.read(row.name))
+    if settings.vectors == "error":
+        raise InputError(
+            f"extract: the vector {row.name!r} changed; pass vectors='keep' (--vectors keep) to store it "
+            "whole, or 'skip' to leave it out"
+        )
+    if settings.vectors == "skip":
+        return replace(row, reason="vector, skipped as asked")
+    return replace(row, status="whole", n_parameters=math.prod(row.shape), relative_error=0.0)
+
+
+def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
+    """Give a weight the ranks that the user asked for, as far as it can have them."""
+    weight.arrangement = weight.arrangements[0]
+    asked, weight.ranks = settings.ranks_of(weight.row.name, weight.arranged_shape)
+    if weight.ranks != asked and not isinstance(settings.ranks, int):
+        note = f"ranks {asked} lowered to {weight.ranks}"
+        weight.row = replace(weight.row, notes=(*weight.row.notes, note))
+    if settings.dry_run:
+        arranged = on_device(weight.arrangement.arrange(delta), settings.device)
+        weight.predicted = hosvd_spectrum(arranged).error(weight.ranks)
+
+
+def choose(weights: dict[str, Weight], settings: Settings, *, keep_going: bool) -> float | None:
+    """Spread the budget over the weights and free their frontiers; return what no other choice could beat."""
+    if settings.ranks is not None or not weights:
+        return None
+    allocation = allocate_ranks({name: weight.frontiers for name, weight in weights.items()}, **settings.budget)
+    if not allocation.n_parameters and not keep_going:
+        smallest = [int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1]
+        if not smallest:
+            raise InputError(
+                "extract: nothing to extract: no change stands above the rounding noise of its storage type; "
+                "pass noise_floor=None (--noise-floor none) to extract it all the same"
+            )
+        least = min(smallest)
+        raise ValueError(
+            f"extract: the budget {settings.budget} holds nothing: the smallest tensor takes {least} numbers; raise it"
+        )
+    for name, choice in allocation.choices.items():
+        weight = weights[name]
+        weight.arrangement = weight.arrangements[choice.option]
+        weight.ranks = choice.ranks
+        total = weight.frontiers[choice.option].norm_squared
+        weight.predicted = math.sqrt(choice.error_squared / total) if total else 0.0
+        weight.frontiers = []
+    return allocation.lower_bound
+
+
+def predicted_row(weight: Weight) -> TensorRow:
+    """Return the row of a dry run."""
+    if not any(weight.ranks):
+        return rank_zero_row(weight)
+    assert weight.arrangement is not None
+    return replace(
+        weight.row,
+        arrangement=weight.arrangement.pattern,
+        ranks=weight.ranks,
+        n_parameters=_n_parameters(weight.arranged_shape, weight.ranks),
+        relative_error=weight.predicted,
+    )
+
+
+def rank_zero_row(weight: Weight) -> TensorRow:
+    noise = any(note == _noise_note((0,)) for note in weight.row.notes)
+    reason = "below the rounding noise of its storage type" if noise else "rank 0 under this budget"
+    return replace(weight.row, status="left out", reason=reason, relative_error=1.0)
+
+
+def _n_parameters(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    return int(n_parameters_of(ranks, shape, partial=True))
