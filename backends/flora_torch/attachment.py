@@ -1,0 +1,434 @@
+"""Putting new adapters on a model: all or nothing, tied weights as one.
+
+Everything is built and checked before the first module is replaced. All modules that hold a tied weight are wrapped and
+share one update.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_tensor import Arrangement
+from flora_torch.functional import Path
+from flora_torch.initialize import Ranks, preset_scale, resolve_ranks, start_update
+from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, adaptable, freeze, wrapper_for
+from flora_torch.selection import Pattern, PerName, Place, Site, near, select, sites
+from flora_torch.update import TuckerUpdate
+
+__all__ = [
+    "AttachReport",
+    "LayerReport",
+    "Plan",
+    "all_or_nothing",
+    "attach",
+    "install",
+    "n_model_parameters",
+    "report_of",
+]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What `attach` did to one weight.
+
+    Parameters
+    ----------
+    name : str
+        The weight's name.
+    kind : str
+        The layer that wraps its module.
+    shape : tuple of int
+        Its shape.
+    pattern : str
+        The arrangement.
+    asked, ranks : tuple of (int or None)
+        The ranks asked for and those given; they differ where a rank was lowered to what is feasible.
+    n_parameters : int
+        How many numbers are trained.
+    tied : tuple of str
+        The weight's other names, which the update serves too.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, section 3, for what ranks and parameters count.
+
+    Examples
+    --------
+    >>> report = attach(nn.Sequential(nn.Linear(8, 3)), ranks=4)
+    >>> report.layers[0].asked, report.layers[0].ranks
+    ((4, 4), (3, 3))
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    asked: tuple[int | None, ...]
+    ranks: tuple[int, ...]
+    n_parameters: int
+    tied: tuple[str, ...] = ()
+
+    @property
+    def clamped(self) -> bool:
+        """Whether a rank was lowered."""
+        return any(a is not None and a != r for a, r in zip(self.asked, self.ranks))
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did; its text is a table.
+
+    Parameters
+    ----------
+    adapter_name : str
+        The adapter.
+    layers : tuple of LayerReport
+        One entry a weight.
+    n_model_parameters : int
+        How many parameters the model has without the adapter.
+    whole : tuple of str
+        Tensors that were replaced by a stored value.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739, section 3, for what ranks and parameters count.
+
+    Examples
+    --------
+    >>> report = attach(nn.Sequential(nn.Linear(8, 8)), ranks=2)
+    >>> report.n_parameters, round(report.share, 3)
+    (36, 0.5)
+    >>> print(report)
+    weight    kind         shape  ranks  parameters
+    0.weight  FloraLinear  8×8    2×2            36
+    adapter 'default': 36 parameters on 1 weight, 50.0 % of the model's 72
+    """
+
+    adapter_name: str
+    layers: tuple[LayerReport, ...]
+    n_model_parameters: int
+    whole: tuple[str, ...] = ()
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(layer.n_parameters for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """`n_parameters` as a part of the model's own parameters."""
+        return self.n_parameters / max(1, self.n_model_parameters)
+
+    def __str__(self) -> str:
+        rows = [("weight", "kind", "shape", "ranks", "parameters")]
+        for layer in self.layers:
+            ranks = "×".join(map(str, layer.ranks))
+            asked = "×".join("whole" if r is None else str(r) for r in layer.asked)
+            pattern = "" if Arrangement(layer.pattern).is_native else f" as {layer.pattern}"
+            rows.append(
+                (
+                    layer.name + "".join(f" = {name}" for name in layer.tied),
+                    layer.kind,
+                    "×".join(map(str, layer.shape)) + pattern,
+                    f"{ranks} (asked {asked})" if layer.clamped else ranks,
+                    f"{layer.n_parameters:,}",
+                )
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths)), r[4].rjust(widths[4])]) for r in rows]
+        lines += [f"whole: {name}" for name in self.whole]
+        weights = f"{len(self.layers)} weight{'' if len(self.layers) == 1 else 's'}"
+        return "\n".join(
+            [
+                *lines,
+                f"adapter {self.adapter_name!r}: {self.n_parameters:,} parameters on {weights}, "
+                f"{self.share:.1%} of the model's {self.n_model_parameters:,}".replace("%", " %"),
+            ]
+        )
+
+
+def attach(
+    model: nn.Module,
+    *,
+    ranks: Ranks | Mapping[Any, Ranks],
+    target_modules: "Pattern | Sequence[Pattern] | None" = None,
+    exclude_modules: "Pattern | Sequence[Pattern] | None" = None,
+    target_parameters: "Pattern | Sequence[Pattern] | None" = None,
+    scale: float | Mapping[Any, float] = 1.0,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    init: str = "orthonormal",
+    init_tensors: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    arrangement: Arrangement | str | Mapping[Any, Arrangement | str] | None = None,
+    dtype: torch.dtype | None = None,
+    path: Path = "auto",
+    freeze_model: bool = True,
+    generator: torch.Generator | None = None,
+) -> AttachReport:
+    """Wrap layers of a model, in place, so that they train a Tucker tensor beside their frozen weight.
+
+    The model's output does not change: every start but ``"from_delta"`` is exactly zero. Nothing is changed if
+    anything is refused. A weight that several modules hold (a shared module, or tied weights such as embedding and
+    output layer) gets one update, which all of them use.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    ranks : int, float, sequence of (int, float or None), or mapping of pattern to these
+        One rank for all modes, a fraction of each mode's size, or one a mode (``None``: left whole); lowered to what is
+        feasible, and reported. A mapping gives them by name, the first pattern that matches counting.
+    target_modules, exclude_modules : pattern or sequence of patterns, optional
+        Names, globs, regular expressions (``"re:…"``), types or predicates ``(name, module) -> bool``; by default every
+        linear, convolutional and embedding layer. See `flora_torch.selection.matches`.
+    target_parameters : pattern or sequence of patterns, optional
+        Parameters by their own names, such as ``"self_attn.in_proj_weight"``.
+    scale : float, or mapping of pattern to float
+        s; 1 for weights that no pattern means.
+    alpha : float, optional
+        α of the published codes, from which s follows by `flora_torch.initialize.preset_scale`; in the place of
+        ``scale``.
+    dropout : float
+        The chance that an entry of an update's input is zeroed in training. Weights adapted by `FloraParameter` have
+        none.
+    init : str
+        ``"orthonormal"``, ``"official"``, ``"loralib"``, ``"peft"``, ``"principal"``, ``"from_delta"``,
+        ``"from_gradient"``.
+    init_tensors : mapping of str to Tensor, optional
+        By the weight's name, what ``"from_delta"`` and ``"from_gradient"`` decompose: tensors of the weights' own
+        shapes.
+    adapter_name : str
+        The adapter's name; a weight can have several adapters, which add up.
+    arrangement : Arrangement, str, or mapping of pattern to these, optional
+        Which axes form a mode. A single one is used for the weights with as many axes as it has, and the others keep
+        their own axes.
+    dtype : torch.dtype, optional
+        The update's type; by default float32 for 16-bit weights, else the weight's.
+    path : {"auto", "factored", "dense"}
+        How layers compute their output; see `flora_torch.layers`.
+    freeze_model : bool
+        Whether all of the model's own parameters stop requiring gradients, or only those of the wrapped layers.
+    generator : torch.Generator, optional
+        The source of random numbers, on the CPU.
+
+    Returns
+    -------
+    AttachReport
+        What was done to each weight.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches nothing (near names are listed), a weight cannot be adapted (meta device, integers, a
+        vector, tied to an excluded one), it has an adapter of this name already, or an option does not fit.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4))
+    >>> report = attach(model, ranks={"0": (4, 3, 3, 3), "*": 0.5}, scale=4.0)
+    >>> [(layer.name, layer.ranks) for layer in report.layers]
+    [('0.weight', (4, 3, 3, 3)), ('2.weight', (8, 2, 2, 2))]
+    """
+    targets = select(model, target_modules, exclude_modules, target_parameters)
+    options = _AttachOptions(ranks, scale, alpha, dropout, init, init_tensors or {}, arrangement, dtype, generator)
+    with all_or_nothing(model):
+        plans = [options.plan(site) for site in targets]
+        options.check_used(targets)
+        return install(model, plans, adapter_name, path, freeze_model)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An update that is ready to be installed, and the ranks that were asked for."""
+
+    site: Site
+    update: TuckerUpdate
+    asked: tuple[int | None, ...]
+
+
+class _AttachOptions:
+    """The options of `attach`, looked up by weight."""
+
+    def __init__(
+        self,
+        ranks: Any,
+        scale: Any,
+        alpha: float | None,
+        dropout: float,
+        init: str,
+        tensors: Mapping[str, Tensor],
+        arrangement: Any,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.ranks: PerName[Any] = PerName("ranks", ranks)
+        self.scale: PerName[float] = PerName("scale", scale, 1.0)
+        self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None)
+        self.alpha, self.dropout, self.init, self.tensors = alpha, dropout, init, tensors
+        self.dtype, self.generator = dtype, generator
+        if alpha is not None and (isinstance(scale, Mapping) or scale != 1.0):
+            raise TypeError("attach: got both scale and alpha; pass one of them")
+
+    def plan(self, site: Site) -> Plan:
+        """Build the update of one weight."""
+        holder = site.holders[0]
+        weight = adaptable(f"attach: {site.name}", holder.module, holder.parameter)
+        arranged = self._arrangement_of(site, weight)
+        shape = arranged.shape(tuple(weight.shape))
+        asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"attach: {site.name}")
+        scale = self.scale.of(site)
+        if self.alpha is not None:
+            scale = preset_scale(self.init, self.alpha, max((r for r in asked if r is not None), default=max(shape)))
+        try:
+            start = start_update(
+                weight.detach(),
+                given,
+                init=self.init,
+                arrangement=arranged,
+                scale=scale,
+                dtype=self.dtype,
+                generator=self.generator,
+                tensor=self._tensor_of(site),
+            )
+        except ValueError as error:
+            raise ValueError(f"attach: {site.name}: {error}") from error
+        # A parameter by name has no input that could be dropped.
+        dropout = (
+            0.0 if any(wrapper_for(h.module, h.parameter) is FloraParameter for h in site.holders) else self.dropout
+        )
+        update = TuckerUpdate(
+            start.tucker,
+            tuple(weight.shape),
+            arrangement=arranged,
+            scale=scale,
+            dropout=dropout,
+            start=start.start,
+        )
+        return Plan(site, update, asked)
+
+    def _arrangement_of(self, site: Site, weight: Tensor) -> Arrangement:
+        given = self.arrangement.of(site)
+        arranged = Arrangement(given) if isinstance(given, str) else given
+        by_name = self.arrangement.table is not None
+        if arranged is None or (arranged.n_axes != weight.dim() and not by_name):
+            return Arrangement.native(weight.dim())
+        try:
+            arranged.shape(tuple(weight.shape))
+        except ValueError as error:
+            raise ValueError(f"attach: {site.name}: {error}") from error
+        return arranged
+
+    def _tensor_of(self, site: Site) -> Tensor | None:
+        if self.init not in ("from_delta", "from_gradient"):
+            return None
+        return next((self.tensors[name] for name in site.names if name in self.tensors), None)
+
+    def check_used(self, targets: list[Site]) -> None:
+        """Refuse options that meant nothing."""
+        names = [name for site in targets for name in site.names]
+        modules = [holder_name.rpartition(".")[0] for holder_name in names]
+        for option in (self.ranks, self.scale, self.arrangement):
+            option.check_used([*modules, *names])
+        single = self.arrangement.value if self.arrangement.table is None else None
+        arranged = Arrangement(single) if isinstance(single, str) else single
+        if arranged is not None and all(site.weight.dim() != arranged.n_axes for site in targets):
+            raise ValueError(
+                f"attach: arrangement {arranged.pattern!r} is for weights with {arranged.n_axes} axes, and no target "
+                "has as many; pass another one, or none"
+            )
+        if self.tensors and self.init not in ("from_delta", "from_gradient"):
+            raise ValueError(f"attach: init_tensors with init {self.init!r}; pass init='from_delta' or 'from_gradient'")
+        for name in self.tensors:
+            if name not in names:
+                raise ValueError(f"attach: init_tensors has {name!r}, which is no target{near(name, names)}")
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Generator[None, None, None]:
+    """Put gradients' flags back as they were if the body fails: wrapping freezes bases before everything is checked."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    notes = [(m, m.__dict__.get(FROZEN)) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        for module, note in notes:
+            module.__dict__.pop(FROZEN, None)
+            if note is not None:
+                module.__dict__[FROZEN] = note
+        raise
+
+
+def install(
+    model: nn.Module, plans: list[Plan], adapter_name: str, path: Path, freeze_model: bool, whole: Sequence[str] = ()
+) -> AttachReport:
+    """Wrap what is not wrapped yet, check every update against its layer, and only then put all of them in."""
+    n_model = n_model_parameters(model)
+    wrappers: dict[int, FloraLayer] = {}
+    steps: list[tuple[FloraLayer, TuckerUpdate, str]] = []
+    doors: list[tuple[Place, FloraLayer]] = []
+    for plan in plans:
+        for holder in plan.site.holders:
+            identity = id(holder.module)
+            wrapper = wrappers.get(identity) or holder.wrapper
+            if wrapper is None:
+                wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, plan.site.name)
+                doors.extend((place, wrapper) for place in holder.places)
+            wrappers[identity] = wrapper
+            try:
+                wrapper.check_update(adapter_name, plan.update, parameter=holder.parameter)
+            except ValueError as error:
+                raise ValueError(f"attach: {plan.site.name}: {error}") from error
+            steps.append((wrapper, plan.update, holder.parameter))
+    for wrapper, update, parameter in steps:
+        wrapper.install(adapter_name, update, parameter=parameter)
+    for place, wrapper in doors:
+        assert place.parent is not None
+        place.parent.add_module(place.key, wrapper)
+    if freeze_model:
+        freeze(model)
+    reports = tuple(report_of(plan, wrappers[id(plan.site.holders[0].module)]) for plan in plans)
+    return AttachReport(adapter_name, reports, n_model, tuple(whole))
+
+
+def _parameters_of(module: nn.Module, plans: list[Plan]) -> list[str]:
+    return [h.parameter for plan in plans for h in plan.site.holders if h.module is module]
+
+
+def _wrap(module: nn.Module, parameters: list[str], path: Path, name: str) -> FloraLayer:
+    """Make the layer for a module; one that knows the product only if its ``weight`` is all that is adapted."""
+    kind = wrapper_for(module, parameters[0]) if len(set(parameters)) == 1 else FloraParameter
+    try:
+        return FloraParameter(module) if kind is FloraParameter else kind(module, path=path)
+    except ValueError as error:
+        raise ValueError(f"attach: {name}: {error}") from error
+
+
+def report_of(plan: Plan, wrapper: FloraLayer) -> LayerReport:
+    """Return what a plan did to its weight."""
+    update, site = plan.update, plan.site
+    return LayerReport(
+        site.name,
+        type(wrapper).__name__,
+        update.shape,
+        update.arrangement.pattern,
+        plan.asked,
+        update.ranks,
+        update.n_parameters,
+        tuple(name for name in site.names if name != site.name),
+    )
+
+
+def n_model_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model without its adapters, tied ones once."""
+    return sum(site.weight.numel() for site in {id(s.weight): s for s in sites(model).values()}.values())

@@ -1,0 +1,408 @@
+"""Adapters from tensors and files, and back to files.
+
+What a file names is looked up in a table of the model's own names and nowhere else.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flora_tensor as ft
+from flora_tensor import TuckerTensor
+from flora_tensor.adapter_file import Adapter
+from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
+from flora_torch.functional import Path
+from flora_torch.initialize import default_dtype
+from flora_torch.inventory import (
+    WHOLE,
+    Whole,
+    check_known,
+    current_value,
+    layers_by_weight,
+    layers_of,
+    replace_whole,
+    swap,
+    updates_by_weight,
+    whole_of,
+)
+from flora_torch.layers import adaptable, drops_input
+from flora_torch.selection import Site, near, places, sites
+from flora_torch.update import TuckerUpdate
+
+__all__ = ["attach_adapter", "load_adapter", "save_adapter"]
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+
+
+def attach_adapter(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, TuckerTensor],
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+    dropout: float | None = None,
+    path: Path = "auto",
+    freeze_model: bool = True,
+) -> AttachReport:
+    """Put Tucker tensors that are known already on a model, as trainable updates.
+
+    Tensors that the adapter stores whole (biases, norms) replace the model's, frozen; `detach` puts the model's own
+    back. Nothing is changed if anything does not fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the adapter was made for.
+    source : path, Adapter, or mapping of str to TuckerTensor
+        An adapter directory, or for each weight its change in arrays of any library.
+    adapter_name : str
+        The name that it gets here.
+    dtype : torch.dtype, optional
+        The updates' type; by default the one that they were trained in, or else float32 for 16-bit weights and the
+        weight's own for others.
+    dropout : float, optional
+        As for `attach`; by default as it was trained.
+    path, freeze_model
+        As for `attach`.
+
+    Returns
+    -------
+    AttachReport
+        What was done to each weight.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such weight (near names are listed), a shape differs, an entry is not finite, or an adapter
+        of this name is there already.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    >>> change = TuckerTensor(np.full((1, 1), 2.0), [np.ones((2, 1)), np.ones((3, 1))])
+    >>> _ = attach_adapter(model, {"0.weight": change})
+    >>> model[0].tucker_update["default"].delta().tolist()
+    [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+    """
+    adapter = _as_adapter(source)
+    table = sites(model)
+    whole = {name: _whole_target(model, name, array) for name, array in _distinct(table, adapter.whole).items()}
+    with all_or_nothing(model):
+        plans = [_plan_of(adapter, name, table, dtype, dropout) for name in adapter]
+        twice = {site.name for site in (p.site for p in plans)}
+        if len(twice) < len(plans):
+            raise ValueError("attach_adapter: two entries of the adapter are for one tied weight; keep one of them")
+        report = install(model, plans, adapter_name, path, freeze_model, tuple(whole))
+        for owner, local, value in whole.values():
+            replace_whole(owner, local, value, adapter_name)
+    return report
+
+
+def _as_adapter(source: Any) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    return Adapter(dict(source)) if isinstance(source, Mapping) else ft.load_adapter(source)
+
+
+def _plan_of(
+    adapter: Adapter, name: str, table: Mapping[str, Site], dtype: torch.dtype | None, dropout: float | None
+) -> Plan:
+    """Build the update of one entry of an adapter."""
+    site = table.get(name)
+    if site is None:
+        raise ValueError(f"attach_adapter: the model has no parameter {name!r}{near(name, table)}")
+    weight = adaptable(f"attach_adapter: {name}", site.holders[0].module, site.holders[0].parameter)
+    if tuple(weight.shape) != adapter.shapes[name]:
+        raise ValueError(
+            f"attach_adapter: {name!r} is of shape {tuple(weight.shape)} in the model and {adapter.shapes[name]} in "
+            "the adapter; pass the adapter of this model"
+        )
+    for holder in site.holders:
+        if holder.places[0].parent is None:
+            raise ValueError(f"attach_adapter: {name!r} belongs to the model itself; put it into an nn.Sequential")
+    trained = _DTYPE_NAMES.get(_hint(adapter, "adapter_dtypes", name, ""))
+    chosen = dtype or trained or default_dtype(weight.dtype)
+    tucker = adapter[name].map(lambda array: _as_torch(array, name).to(device=weight.device, dtype=chosen))
+    start = None
+    if _hint(adapter, "start_pattern", name, False):
+        tucker, start = TuckerUpdate.split(tucker)
+    rate = _hint(adapter, "dropout_pattern", name, 0.0) if dropout is None else dropout
+    if not all(drops_input(h.module, h.parameter) for h in site.holders):
+        rate = 0.0
+    arrangement, scale = adapter.arrangements[name], adapter.scales[name]
+    update = TuckerUpdate(tucker, tuple(weight.shape), arrangement=arrangement, scale=scale, dropout=rate, start=start)
+    return Plan(site, update, update.ranks)
+
+
+def _hint(adapter: Adapter, key: str, name: str, default: Any) -> Any:
+    """Look an entry of the config up that only this backend writes; of another type it does not count."""
+    table = adapter.config.get(key)
+    value = table.get(name, default) if isinstance(table, Mapping) else default
+    return value if isinstance(value, type(default)) else default
+
+
+def _as_torch(array: Any, name: str) -> Tensor:
+    if isinstance(array, Tensor):
+        tensor = array.detach().clone()
+    else:
+        values = np.asarray(array)
+        # torch knows no bfloat16 of NumPy's, and float32 holds all its values.
+        tensor = torch.from_numpy(np.array(values.astype(np.float32) if values.dtype.name == "bfloat16" else values))
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"attach_adapter: {name!r} has NaN or infinite entries; the adapter is damaged")
+    return tensor
+
+
+def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep one name of each tied parameter: replaced twice, its own value would be lost."""
+    kept: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    for name, array in whole.items():
+        known = first.setdefault(table[name].name, name) if name in table else name
+        if known == name:
+            kept[name] = array
+        elif not torch.equal(_as_torch(kept[known], known), _as_torch(array, name)):
+            raise ValueError(
+                f"attach_adapter: {known!r} and {name!r} are one tied tensor of the model, and the adapter has two "
+                "values for it; keep one of them"
+            )
+    return kept
+
+
+def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, str, Tensor]:
+    """Find the parameter or buffer that a stored tensor replaces, and bring the value to its type and device."""
+    known: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for place in places(model):
+        named = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
+        for local, tensor in named:
+            known[f"{place.name}.{local}" if place.name else local] = (place.module, local, tensor)
+    if name not in known:
+        raise ValueError(f"attach_adapter: the model has no tensor {name!r}{near(name, known)}")
+    owner, local, current = known[name]
+    if current.is_meta:
+        raise ValueError(f"attach_adapter: {name!r} is on the meta device and has no values; load the model first")
+    value = _as_torch(array, name)
+    if value.shape != current.shape:
+        raise ValueError(
+            f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
+            "the adapter; pass the adapter of this model"
+        )
+    taken = [dict(p.module.named_parameters(recurse=False)).get(other) for p, other, _ in whole_of(model)]
+    if local in owner.__dict__.get(WHOLE, {}) or any(parameter is current for parameter in taken):
+        raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
+    return owner, local, value.to(device=current.device, dtype=current.dtype)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+) -> FilePath:
+    """Write one adapter of a model as an adapter directory, whole or not at all.
+
+    `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; a ``"principal"``
+    update as the difference of its two tensors, of twice the ranks, which any reader can merge.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with adapters.
+    path : path
+        The directory to write.
+    adapter_name : str, optional
+        The adapter; needed where there are several. The name is not stored.
+    base_model_name_or_path : str, optional
+        A note in the config of the model that the adapter is for.
+    overwrite : bool
+        Whether an adapter directory that exists is replaced.
+
+    Returns
+    -------
+    Path
+        The directory.
+
+    Raises
+    ------
+    ValueError
+        If there is no such adapter, or several and none was named, or a number is not finite.
+    FileExistsError, OSError
+        As for `flora_tensor.save_adapter`.
+
+    References
+    ----------
+    The format is described at the head of `flora_tensor.adapter_file`.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> _ = attach(model, ranks=2)
+    >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
+    >>> ft.load_adapter(directory)
+    Adapter(1 weight, 0 tensors whole, n_parameters=36)
+    """
+    name = _one_adapter(model, adapter_name)
+    updates = updates_by_weight(model, name)
+    whole = {
+        f"{place.name}.{local}" if place.name else local: _whole_value(place.module, local, note)
+        for place, local, note in whole_of(model)
+        if note.adapter_name == name
+    }
+    dtypes = {weight: update.core.dtype for weight, update in updates.items()}
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base_model_name_or_path,
+        "adapter_dtypes": {weight: str(dtype).removeprefix("torch.") for weight, dtype in dtypes.items()},
+        "start_pattern": {weight: True for weight, update in updates.items() if update.start is not None},
+        "dropout_pattern": {weight: update.dropout for weight, update in updates.items() if update.dropout},
+    }
+    stored = {weight: _DTYPES[dtype] for weight, dtype in dtypes.items() if dtype in _DTYPES}
+    stored |= {weight: _DTYPES[value.dtype] for weight, value in whole.items() if value.dtype in _DTYPES}
+    adapter = Adapter(
+        {weight: update.exported().map(_as_numpy) for weight, update in updates.items()},
+        {weight: update.arrangement for weight, update in updates.items()},
+        {weight: update.scale for weight, update in updates.items()},
+        {weight: update.shape for weight, update in updates.items()},
+        {weight: _as_numpy(value) for weight, value in whole.items()},
+        config,
+        stored,
+    )
+    return ft.save_adapter(path, adapter, overwrite=overwrite)
+
+
+def _one_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    layers = layers_of(model, "save_adapter")
+    known = dict.fromkeys([name for layer in layers for name in layer.tucker_update])
+    known |= dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)])
+    if adapter_name is None and len(known) > 1:
+        raise ValueError(f"save_adapter: the model has the adapters {', '.join(known)}; pass adapter_name")
+    name = next(iter(known)) if adapter_name is None else adapter_name
+    check_known(model, "save_adapter", [name])
+    return name
+
+
+def _whole_value(owner: nn.Module, local: str, note: Whole) -> Tensor:
+    return current_value(owner, local) if note.active else note.other
+
+
+def _as_numpy(tensor: Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    freeze_model: bool = True,
+) -> AttachReport:
+    """Read an adapter directory into a model: attach it, or fill the adapter of this name that is there already.
+
+    What `save_adapter` wrote comes back bit for bit: every tensor, type, scale, arrangement, start and dropout. A
+    filled adapter keeps its parameters, so that an optimizer goes on with them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the adapter was made for.
+    path : path
+        The directory.
+    adapter_name : str
+        The adapter's name in the model.
+    freeze_model : bool
+        As for `attach`.
+
+    Returns
+    -------
+    AttachReport
+        What the model has now.
+
+    Raises
+    ------
+    ValueError
+        If the directory is no adapter, does not fit the model, or does not fit the adapter that is there.
+    OSError
+        If a file cannot be read.
+
+    References
+    ----------
+    The format is described at the head of `flora_tensor.adapter_file`.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> model, copy = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    >>> _ = attach(model, ranks=2, scale=3.0)
+    >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
+    >>> load_adapter(copy, directory).layers[0].ranks
+    (2, 2)
+    >>> copy[0].tucker_update["default"].scale
+    3.0
+    """
+    adapter = ft.load_adapter(path)
+    present = updates_by_weight(model, adapter_name)
+    if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
+        return attach_adapter(model, adapter, adapter_name=adapter_name, freeze_model=freeze_model)
+    if differing := set(present) ^ set(adapter):
+        raise ValueError(
+            f"load_adapter: {min(differing)!r} is in only one of the file and the model's adapter {adapter_name!r}; "
+            "load under another adapter_name"
+        )
+    table = sites(model)
+    plans = [_plan_of(adapter, name, table, None, None) for name in adapter]
+    distinct = _distinct(table, adapter.whole)
+    whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
+    for name, plan in zip(adapter, plans):
+        _check_same_form(name, present[name], plan.update)
+    for name, plan in zip(adapter, plans):
+        present[name].load_state_dict(plan.update.state_dict())
+    for owner, local, value, is_new in whole.values():
+        if is_new:
+            replace_whole(owner, local, value, adapter_name)
+        elif (note := owner.__dict__[WHOLE][local]).active:
+            swap(owner, local, value)
+        else:
+            note.other = value.to(note.other)
+    layers = layers_by_weight(model)
+    reports = tuple(report_of(plan, layers[plan.site.name]) for plan in plans)
+    return AttachReport(adapter_name, reports, n_model_parameters(model), tuple(whole))
+
+
+def _check_same_form(name: str, there: TuckerUpdate, given: TuckerUpdate) -> None:
+    mine, theirs = (
+        (
+            [None if u is None else tuple(u.shape) for u in (update.core, *update.factors)],
+            str(update.core.dtype),
+            update.start is not None,
+        )
+        for update in (there, given)
+    )
+    if mine != theirs:
+        raise ValueError(
+            f"load_adapter: {name!r} has core, factors, type and start {mine} in the model and {theirs} in the file; "
+            "detach the adapter first, or load under another adapter_name"
+        )
+
+
+def _whole_again(model: nn.Module, name: str, array: Any, adapter_name: str) -> tuple[nn.Module, str, Tensor, bool]:
+    """Find the tensor that a stored one replaces; one that this adapter replaced before is only given its new value."""
+    for place, local, note in whole_of(model):
+        if note.adapter_name == adapter_name and name == (f"{place.name}.{local}" if place.name else local):
+            value, current = _as_torch(array, name), current_value(place.module, local)
+            if value.shape != current.shape:
+                raise ValueError(f"load_adapter: {name!r} is of shape {tuple(current.shape)}, not {tuple(value.shape)}")
+            return place.module, local, value, False
+    return (*_whole_target(model, name, array), True)

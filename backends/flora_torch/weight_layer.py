@@ -1,0 +1,181 @@
+"""The layers whose one ``weight`` is adapted and whose product with it may be known: how their output is computed.
+
+Two ways lead there. *Factored*: add the product ΔW·x, computed without forming ΔW. *Dense*: form ΔW and run the base
+once with the effective weight. With ``path="auto"`` the cheaper of the two runs, by the rule in
+`flora_torch.functional.Work`; depthwise kernels and tiny inputs are cheaper dense. A base whose class, or which itself,
+has a `forward` of its own always runs dense, since nothing is known of what it does with its weight.
+"""
+
+import math
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from flora_torch.flora_layer import FloraLayer
+from flora_torch.functional import Factors, Path, Work, forming_work, prefers_dense
+from flora_torch.initialize import Ranks
+from flora_torch.update import TuckerUpdate
+
+__all__ = ["WeightLayer", "is_conv1d_of_transformers"]
+
+
+class WeightLayer(FloraLayer):
+    """A layer whose one parameter ``weight`` is adapted, and whose product ΔW·x may be known."""
+
+    # The classes whose forward the factored path knows.
+    _known: tuple[type[nn.Module], ...] = ()
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        ranks: Ranks | None = None,
+        *,
+        adapter_name: str = "default",
+        path: Path = "auto",
+        **options: Any,
+    ) -> None:
+        if not self.accepts(base_layer):
+            known = ", ".join(kind.__name__ for kind in self._known)
+            raise TypeError(f"{type(self).__name__}: the base is a {type(base_layer).__name__}; pass one of {known}")
+        super().__init__(base_layer, path=path)
+        # A class that overrides `forward` may do anything with its weight: such a base only ever runs as a whole.
+        self._is_plain = self.knows_forward_of(base_layer)
+        if ranks is not None:
+            self.add_adapter(adapter_name, ranks, **options)
+        elif options:
+            raise TypeError(f"{type(self).__name__}: {', '.join(options)} without ranks; pass ranks too")
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Tell whether this kind of layer can have ``module`` as its base."""
+        return isinstance(module, cls._known)
+
+    @classmethod
+    def knows_forward_of(cls, module: nn.Module) -> bool:
+        """Tell whether the module's class runs the forward that the factored path stands for."""
+        return _has_known_forward(module, cls._known)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W + Σ s·ΔW, for code that reads it instead of calling the layer."""
+        return self.effective("weight")
+
+    @override
+    def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
+        if parameter != "weight":
+            raise ValueError(f"{type(self).__name__}: adapts 'weight' and not {parameter!r}; use FloraParameter for it")
+        if update.dropout and not self._is_plain:
+            raise ValueError(
+                f"{type(self).__name__}: dropout on an update's input needs a base whose product is known, and "
+                f"{type(self.base_layer).__name__} has a forward of its own; pass dropout=0"
+            )
+        super().check_update(adapter_name, update, parameter=parameter)
+
+    @override
+    def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
+        if adapter_name not in self.tucker_update:
+            return {}
+        update: Any = self.tucker_update[adapter_name]
+        return {"weight": update}
+
+    @override
+    def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
+        self.tucker_update[adapter_name] = update
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer with W + Σ s·ΔW.
+
+        Parameters
+        ----------
+        input : Tensor
+            As the base layer takes it.
+        *args, **kwargs
+            What else the base layer takes.
+
+        Returns
+        -------
+        Tensor
+            As the base layer gives it, in its type.
+        """
+        formed: list[TuckerUpdate] = []
+        added: list[TuckerUpdate] = []
+        for update in self.running():
+            (formed if self._forms_delta(update, input) else added).append(update)
+        result = self._run_base(formed, input, *args, **kwargs)
+        for update in added:
+            result = (result + self._change(update, input, *args, **kwargs)).to(result.dtype)
+        return result
+
+    def _run_base(self, formed: list[TuckerUpdate], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not formed:
+            return self.base_layer(input, *args, **kwargs)
+        return functional_call(self.base_layer, {"weight": self.effective("weight", formed)}, (input, *args), kwargs)
+
+    def _drops(self, update: TuckerUpdate) -> bool:
+        return self.training and update.dropout > 0.0
+
+    def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
+        """Decide between the two paths; dropout on the update's own input leaves no single effective weight."""
+        if self._drops(update):
+            return False
+        if self.path != "auto" or not self._has_factored(update):
+            return self.path != "factored"
+        factored, base = self._work(update, input)
+        shapes = [None if u is None else (u.shape[0], u.shape[1]) for u in update.factors]
+        training = torch.is_grad_enabled() and update.core.requires_grad
+        return prefers_dense(factored, forming_work(update.core.shape, shapes), base, math.prod(update.shape), training)
+
+    def _change(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute s·ΔW·x on its own."""
+        x = nnf.dropout(input, update.dropout) if self._drops(update) else input
+        if not self._has_factored(update) or self.path == "dense":
+            bias: Tensor | None = getattr(self.base_layer, "bias", None)
+            parts = {"weight": update.delta().to(self.base_layer.weight.dtype)}  # type: ignore[union-attr]
+            # A linear or convolutional base without its bias is the product with its weight.
+            parts |= {} if bias is None else {"bias": torch.zeros_like(bias)}
+            return functional_call(self.base_layer, parts, (x, *args), kwargs)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(update.core.dtype)
+        return self._sum(update, lambda core, factors: self._product(update, x, core, factors, *args, **kwargs))
+
+    @staticmethod
+    def _sum(update: TuckerUpdate, product: Any) -> Tensor:
+        total: Tensor | None = None
+        for core, factors, sign in update.terms():
+            term = product(core, factors)
+            total = term if total is None else total + sign * term
+        assert total is not None
+        return total
+
+    @override
+    def _has_factored(self, update: TuckerUpdate) -> bool:
+        return self._is_plain and update.is_native
+
+    def _product(
+        self, update: TuckerUpdate, x: Tensor, core: Tensor, factors: Factors, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
+        raise NotImplementedError
+
+
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Tell whether a module is the transposed linear layer of Hugging Face transformers."""
+    # The class can only exist once its module is loaded; importing it here would load all of transformers.
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def _has_known_forward(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
+    forward = type(module).forward
+    if "forward" in vars(module):
+        return False
+    if is_conv1d_of_transformers(module):
+        return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
+    return any(isinstance(module, kind) and forward is kind.forward for kind in known)
