@@ -3,8 +3,8 @@
 Each weight has a frontier: the best error for every number of parameters. Choosing one point per weight so that the
 summed error is least within a budget is a multiple-choice knapsack. On the lower convex hulls the best choice is
 greedy: take hull segments by their gain per parameter. That is optimal at every budget on a segment's end; between, the
-hulls give a lower bound that no choice can beat, and points off the hulls fill what is left. Small problems are solved
-exactly.
+hulls give a lower bound that no choice can beat, points off the hulls fill what is left, and a search among the points
+near the bound ends within 0.01 % of it or proves its choice the best one (`flora_tensor._knapsack`).
 """
 
 import math
@@ -12,16 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
-from flora_tensor.spectra import FloatArray, Frontier, IntArray, Spectrum
+from flora_tensor._knapsack import Curve, Limit, refined, segments
+from flora_tensor.spectra import Frontier, IntArray, Spectrum
 
 __all__ = ["Allocation", "RankAssignment", "allocate_ranks"]
-
-
-# Points times budget up to which the knapsack is solved exactly: some tenths of a second.
-_SMALL_KNAPSACK = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Allocation:
         √(Σ w ‖X − X_r‖² / Σ w ‖X‖²).
     lower_bound : float
         Given a budget: no choice of points on the frontiers has a smaller relative error. Given a tolerance: none
-        stores fewer numbers.
+        stores fewer numbers. It equals what was reached where the search proved the choice best.
     gap : float
         How far the choice is from the bound, relative to it: 0.001 means at most 0.1 % above the best. 0 where both are
         0.
@@ -99,9 +95,10 @@ def allocate_ranks(
         The same budget as a share of the numbers in all dense weights, in (0, 1].
     rtol : float, optional
         The fewest numbers with √(Σ w ‖X − X_r‖² / Σ w ‖X‖²) ≤ rtol.
-    weights : mapping of str to float, "relative", or None
-        The factor w of each weight's squared error. ``None`` counts all entries alike; ``"relative"`` counts every
-        weight's relative error alike (w = 1/‖X‖²).
+    weights : mapping of str to float, "norm", "uniform", or None
+        The factor w of each weight's squared error. ``"norm"``, which is also ``None``, minimizes the summed squared
+        error Σ ‖X − X_r‖²: every entry counts alike. ``"uniform"`` minimizes the sum of the squared *relative* errors
+        (w = 1/‖X‖²): every weight counts alike, however little it changed. ``"relative"`` is another name of it.
 
     Returns
     -------
@@ -139,39 +136,39 @@ def allocate_ranks(
         raise ValueError(f"{where}: no weights; pass at least one name with its spectrum")
     options = {name: _frontiers(where, name, given) for name, given in spectra.items()}
     scales = _scales(where, options, weights)
-    curves = [_Curve.of(options[name], scales[name]) for name in options]
+    made = {name: _Options.of(options[name], scales[name]) for name in options}
+    curves = [o.curve for o in made.values()]
     total = math.fsum(float(c.errors[0]) for c in curves)
     if criterion == "rtol":
-        allowed = check_tolerance(where, rtol) ** 2 * total * (1 + 1e-13)
-        at, bound = _cheapest(curves, allowed)
+        limit = Limit(check_tolerance(where, rtol) ** 2 * total * (1 + 1e-13), is_budget=False)
+        at, price, bound = _cheapest(curves, limit.amount)
     else:
-        budget = _budget(where, options, max_parameters, max_ratio)
-        at, squares = _most_accurate(curves, budget)
-        # Few weights leave the greedy choice far from the best; then the exact one costs next to nothing.
-        if sum(len(c.parameters) for c in curves) * budget <= _SMALL_KNAPSACK:
-            at = _exactly(curves, budget)
-        bound = math.sqrt(squares / total) if total else 0.0
-    choices = {name: curve.choice(options[name], i) for name, curve, i in zip(options, curves, at)}
+        limit = Limit(_budget(where, options, max_parameters, max_ratio), is_budget=True)
+        at, price, bound = _most_accurate(curves, int(limit.amount))
+    at, proven = refined(curves, at, limit, price, bound)
+    choices = {name: made[name].choice(options[name], i) for name, i in zip(options, at)}
     stored = sum(choice.n_parameters for choice in choices.values())
-    left = math.fsum(float(c.errors[i]) for c, i in zip(curves, at))
+    left = _summed(curves, at)
+    if proven:
+        bound = max(bound, left if limit.is_budget else stored)
     error = math.sqrt(left / total) if total else 0.0
-    reached = stored if criterion == "rtol" else error
+    if limit.is_budget:
+        bound = math.sqrt(bound / total) if total else 0.0
+    reached = error if limit.is_budget else float(stored)
     gap = max(0.0, reached / bound - 1) if bound > 0 else (0.0 if reached <= 1e-12 else math.inf)
     return Allocation(choices, stored, error, bound, gap)
 
 
 @dataclass(frozen=True, eq=False)
-class _Curve:
-    """A weight's frontier over all its options, with the weighted errors, and its lower convex hull."""
+class _Options:
+    """A weight's frontiers as one curve, with the weighted errors, and where each of its points comes from."""
 
-    parameters: IntArray
-    errors: FloatArray
+    curve: Curve
     option: IntArray
     row: IntArray
-    hull: IntArray  # positions on the curve, the first 0, the last its end
 
     @classmethod
-    def of(cls, frontiers: Sequence[Frontier], scale: float) -> "_Curve":
+    def of(cls, frontiers: Sequence[Frontier], scale: float) -> "_Options":
         parameters = np.concatenate([f.n_parameters for f in frontiers])
         errors = np.concatenate([f.error_squared for f in frontiers]) * scale
         option = np.concatenate([np.full(len(f), k) for k, f in enumerate(frontiers)])
@@ -180,8 +177,7 @@ class _Curve:
         sorted_errors = errors[order]
         best = np.minimum.accumulate(sorted_errors)
         order = order[np.concatenate([[True], sorted_errors[1:] < best[:-1]])]
-        parameters, errors = parameters[order], errors[order]
-        return cls(parameters, errors, option[order], row[order], _lower_hull(parameters, errors))
+        return cls(Curve.of(parameters[order], errors[order]), option[order], row[order])
 
     def choice(self, frontiers: Sequence[Frontier], at: int) -> RankAssignment:
         frontier, row = frontiers[int(self.option[at])], int(self.row[at])
@@ -193,44 +189,14 @@ class _Curve:
         )
 
 
-def _lower_hull(x: IntArray, y: FloatArray) -> IntArray:
-    """Return the positions of the lower convex hull of points with increasing x and decreasing y (Andrew's scan)."""
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            # b lies on or above the chord from a to i: it is no corner
-            if (y[b] - y[a]) * float(x[i] - x[a]) >= (y[i] - y[a]) * float(x[b] - x[a]):
-                hull.pop()
-            else:
-                break
-        hull.append(i)
-    return np.array(hull, dtype=np.int64)
-
-
-def _segments(curves: Sequence[_Curve]) -> tuple[FloatArray, IntArray, IntArray]:
-    """Pool the hulls' segments, steepest first: gain per parameter, curve, and the position each leads to."""
-    slopes: list[FloatArray] = []
-    owners: list[IntArray] = []
-    ends: list[IntArray] = []
-    for k, c in enumerate(curves):
-        corners = c.hull
-        gain = -np.diff(c.errors[corners]) / np.diff(c.parameters[corners])
-        slopes.append(gain)
-        owners.append(np.full(len(gain), k))
-        ends.append(corners[1:])
-    slope = np.concatenate(slopes)
-    order = np.argsort(-slope, kind="stable")  # within a curve slopes fall, so its segments stay in order
-    return slope[order], np.concatenate(owners)[order], np.concatenate(ends)[order]
-
-
-def _most_accurate(curves: Sequence[_Curve], budget: int) -> tuple[list[int], float]:
-    """Minimize the summed error within ``budget``: return a position per curve and a lower bound on the sum."""
+def _most_accurate(curves: Sequence[Curve], budget: int) -> tuple[list[int], float, float]:
+    """Minimize the summed error within ``budget``: positions, the relaxation's price of a number, and its bound."""
     at = [0] * len(curves)
     left, error = budget, math.fsum(float(c.errors[0]) for c in curves)
     bound: float | None = None
+    price = 0.0
     closed: set[int] = set()  # a curve whose next segment did not fit: its later ones may not be taken before it
-    for slope, k, end in zip(*_segments(curves)):
+    for slope, k, end in zip(*segments(curves)):
         cost = int(curves[k].parameters[end] - curves[k].parameters[at[k]])
         if cost <= left and k not in closed:
             error -= float(curves[k].errors[at[k]] - curves[k].errors[end])
@@ -238,35 +204,14 @@ def _most_accurate(curves: Sequence[_Curve], budget: int) -> tuple[list[int], fl
         else:
             closed.add(int(k))
             if bound is None:  # the relaxation would take the fitting share of this segment
-                bound = error - slope * left
+                bound, price = error - slope * left, float(slope)
     if bound is None:
         bound = math.fsum(float(c.errors[-1]) for c in curves)
     _fill(curves, at, left)
-    return at, max(0.0, bound)
+    return at, price, max(0.0, bound)
 
 
-def _exactly(curves: Sequence[_Curve], budget: int) -> list[int]:
-    """Solve the knapsack by dynamic programming over the budget: positions of least summed error."""
-    least = np.zeros(budget + 1)  # least[b]: the least error of the curves so far with at most b numbers
-    chosen: list[npt.NDArray[np.int32]] = []
-    for c in curves:
-        best = np.full(budget + 1, np.inf)
-        position = np.zeros(budget + 1, dtype=np.int32)
-        for i, (cost, error) in enumerate(zip(c.parameters, c.errors)):
-            if cost > budget:
-                break
-            offer = least[: budget + 1 - cost] + error
-            better = offer < best[cost:]
-            best[cost:][better], position[cost:][better] = offer[better], i
-        least, chosen = best, [*chosen, position]
-    at, left = [0] * len(curves), budget
-    for k in reversed(range(len(curves))):
-        at[k] = int(chosen[k][left])
-        left -= int(curves[k].parameters[at[k]])
-    return at
-
-
-def _fill(curves: Sequence[_Curve], at: list[int], left: int) -> None:
+def _fill(curves: Sequence[Curve], at: list[int], left: int) -> None:
     """Spend what is left on the points, on a hull or off it, that gain most."""
     while True:
         gain, curve, position = 0.0, -1, -1
@@ -281,24 +226,24 @@ def _fill(curves: Sequence[_Curve], at: list[int], left: int) -> None:
         at[curve] = position
 
 
-def _cheapest(curves: Sequence[_Curve], allowed: float) -> tuple[list[int], float]:
-    """Minimize the numbers stored with a summed error of at most ``allowed``: positions, and a lower bound."""
+def _cheapest(curves: Sequence[Curve], allowed: float) -> tuple[list[int], float, float]:
+    """Minimize the numbers stored with a summed error of at most ``allowed``: positions, price and bound, as above."""
     at = [0] * len(curves)
-    bound, stored = 0.0, 0
+    bound, price, stored = 0.0, 0.0, 0
     error = _summed(curves, at)
-    for slope, k, end in zip(*_segments(curves)):
+    for slope, k, end in zip(*segments(curves)):
         if error <= allowed and _summed(curves, at) <= allowed:  # the running sum decides, the exact one confirms
             break
         c = curves[k]
-        bound = stored + max(0.0, error - allowed) / slope
+        bound, price = stored + max(0.0, error - allowed) / slope, float(slope)
         stored += int(c.parameters[end] - c.parameters[at[k]])
         error -= float(c.errors[at[k]] - c.errors[end])
         at[k] = int(end)
     _trim(curves, at, allowed)
-    return at, bound
+    return at, price, float(math.ceil(bound * (1 - 1e-12)))  # numbers are whole
 
 
-def _trim(curves: Sequence[_Curve], at: list[int], allowed: float) -> None:
+def _trim(curves: Sequence[Curve], at: list[int], allowed: float) -> None:
     """Give back numbers while the tolerance still holds: each time the step that gives back most."""
     while True:
         slack = allowed - _summed(curves, at)
@@ -316,7 +261,7 @@ def _trim(curves: Sequence[_Curve], at: list[int], allowed: float) -> None:
             at[curve] = position + 1
 
 
-def _summed(curves: Sequence[_Curve], at: Sequence[int]) -> float:
+def _summed(curves: Sequence[Curve], at: Sequence[int]) -> float:
     return math.fsum(float(c.errors[i]) for c, i in zip(curves, at))
 
 
@@ -336,12 +281,12 @@ def _frontiers(where: str, name: str, given: Spectrum | Frontier | Sequence[Spec
 def _scales(
     where: str, options: Mapping[str, Sequence[Frontier]], weights: Mapping[str, float] | str | None
 ) -> dict[str, float]:
-    if weights is None:
+    if weights is None or weights == "norm":
         return dict.fromkeys(options, 1.0)
     if isinstance(weights, str):
-        if weights != "relative":
+        if weights not in ("uniform", "relative"):
             raise ValueError(
-                f"{where}: weights is {weights!r}; pass 'relative', a mapping of names to numbers, or None"
+                f"{where}: weights is {weights!r}; pass 'norm', 'uniform', or a mapping of names to numbers"
             )
         return {name: 1.0 / f[0].norm_squared if f[0].norm_squared > 0 else 1.0 for name, f in options.items()}
     if missing := sorted(set(options) - set(weights)):

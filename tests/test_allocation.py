@@ -66,18 +66,6 @@ def brute_force(spectra: dict[str, list[ft.Spectrum]], weights=None):
         yield sum(p for p, _ in points), math.fsum(e for _, e in points)
 
 
-def largest_step(options: list[ft.Spectrum]) -> float:
-    """Return the largest drop of the squared error along a segment of the lower convex hull of all frontiers."""
-    points = sorted(
-        (int(p), float(e)) for s in options for p, e in zip(s.frontier().n_parameters, s.frontier().error_squared)
-    )
-    at, largest = points[0], 0.0
-    while lower := [(p, e) for p, e in points if e < at[1] and p > at[0]]:
-        after = min(lower, key=lambda point: ((point[1] - at[1]) / (point[0] - at[0]), -point[0]))
-        at, largest = after, max(largest, at[1] - after[1])
-    return largest
-
-
 # --- budgets -----------------------------------------------------------------------------------------
 
 
@@ -93,9 +81,8 @@ def test_a_budget_against_brute_force(seed, alternatives, budget, weighted):
     assert result.lower_bound <= best * SLACK + 1e-12
     assert best <= result.relative_error * SLACK + 1e-12
     assert result.relative_error >= result.lower_bound * (1 - 1e-9) - 1e-12
-    # The greedy choice ends within one segment of the hulls above the relaxation.
-    most = max((weights or dict.fromkeys(spectra, 1.0))[name] * largest_step(o) for name, o in spectra.items())
-    assert result.relative_error**2 <= result.lower_bound**2 + most / total + 1e-12
+    # The search near the relaxation ends with the best choice, or within 0.01 % of the bound.
+    assert result.relative_error**2 <= best**2 * (1 + 1e-4) + 1e-12
 
 
 @given(seed=seeds, budget=st.integers(0, 400), count=st.integers(1, 5))
@@ -126,6 +113,16 @@ def test_a_mix_of_weights_is_allocated_within_half_a_percent_of_the_bound(mix, r
     assert result.relative_error == pytest.approx(relative_error(mix, result.ranks), rel=1e-9)
     assert result.lower_bound <= result.relative_error
     assert result.gap <= 0.005
+
+
+def test_many_equal_weights_are_allocated_near_the_bound():
+    """Where every weight offers the same steps the sums are many: the search must end, and not lose what it had."""
+    frontier = ft.hosvd_spectrum(decaying(0, (24, 16, 3, 3), 0.7, 1.0)).frontier(partial=True)
+    alike = {f"w{i}": frontier for i in range(150)}
+    for options in ({"max_ratio": 0.03}, {"max_parameters": 40 * 150 + 13}, {"rtol": 0.6}):
+        result = ft.allocate_ranks(alike, **options)
+        assert result.gap <= 0.005
+        assert result.lower_bound <= (result.n_parameters if "rtol" in options else result.relative_error) * SLACK
 
 
 def test_no_budget_is_left_that_would_buy_something(mix):
@@ -201,16 +198,15 @@ def test_a_tolerance_against_brute_force(seed, alternatives, rtol):
     assert result.relative_error <= rtol * (1 + 1e-12) + 1e-12
     assert result.lower_bound <= best * SLACK
     assert result.lower_bound <= result.n_parameters * SLACK
-    most = max(int(np.diff(s.frontier().n_parameters).max(initial=0)) for o in spectra.values() for s in o)
-    assert result.n_parameters <= best + 2 * most
+    assert result.n_parameters <= best * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("rtol", [0.05, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("rtol", [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9])
 def test_a_mix_within_a_tolerance_is_near_the_bound_and_cheaper_than_one_tolerance_for_each(mix, rtol):
     result = ft.allocate_ranks(mix, rtol=rtol)
     assert relative_error(mix, result.ranks) <= rtol * (1 + 1e-9)
     assert 0 < result.lower_bound <= result.n_parameters
-    assert result.gap <= 0.02
+    assert result.gap <= 0.005
     each = sum(ft.select_ranks(s, rtol=rtol).n_parameters for s in mix.values())
     assert result.n_parameters <= each
 
@@ -246,6 +242,10 @@ def test_relative_weights_do_not_see_magnitudes():
     assert one.ranks == other.ranks
     assert one.relative_error == pytest.approx(other.relative_error, rel=1e-9)
     assert ft.allocate_ranks(scaled, max_parameters=150).ranks != other.ranks
+    assert ft.allocate_ranks(scaled, max_parameters=150, weights="uniform") == other
+    assert ft.allocate_ranks(scaled, max_parameters=150, weights="norm") == ft.allocate_ranks(
+        scaled, max_parameters=150
+    )
 
 
 def test_alternatives_are_never_worse_than_one_of_them():
@@ -320,7 +320,7 @@ def test_refusals_of_weights_and_alternatives():
         with pytest.raises(ValueError, match=message):
             ft.allocate_ranks(spectra, rtol=0.1, weights={"a": 1.0, "b": bad})
     with pytest.raises(
-        ValueError, match="allocate_ranks: weights is 'even'; pass 'relative', a mapping of names to numbers"
+        ValueError, match="allocate_ranks: weights is 'even'; pass 'norm', 'uniform', or a mapping of names"
     ):
         ft.allocate_ranks(spectra, rtol=0.1, weights="even")
     with pytest.raises(ValueError, match=r"the alternatives of 'a' have squared norms .*; pass spectra of one weight"):
