@@ -248,6 +248,7 @@ def save_adapter(
     Examples
     --------
     >>> import tempfile, pathlib
+    >>> from flora_torch import attach
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> _ = attach(model, ranks=2)
     >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
@@ -344,6 +345,7 @@ def load_adapter(
     Examples
     --------
     >>> import tempfile, pathlib
+    >>> from flora_torch import attach
     >>> model, copy = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
     >>> _ = attach(model, ranks=2, scale=3.0)
     >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
