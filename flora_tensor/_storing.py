@@ -17,10 +17,10 @@ from flora_tensor._survey import Weight, rank_zero_row
 from flora_tensor._typing import Array
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
-    MAX_SCALE,
     METADATA,
     MODEL_NAME,
     config_of,
+    fitting_core,
     tensor_key,
     whole_key,
     write_config,
@@ -31,11 +31,6 @@ from flora_tensor.report import TensorRow
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["write_adapter"]
-
-
-# Binary exponents of a core's largest entry that a type stores well. Outside them a power of two moves into the
-# scale, exactly.
-_EXPONENTS = {"F64": (-900, 900), "F32": (-100, 100), "BF16": (-100, 100), "F16": (-2, 14)}
 
 
 def write_adapter(
@@ -99,7 +94,7 @@ def _decompose(
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
     fitted = _fit(on_device(arranged, settings.device), weight, settings).map(to_numpy)
-    core, exponent = _fitting_core(name, fitted.core, dtype)
+    core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
     for part, array in [("core", core), *factors]:
@@ -133,14 +128,3 @@ def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
         fit = min(fit, tucker(arranged, ranks, method="hosvd"), key=lambda f: f.relative_error)
     return fit.tucker
-
-
-def _fitting_core(name: str, core: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
-    """Return the core times 2**-k, and k, so that the storage type neither overflows nor loses digits; mostly k = 0."""
-    exponent = math.frexp(float(np.max(np.abs(core), initial=0.0)))[1]
-    low, high = _EXPONENTS[dtype]
-    if low <= exponent <= high:
-        return core, 0
-    if not math.ldexp(1.0, min(exponent, 1000)) < MAX_SCALE:
-        raise ValueError(f"extract: the change of {name!r} reaches 2^{exponent}; pass dtype='float64' to store it")
-    return np.ldexp(core, -exponent), exponent

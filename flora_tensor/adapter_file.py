@@ -48,6 +48,9 @@ PREFIX = "base_model.model."
 MARK = "tucker_update"
 # A scale beyond float32's range cannot have been meant, and overflows every weight.
 MAX_SCALE = 2.0**128
+# Binary exponents of a core's largest entry that a type stores well. Outside them a power of two moves into the
+# scale, exactly.
+_EXPONENTS = {"F64": (-900, 900), "F32": (-100, 100), "BF16": (-100, 100), "F16": (-2, 14)}
 METADATA = {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": FORMAT_VERSION})}
 
 
@@ -194,6 +197,24 @@ def check_scale(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_SCALE:
         raise ValueError(f"{where} is {value!r}; pass a finite number, below 2^128 in magnitude")
     return float(value)
+
+
+def fitting_core(where: str, name: str, core: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
+    """Return the core times 2**-k, and k, so that the storage type neither overflows nor loses digits; mostly k = 0."""
+    exponent = math.frexp(float(np.max(np.abs(core), initial=0.0)))[1]
+    low, high = _EXPONENTS[dtype]
+    if low <= exponent <= high:
+        return core, 0
+    if not math.ldexp(1.0, min(exponent, 1000)) < MAX_SCALE:
+        raise ValueError(f"{where}: the change of {name!r} reaches 2^{exponent}; pass dtype='float64' to store it")
+    return np.ldexp(core, -exponent), exponent
+
+
+def as_adapter(given: str | os.PathLike[str] | Mapping[str, TuckerTensor]) -> Adapter:
+    """Return an adapter as it is, read from its directory, or made of a plain mapping of Tucker tensors."""
+    if isinstance(given, str | os.PathLike):
+        return load_adapter(given)
+    return given if isinstance(given, Adapter) else Adapter(dict(given))
 
 
 def _own_shape(

@@ -18,7 +18,7 @@ from flora_tensor._files import check_free_space
 from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
-from flora_tensor.adapter_file import Adapter, load_adapter
+from flora_tensor.adapter_file import Adapter, as_adapter
 from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint, plan_shards, write_checkpoint
 from flora_tensor.report import format_table
 from flora_tensor.tucker_tensor import TuckerTensor
@@ -138,7 +138,7 @@ def merge_checkpoint(
         raise ValueError(f"merge: verify_base is {verify_base!r}; pass 'warn', 'error' or 'ignore'")
     source = open_checkpoint(base, allow_pickle=allow_pickle)
     check_distinct("merge", out, source)
-    change = _as_adapter(adapter)
+    change = as_adapter(adapter)
     _check_fit(source, change)
     _check_base(source, change, verify_base)
     infos = [source.info(name) for name in source.names()]
@@ -158,12 +158,6 @@ def merge_checkpoint(
         tuple(i.name for i in infos if i.name not in change and i.name not in change.whole),
         (Path(out).name,) if Path(out).suffix == ".safetensors" else tuple(layout),
     )
-
-
-def _as_adapter(given: PathLike | Mapping[str, TuckerTensor]) -> Adapter:
-    if isinstance(given, str | os.PathLike):
-        return load_adapter(given)
-    return given if isinstance(given, Adapter) else Adapter(dict(given))
 
 
 def _check_fit(base: Checkpoint, adapter: Adapter) -> None:
