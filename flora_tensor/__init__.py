@@ -16,6 +16,7 @@ from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_
 from flora_tensor.extraction import extract
 from flora_tensor.interop import from_tensorly, to_tensorly
 from flora_tensor.merging import diff_checkpoints, merge_checkpoint
+from flora_tensor.moments import Moments, load_moments, save_moments
 from flora_tensor.noise import rounding_noise
 from flora_tensor.rank_study import study_ranks
 from flora_tensor.ranks import EffectiveRanks, RankChoice, effective_ranks, select_ranks
@@ -50,6 +51,7 @@ __all__ = [
     "Frontier",
     "InputError",
     "ModeSpectra",
+    "Moments",
     "RankAssignment",
     "RankChoice",
     "ResourceError",
@@ -71,6 +73,7 @@ __all__ = [
     "hosvd_spectrum",
     "inner",
     "load_adapter",
+    "load_moments",
     "merge_checkpoint",
     "mode_dot",
     "mode_spectra",
@@ -83,6 +86,7 @@ __all__ = [
     "round_tucker",
     "rounding_noise",
     "save_adapter",
+    "save_moments",
     "scale",
     "select_ranks",
     "st_hosvd",

@@ -3,6 +3,7 @@
 A frozen base layer and a trainable Tucker tensor ΔW: the output is the base's with W + s·ΔW. See `attach`.
 """
 
+from flora_torch.calibration import collect_moments
 from flora_torch.layers import (
     FloraConv,
     FloraConvTranspose,
@@ -40,6 +41,7 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "attach_adapter",
+    "collect_moments",
     "detach",
     "disabled",
     "load_adapter",
