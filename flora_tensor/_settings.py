@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, feasible_ranks
+from flora_tensor._heads import Heads, heads_beside
 from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint
 
 __all__ = ["CODES", "PathLike", "Progress", "RanksOption", "Settings", "matches"]
 
@@ -28,6 +30,8 @@ class Settings:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     arrangement: Arrangement | None
+    heads: tuple[Heads, ...]
+    weights: str
     vectors: str
     on_mismatch: str
     allow_missing: bool
@@ -50,6 +54,8 @@ class Settings:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "arrangements": self.arrangement.pattern if self.arrangement else "auto",
+            **({"heads": [heads.query for heads in self.heads]} if self.heads else {}),
+            **({"weights": self.weights} if self.weights != "norm" else {}),
             "vectors": self.vectors,
             "noise_floor": self.noise_floor,
             "dtype": {code: name for name, code in CODES.items()}[self.dtype],
@@ -59,11 +65,14 @@ class Settings:
         """Tell whether a tensor is asked for."""
         return matches(name, self.include, self.exclude)
 
-    def arrangements(self, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
-        """Return the arrangements to try for a weight of this shape."""
+    def arrangements(self, name: str, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
+        """Return the arrangements to try for a weight of this name and shape."""
         native = Arrangement.native(len(shape))
+        if self.arrangement is None and self.ranks is not None:
+            return (native,)
         if self.arrangement is None:
-            return (native,) if self.ranks is not None else Arrangement.candidates(len(shape))
+            with_heads = (a for heads in self.heads for a in heads.arrangements(name, shape))
+            return tuple(dict.fromkeys((*Arrangement.candidates(len(shape)), *with_heads)))
         try:
             self.arrangement.shape(shape)
         except ValueError:
@@ -143,6 +152,18 @@ def arrangement_option(given: str | Arrangement) -> Arrangement | None:
     if isinstance(given, Arrangement):
         return given
     return None if given == "auto" else Arrangement(given)
+
+
+def heads_option(given: Any, *checkpoints: Checkpoint) -> tuple[Heads, ...]:
+    """Return the numbers of heads: as given, from the first `config.json` beside a checkpoint, or none."""
+    if given is None:
+        return ()
+    if given == "auto":
+        return next((found for c in checkpoints if (found := heads_beside(c.path))), ())
+    count = as_int("extract", "heads", given)
+    if count < 1:
+        raise ValueError(f"extract: heads is {count}; pass 'auto', None, or the number of heads")
+    return (Heads(count, count),)
 
 
 def silent(phase: str, done: int, total: int, name: str) -> None:

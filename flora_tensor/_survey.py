@@ -121,7 +121,7 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     if zeros >= 0.5:
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=norm, notes=tuple(notes))
-    weight = Weight(row, settings.arrangements(a.shape))
+    weight = Weight(row, settings.arrangements(name, a.shape))
     floor = _noise_floor(base, tuned, name, delta, settings)
     for arrangement in weight.arrangements if settings.ranks is None else ():
         arranged = on_device(arrangement.arrange(delta), settings.device)
@@ -196,7 +196,8 @@ def choose(weights: dict[str, Weight], settings: Settings, *, keep_going: bool) 
     """Spread the budget over the weights and free their frontiers; return what no other choice could beat."""
     if settings.ranks is not None or not weights:
         return None
-    allocation = allocate_ranks({name: weight.frontiers for name, weight in weights.items()}, **settings.budget)
+    frontiers = {name: weight.frontiers for name, weight in weights.items()}
+    allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.budget)
     if not allocation.n_parameters and not keep_going:
         smallest = [int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1]
         if not smallest:

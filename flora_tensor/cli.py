@@ -118,6 +118,15 @@ def _noise(text: str) -> float | str | None:
     return {"auto": "auto", "none": None}[text.lower()] if text.lower() in ("auto", "none") else float(text)
 
 
+def _heads(text: str) -> int | str | None:
+    """Read "auto", "none" or a number of heads."""
+    if text.lower() in ("auto", "none"):
+        return {"auto": "auto", "none": None}[text.lower()]
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is not a number of heads; pass one such as 12, auto, or none")
+    return int(text)
+
+
 def _share(text: str) -> float:
     """Read a share, as ``5%`` or ``0.05``."""
     try:
@@ -207,6 +216,10 @@ def main(ctx: click.Context) -> None:
 @click.option("--rtol", type=float, help="The relative error to stay within.")
 @click.option("--ranks", type=_ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2.")
 @click.option("--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode.")
+@click.option(
+    "--heads", type=_heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
+)
+@click.option("--weights", type=click.Choice(["norm", "uniform"]), default="norm", show_default=True)
 @click.option("--vectors", type=click.Choice(["keep", "skip", "error"]), default="keep", show_default=True)
 @click.option("--on-mismatch", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that only one checkpoint has.")

@@ -8,6 +8,7 @@ measures the error of what is stored and writes it. Neither model is ever in mem
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from warnings import warn
@@ -25,6 +26,7 @@ from flora_tensor._settings import (
     checked_budget,
     choice,
     globs,
+    heads_option,
     noise_option,
     silent,
 )
@@ -51,6 +53,8 @@ def extract(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     arrangements: str | Arrangement = "auto",
+    heads: int | Literal["auto"] | None = "auto",
+    weights: Literal["norm", "uniform"] = "norm",
     vectors: Literal["keep", "skip", "error"] = "keep",
     on_mismatch: Literal["error", "skip"] = "error",
     allow_missing: bool = False,
@@ -78,7 +82,8 @@ def extract(
     ranks : int, sequence of int, or mapping of glob to either, optional
         Ranks instead of a budget, lowered to what each weight can have.
     rtol : float, optional
-        The relative error of all changes together to stay within, with as few numbers as possible.
+        The relative error of all changes together to stay within, with as few numbers as possible. With
+        ``weights="uniform"`` it is the root mean square of their relative errors.
     max_parameters : int, optional
         How many numbers to store in all Tucker tensors together.
     max_ratio : float, optional
@@ -88,6 +93,13 @@ def extract(
     arrangements : "auto", pattern or Arrangement
         Which axes form a mode. ``"auto"`` chooses per weight under a budget and takes the weight's own axes with
         ``ranks``. A pattern counts for the weights it fits; the others keep their own axes.
+    heads : "auto", int or None
+        How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
+        projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
+        reads the numbers from the `config.json` beside a checkpoint; ``None`` leaves heads alone.
+    weights : {"norm", "uniform"}
+        What a budget minimizes: the summed squared error of all changes, or the sum of their squared *relative* errors,
+        so that weights that changed little are kept as well as others.
     vectors : {"keep", "skip", "error"}
         Changed tensors of at most one axis (biases, norms): store them whole, leave them out, or refuse.
     on_mismatch : {"error", "skip"}
@@ -160,6 +172,8 @@ def extract(
         globs(include),
         globs(exclude),
         arrangement_option(arrangements),
+        (),
+        choice("weights", weights, ("norm", "uniform")),
         choice("vectors", vectors, ("keep", "skip", "error")),
         choice("on_mismatch", on_mismatch, ("error", "skip")),
         allow_missing,
@@ -172,6 +186,7 @@ def extract(
     )
     before = open_checkpoint(base, allow_pickle=allow_pickle)
     after = open_checkpoint(tuned, allow_pickle=allow_pickle)
+    settings = replace(settings, heads=heads_option(heads, before, after))
     if out is not None:
         check_distinct("extract", out, before, after)
     stage = (
@@ -183,7 +198,7 @@ def extract(
         report = _run(before, after, directory, settings)
         before.check_unchanged()
         after.check_unchanged()
-    if rtol is not None and report.relative_error > rtol + 1e-5:
+    if rtol is not None and weights == "norm" and report.relative_error > rtol + 1e-5:
         message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
     return report
