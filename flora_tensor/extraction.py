@@ -187,20 +187,28 @@ def extract(
     before = open_checkpoint(base, allow_pickle=allow_pickle)
     after = open_checkpoint(tuned, allow_pickle=allow_pickle)
     settings = replace(settings, heads=heads_option(heads, before, after))
-    if out is not None:
-        check_distinct("extract", out, before, after)
-    stage = (
-        nullcontext(None)
-        if dry_run or out is None
-        else staged_directory("extract", Path(out), overwrite=overwrite, owned=OWNED_NAMES)
-    )
-    with stage as directory:
-        report = _run(before, after, directory, settings)
-        before.check_unchanged()
-        after.check_unchanged()
+    report = _staged(before, after, None if out is None else Path(out), settings, overwrite=overwrite)
     if rtol is not None and weights == "norm" and report.relative_error > rtol + 1e-5:
         message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
+    return report
+
+
+def _staged(
+    base: Checkpoint, tuned: Checkpoint, out: Path | None, settings: Settings, *, overwrite: bool
+) -> ExtractionReport:
+    """Run, and let the directory appear at the end."""
+    if out is not None:
+        check_distinct("extract", out, base, tuned)
+    stage = (
+        nullcontext(None)
+        if settings.dry_run or out is None
+        else staged_directory("extract", out, overwrite=overwrite, owned=OWNED_NAMES)
+    )
+    with stage as directory:
+        report = _run(base, tuned, directory, settings)
+        base.check_unchanged()
+        tuned.check_unchanged()
     return report
 
 
