@@ -7,6 +7,14 @@ from flora_tensor._checks import feasible_ranks
 from flora_tensor._errors import InputError, ResourceError
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
+from flora_tensor.adapter_algebra import (
+    AdapterFit,
+    AdapterRow,
+    add_adapters,
+    round_adapter,
+    scale_adapter,
+    subtract_adapters,
+)
 from flora_tensor.adapter_file import Adapter, load_adapter, save_adapter
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
@@ -42,6 +50,8 @@ from flora_tensor.tucker_tensor import (
 
 __all__ = [
     "Adapter",
+    "AdapterFit",
+    "AdapterRow",
     "Allocation",
     "Arrangement",
     "Checkpoint",
@@ -60,6 +70,7 @@ __all__ = [
     "TuckerTensor",
     "__version__",
     "add",
+    "add_adapters",
     "allocate_ranks",
     "diff_checkpoints",
     "effective_ranks",
@@ -83,14 +94,17 @@ __all__ = [
     "orthogonalize",
     "permute_modes",
     "reconstruct",
+    "round_adapter",
     "round_tucker",
     "rounding_noise",
     "save_adapter",
     "save_moments",
     "scale",
+    "scale_adapter",
     "select_ranks",
     "st_hosvd",
     "study_ranks",
+    "subtract_adapters",
     "to_tensorly",
     "tucker",
     "unfold",

@@ -182,7 +182,7 @@ class Arrangement:
         ValueError
             If the weight's shape does not fit the pattern.
         """
-        sizes = self._axis_sizes(shape)
+        sizes = self.axis_sizes(shape)
         return tuple(math.prod([sizes[name] for name in group]) for group in self.right)
 
     def arrange(self, weight: Array) -> Array:
@@ -203,7 +203,7 @@ class Arrangement:
         ValueError
             If the weight's shape does not fit the pattern.
         """
-        sizes = self._axis_sizes(tuple(weight.shape))
+        sizes = self.axis_sizes(tuple(weight.shape))
         if self.is_native:
             return weight
         return _rearrange(weight, self.left, self.right, sizes)
@@ -228,7 +228,7 @@ class Arrangement:
         ValueError
             If the tensor is not of the shape that the pattern makes of ``shape``.
         """
-        sizes = self._axis_sizes(shape)
+        sizes = self.axis_sizes(shape)
         if tuple(tensor.shape) != self.shape(shape):
             raise ValueError(
                 f"Arrangement {self.pattern!r}: a tensor of shape {tuple(tensor.shape)} for a weight of shape "
@@ -238,8 +238,24 @@ class Arrangement:
             return tensor
         return _rearrange(tensor, self.right, self.left, sizes)
 
-    def _axis_sizes(self, shape: Sequence[int]) -> dict[str, int]:
-        """Solve for the size of every named axis."""
+    def axis_sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        """Solve for the size of every named axis.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            The weight's shape.
+
+        Returns
+        -------
+        dict of str to int
+            The size of each name in the pattern.
+
+        Raises
+        ------
+        ValueError
+            If the weight's shape does not fit the pattern.
+        """
         if len(shape) != len(self.left):
             self._refuse(f"is for weights with {len(self.left)} axes; the weight has shape {tuple(shape)}")
         sizes = dict(self.sizes)

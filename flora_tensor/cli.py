@@ -315,6 +315,123 @@ def ranks(
     click.echo(study.to_json() if as_json else study.to_table())
 
 
+_BUDGET = (
+    click.option("--max-parameters", type=int, help="Numbers stored in all."),
+    click.option("--max-ratio", type=_share, metavar="SHARE", help="Numbers stored, as a share of the dense changes."),
+    click.option("--rtol", type=float, help="The relative error to stay within."),
+)
+_OUTPUT = (
+    click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The adapter directory to write."),
+    click.option("--overwrite", is_flag=True, help="Replace an adapter directory that exists."),
+)
+_BASE = (
+    click.option("--base", type=_EXISTING, help="The checkpoint they change; tensors stored whole need it."),
+    click.option("--verify-base", type=click.Choice(["warn", "error", "ignore"]), default="warn", show_default=True),
+)
+
+
+def _with(*groups: Sequence[Callable[[Any], Any]]) -> Callable[[_Command], _Command]:
+    """Add options in the order in which they are to be listed."""
+
+    def decorate(command: _Command) -> _Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _save(out: Path, overwrite: bool, fit: Any, as_json: bool) -> None:
+    from flora_tensor.adapter_file import save_adapter
+
+    save_adapter(out, fit.adapter, overwrite=overwrite)
+    click.echo(fit.to_json() if as_json else fit.to_table())
+
+
+@main.command("round")
+@click.argument("adapter", type=_EXISTING)
+@_with(_OUTPUT[:1], _BUDGET, _OUTPUT[1:])
+@_common
+def round_command(adapter: Path, out: Path, overwrite: bool, as_json: bool, **budget: Any) -> None:
+    """Lower an adapter's ranks under one budget, or within one tolerance."""
+    from flora_tensor.adapter_algebra import round_adapter
+
+    _save(out, overwrite, round_adapter(adapter, **budget), as_json)
+
+
+class _WithNumbers(click.Command):
+    """A command whose ``--weights`` takes numbers with spaces between them, or with commas."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Join the numbers that follow ``--weights`` to one argument."""
+        joined: list[str] = []
+        for word in args:
+            if "--weights" in joined[-2:-1] and _is_number(word):
+                joined[-1] += f",{word}"
+            else:
+                joined.append(word)
+        return super().parse_args(ctx, joined)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbers(text: str) -> list[float]:
+    """Read numbers, as ``.7,.3``."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of numbers; pass one for each adapter: .7 .3") from None
+
+
+@main.command(cls=_WithNumbers)
+@click.argument("adapters", type=_EXISTING, nargs=-1, required=True)
+@click.option("--weights", type=_numbers, metavar="W1 W2 …", help="A number for each adapter; 1 by default.")
+@_with(_OUTPUT[:1], _BUDGET, _BASE, _OUTPUT[1:])
+@_common
+def add(adapters: tuple[Path, ...], out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Add adapters of one base exactly, then round the sum if a budget is given."""
+    from flora_tensor.adapter_algebra import add_adapters
+
+    _save(out, overwrite, add_adapters(adapters, **options), as_json)
+
+
+@main.command()
+@click.argument("a", type=_EXISTING)
+@click.argument("b", type=_EXISTING)
+@_with(_OUTPUT[:1], _BASE, _OUTPUT[1:])
+@_common
+def subtract(a: Path, b: Path, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Subtract adapter B from adapter A, exactly."""
+    from flora_tensor.adapter_algebra import subtract_adapters
+
+    _save(out, overwrite, subtract_adapters(a, b, **options), as_json)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("adapter", type=_EXISTING)
+@click.argument("factor", type=float)
+@_with(_OUTPUT[:1], _BASE, _OUTPUT[1:])
+@_common
+def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Multiply an adapter by a number; its cores and factors keep their bits."""
+    import json
+
+    from flora_tensor.adapter_algebra import scale_adapter
+    from flora_tensor.adapter_file import save_adapter
+    from flora_tensor.report import adapter_table, describe_adapter
+
+    scaled = scale_adapter(adapter, factor, **options)
+    save_adapter(out, scaled, overwrite=overwrite)
+    text = json.dumps(describe_adapter(scaled), indent=2, ensure_ascii=False) if as_json else adapter_table(scaled)
+    click.echo(text)
+
+
 @main.command()
 @click.argument("a", type=_EXISTING)
 @click.argument("b", type=_EXISTING)

@@ -39,6 +39,7 @@ FLOORS = {
     # torch above this line, never below
     "flora_tensor.cli": 5,
     "flora_tensor.extraction": 4,
+    "flora_tensor.adapter_algebra": 4,
     "flora_tensor.merging": 4,
     "flora_tensor.rank_study": 4,
     "flora_tensor.report": 4,
