@@ -2,38 +2,168 @@
 
 import math
 import os
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flora_tensor._errors import InputError, ResourceError
-from flora_tensor._safetensors import decode
+from flora_tensor._safetensors import BITS, decode_into
 from flora_tensor._settings import PathLike
 from flora_tensor._typing import Array
 from flora_tensor.checkpoint import Checkpoint
 
-__all__ = ["check_distinct", "check_finite", "check_memory", "frobenius_norm", "on_device", "read_delta"]
+__all__ = [
+    "Change",
+    "check_distinct",
+    "check_finite",
+    "check_memory",
+    "frobenius_norm",
+    "on_device",
+    "read_change",
+    "read_delta",
+]
+
+
+# Numbers that are read, subtracted and measured at a time: what the processor's cache holds of them and their copies.
+_PIECE = 1 << 17
+
+# Bits of the significand, the hidden one included, and the least exponent of a normal number, of each stored type.
+_FORMATS = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor changed, measured while it was read.
+
+    ``values`` is float64 where either side is, else float32, of the tensor's shape; ``norm`` its Frobenius norm;
+    ``unchanged`` how many entries are equal; ``noise`` the standard deviation of what rounding to the storage types
+    left in an entry (0 where it was not asked for); ``digest`` tells the bits of both sides apart from others.
+    """
+
+    values: np.ndarray
+    norm: float
+    unchanged: int
+    noise: float
+    digest: str
 
 
 def read_delta(base: Checkpoint, tuned: Checkpoint, name: str) -> np.ndarray | None:
     """Read how a tensor changed, or ``None`` where its bits did not: float64 where either side is, else float32."""
-    a, b = base.info(name), tuned.info(name)
-    raw_a, raw_b = base.read_raw(name), tuned.read_raw(name)
-    if a.dtype == b.dtype and np.array_equal(raw_a, raw_b):
-        return None
-    work = np.float64 if "F64" in (a.dtype, b.dtype) else np.float32
-    old = decode(raw_a, a.dtype, a.shape).astype(work, copy=False)
-    del raw_a
-    new = decode(raw_b, b.dtype, b.shape).astype(work, copy=False)
-    del raw_b
-    check_finite(base.path, name, old)
-    check_finite(tuned.path, name, new)
-    with np.errstate(over="ignore"):
-        delta = np.subtract(new, old, out=new)
+    change = read_change(base, tuned, name)
+    return None if change is None else change.values
+
+
+def read_change(base: Checkpoint, tuned: Checkpoint, name: str, *, noise: bool = False) -> Change | None:
+    """Read how a tensor changed, or ``None`` where its bits did not, in one pass over both files.
+
+    Piece by piece, so that each number comes from memory once for reading, comparing, converting, subtracting, testing
+    and summing, and neither side is ever held whole.
+    """
+    with ExitStack() as stack:
+        sides = [_Side(stack, checkpoint, name, noise) for checkpoint in (base, tuned)]
+        size = sides[0].info.n_elements
+        if sides[0].info.dtype == sides[1].info.dtype and not any(
+            _differs(sides, start, min(start + _PIECE, size)) for start in range(0, size, _PIECE)
+        ):
+            return None
+        work = np.float64 if "F64" in (sides[0].info.dtype, sides[1].info.dtype) else np.float32
+        delta = np.empty(size, work)
+        squares, unchanged = _subtract(sides, delta)
+    norm = math.sqrt(squares)
+    if not math.isfinite(squares) or (work == np.float64 and not 1e-200 < squares < 1e200):
+        _check_sides(base, tuned, name, delta)
+        norm = frobenius_norm(delta)
+    # The subtraction rounds too; beside the rounding of a shorter storage type that vanishes.
+    rounding = max(side.noise() for side in sides) if noise else 0.0
+    own = _ulp_noise(_ulp_squares(delta, "F64" if work == np.float64 else "F32"), size) if noise else 0.0
+    digest = "-".join(f"{side.crc:08x}" for side in sides)
+    return Change(delta.reshape(sides[0].info.shape), norm, unchanged, math.hypot(rounding, own), digest)
+
+
+class _Side:
+    """One tensor of one checkpoint, read piece by piece into a buffer that is used again and again."""
+
+    def __init__(self, stack: ExitStack, checkpoint: Checkpoint, name: str, noise: bool) -> None:
+        self.info = checkpoint.info(name)
+        self.crc = 0
+        self._item = BITS[self.info.dtype] // 8
+        self._raw = np.empty(min(_PIECE, self.info.n_elements) * self._item, np.uint8)
+        self._read = stack.enter_context(checkpoint.reader(name))
+        self._measured = noise and self.info.dtype in _FORMATS
+        self._squares = 0.0
+
+    def raw(self, start: int, stop: int) -> np.ndarray:
+        """Read the bytes of the numbers ``start`` to ``stop``; the next call overwrites them."""
+        piece = self._raw[: (stop - start) * self._item]
+        self._read(start * self._item, piece)
+        return piece
+
+    def values(self, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """Read numbers, into ``out`` where they must be converted, and take note of their bits and their rounding."""
+        raw = self.raw(start, stop)
+        self.crc = zlib.crc32(raw.data, self.crc)
+        values = decode_into(raw, self.info.dtype, out)
+        if self._measured:
+            self._squares += _ulp_squares(values, self.info.dtype)
+        return values
+
+    def noise(self) -> float:
+        """Return the standard deviation of the rounding of what was read."""
+        return _ulp_noise(self._squares, self.info.n_elements) if self._measured else 0.0
+
+
+def _differs(sides: Sequence[_Side], start: int, stop: int) -> bool:
+    return not np.array_equal(sides[0].raw(start, stop), sides[1].raw(start, stop))
+
+
+def _subtract(sides: Sequence[_Side], delta: np.ndarray) -> tuple[float, int]:
+    """Fill ``delta``; return Σ δ² in float64, which is not finite where anything is not, and the count of zeros."""
+    buffers = [np.empty(min(_PIECE, delta.size), delta.dtype) for _ in sides]
+    wide, flags = np.empty(len(buffers[0])), np.empty(len(buffers[0]), bool)
+    squares, changed = 0.0, 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, delta.size, _PIECE):
+            part = delta[start : start + _PIECE]
+            count = len(part)
+            old, new = (side.values(start, start + count, b[:count]) for side, b in zip(sides, buffers))
+            np.subtract(new, old, out=part)
+            wide[:count] = part
+            squares += float(wide[:count] @ wide[:count])
+            changed += np.count_nonzero(np.not_equal(part, 0, out=flags[:count]))
+    return squares, delta.size - changed
+
+
+def _ulp_squares(values: np.ndarray, dtype: str) -> float:
+    """Sum the squared units in the last place of numbers that are stored as ``dtype``.
+
+    As `flora_tensor.rounding_noise` does, but by masking: sign and significand cleared, a float is the power of two
+    that its last place is a fixed part of. Here numbers below the normal ones count as zero.
+    """
+    bits, least = _FORMATS[dtype]
+    integer, mask = (np.uint64, 0x7FF << 52) if values.dtype == np.float64 else (np.uint32, 0xFF << 23)
+    total, floor = 0.0, math.ldexp(1.0, least)
+    for start in range(0, values.size, _PIECE):
+        powers = (values[start : start + _PIECE].view(integer) & integer(mask)).view(values.dtype)
+        scaled = np.maximum(powers, floor, dtype=np.float64)
+        total += float(scaled @ scaled)
+    return math.ldexp(total, 2 - 2 * bits)
+
+
+def _ulp_noise(squares: float, size: int) -> float:
+    return math.sqrt(squares / size / 12)
+
+
+def _check_sides(base: Checkpoint, tuned: Checkpoint, name: str, delta: np.ndarray) -> None:
+    """Say which number is not finite, if one is; or that their difference is not."""
+    for side in (base, tuned):
+        check_finite(side.path, name, side.read(name))
     if not np.isfinite(delta).all():
-        raise InputError(f"extract: the change of {name!r} overflows {np.dtype(work).name}; store the inputs as F64")
-    return delta
+        raise InputError(f"extract: the change of {name!r} overflows {delta.dtype.name}; store the inputs as F64")
 
 
 def check_finite(path: Path, name: str, x: np.ndarray) -> None:

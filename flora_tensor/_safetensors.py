@@ -5,6 +5,7 @@ that a file truncated during the run kills the process. Here every claim of a he
 size before a byte of data is read, and data is read by position, never mapped.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -27,8 +28,11 @@ __all__ = [
     "SafetensorsWriter",
     "TensorInfo",
     "decode",
+    "decode_into",
     "encode",
+    "float_table",
     "read_header",
+    "read_into",
     "read_span",
 ]
 
@@ -58,7 +62,17 @@ BITS = {
     "I64": 64,
     "U64": 64,
 }
-FLOATS = ("F64", "F32", "F16", "BF16")
+# Mantissa bits, bias and special values of the 8-bit floats: the OCP formats (Micikevicius et al., *FP8 formats for deep
+# learning*, 2022) and those "without negative zero".
+_FLOAT8 = {
+    "F8_E4M3": (3, 7, "fn"),
+    "F8_E5M2": (2, 15, "ieee"),
+    "F8_E4M3FNUZ": (3, 8, "fnuz"),
+    "F8_E5M2FNUZ": (2, 16, "fnuz"),
+}
+# Floats that NumPy lacks or computes slowly with: they are read as float32.
+_SHORT = ("F16", "BF16", *_FLOAT8)
+FLOATS = ("F64", "F32", *_SHORT)
 _NUMPY = {
     "F64": "<f8",
     "F32": "<f4",
@@ -74,6 +88,7 @@ _NUMPY = {
     "U32": "<u4",
     "I64": "<i8",
     "U64": "<u8",
+    **dict.fromkeys(_FLOAT8, "|u1"),
 }
 READABLE = tuple(_NUMPY)
 _CODES = {
@@ -127,16 +142,61 @@ def dtype_code(dtype: Any) -> str:
 
 
 def decode(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Turn a tensor's bytes into an array; 16-bit floats come back as float32, which holds each of their values."""
+    """Turn a tensor's bytes into an array; floats of 8 and 16 bits come back as float32, which holds all their values."""
     if dtype not in _NUMPY:
         raise InputError(f"tensor of type {dtype}: NumPy has no such type; it can only be copied")
     array = raw.view(_NUMPY[dtype]).reshape(shape)
-    if dtype == "BF16":
-        # bfloat16 is the upper half of a float32.
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype == "F16":
-        return array.astype(np.float32)
+    if dtype in _SHORT:
+        return decode_into(raw, dtype, np.empty(array.size, np.float32)).reshape(shape)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def decode_into(raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """Turn the bytes of floats into an array of the type of ``out``, float32 or float64, and of its length.
+
+    ``out`` is only written to where the bytes are not yet such an array: the result may share memory with either.
+    """
+    array = raw.view(_NUMPY[dtype])
+    if array.dtype == out.dtype:
+        return array
+    if dtype == "BF16" and out.dtype == np.float32:
+        bits = out.view(np.uint32)  # bfloat16 is the upper half of a float32
+        bits[...] = array
+        np.left_shift(bits, np.uint32(16), out=bits)
+    elif dtype in _SHORT:
+        # Looking 16 bits up is twice as fast as NumPy's own conversion. No index is out of range: "wrap" checks none.
+        out[...] = np.take(float_table(dtype), array, mode="wrap")
+    else:
+        out[...] = array
+    return out
+
+
+@functools.cache
+def float_table(dtype: str) -> np.ndarray:
+    """Return the value of every bit pattern of a float of 8 or 16 bits, as float32."""
+    if dtype in _FLOAT8:
+        return _float8_table(*_FLOAT8[dtype])
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    if dtype == "F16":
+        return codes.view(np.float16).astype(np.float32)
+    return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _float8_table(mantissa: int, bias: int, special: str) -> np.ndarray:
+    """Build the values of an 8-bit float: sign, exponent and ``mantissa`` bits, and what its last codes mean."""
+    codes = np.arange(128)
+    exponents, fractions = codes >> mantissa, (codes & ((1 << mantissa) - 1)) / (1 << mantissa)
+    normal = np.ldexp(1 + fractions, exponents - bias)
+    values = np.where(exponents == 0, np.ldexp(fractions, 1 - bias), normal)
+    if special == "ieee":  # the largest exponent holds infinity and NaN
+        top = exponents == exponents[-1]
+        values[top] = np.where(fractions[top] == 0, np.inf, np.nan)
+    elif special == "fn":  # finite but for one NaN of each sign
+        values[-1] = np.nan
+    table = np.concatenate([values, -values]).astype(np.float32)
+    if special == "fnuz":  # no negative zero: its code is the only NaN
+        table[128] = np.nan
+    return table
 
 
 def encode(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -145,6 +205,8 @@ def encode(array: np.ndarray, dtype: str) -> np.ndarray:
         raise TypeError(f"safetensors: cannot convert to {dtype}; pass one of {', '.join(_NUMPY)}")
     if dtype == "BF16":
         stored = _to_bfloat16(array).astype("<u2", copy=False)
+    elif dtype in _FLOAT8:
+        stored = _to_float8(array, dtype)
     else:
         with np.errstate(over="ignore"):  # an overflow is an infinity, which the callers look for
             stored = array.astype(_NUMPY[dtype], copy=False)
@@ -168,6 +230,25 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(single), np.uint16(0x7FC0), rounded)
 
 
+def _to_float8(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to an 8-bit float, returned as its codes: the nearest value, ties to the even code, NaN or infinity beyond."""
+    values = float_table(dtype)[:128].astype(np.float64)
+    finite = values[np.isfinite(values)]
+    # The codes of positive values rise with them, so the code is the number of midpoints below. The last midpoint
+    # stands where the next value would be rounded down to the largest.
+    steps = np.append(finite, 2 * finite[-1] - finite[-2])
+    middles = (steps[:-1] + steps[1:]) / 2
+    magnitudes = np.abs(array.astype(np.float64, copy=False))
+    code = np.searchsorted(middles, magnitudes, side="left")
+    tied = np.searchsorted(middles, magnitudes, side="right") > code
+    code = np.where(tied, code + (code & 1), code)
+    beyond = 0x7C if dtype == "F8_E5M2" else 0x80 if dtype.endswith("FNUZ") else 0x7F
+    code = np.where(code >= finite.size, beyond, code)
+    code = np.where(np.isnan(magnitudes), 0x80 if dtype.endswith("FNUZ") else 0x7F, code)
+    negative = np.signbit(array) & (code != 0x80) & ~((code == 0) & dtype.endswith("FNUZ"))
+    return np.where(negative, code | 0x80, code).astype(np.uint8)
+
+
 def _to_float32_odd(array: np.ndarray) -> np.ndarray:
     """Round float64 to float32 so that a second rounding is right: inexact results get an odd last bit.
 
@@ -185,13 +266,18 @@ def _to_float32_odd(array: np.ndarray) -> np.ndarray:
 def read_span(fd: int, start: int, n_bytes: int, path: Path) -> np.ndarray:
     """Read ``n_bytes`` bytes from position ``start`` of an open file, as uint8; a shorter file is an InputError."""
     buffer = np.empty(n_bytes, np.uint8)
-    view, done = buffer.data, 0
+    read_into(fd, start, buffer, path)
+    return buffer
+
+
+def read_into(fd: int, start: int, buffer: np.ndarray, path: Path) -> None:
+    """Fill ``buffer``, contiguous uint8, from position ``start`` of an open file."""
+    view, done, n_bytes = buffer.data, 0, buffer.nbytes
     while done < n_bytes:
         count = os.preadv(fd, [view[done : done + (1 << 30)]], start + done)
         if count == 0:
             raise InputError(f"{path}: ends at byte {start + done}, inside its data; the file is truncated")
         done += count
-    return buffer
 
 
 def read_header(fd: int, path: Path) -> Header:

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from flora_tensor._safetensors import (
     TensorInfo,
     decode,
     read_header,
+    read_into,
     read_span,
 )
 
@@ -192,6 +193,43 @@ class Checkpoint:
         name = self.aliases.get(name, name)
         return self._file(name).raw(name)
 
+    @contextmanager
+    def reader(self, name: str) -> "Generator[Callable[[int, np.ndarray], None]]":
+        """Open one tensor to be read piece by piece, without ever holding it whole.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, or an alias of it.
+
+        Yields
+        ------
+        callable
+            ``read(start, buffer)`` fills ``buffer``, a contiguous numpy array of uint8, with the tensor's bytes from
+            ``start`` on.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        InputError
+            If the file ends before the tensor does, or was changed since it was opened.
+        """
+        name = self.aliases.get(name, name)
+        with self._file(name).reader(name) as read:
+            yield read
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to begin reading a tensor that will be wanted soon; does nothing where it cannot.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, or an alias of it.
+        """
+        name = self.aliases.get(name, name)
+        self._file(name).prefetch(name)
+
     def shard_of(self, name: str) -> Path:
         """Look up the file that holds a tensor.
 
@@ -285,6 +323,18 @@ class _SafetensorsFile:
         with self.opened() as fd:
             return read_span(fd, info.start, info.n_bytes, self.path)
 
+    @contextmanager
+    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
+        info = self.tensors[name]
+        with self.opened() as fd:
+            yield lambda start, buffer: read_into(fd, info.start + start, buffer, self.path)
+
+    def prefetch(self, name: str) -> None:
+        info, advise = self.tensors[name], getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError), self.opened() as fd:
+                advise(fd, info.start, info.n_bytes, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self) -> None:
         with self.opened():
             pass
@@ -343,6 +393,18 @@ class _PickleFile:
 
         tensor = self.values[name].detach().contiguous().reshape(-1)
         return tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+
+    @contextmanager
+    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
+        data = self.raw(name)
+
+        def read(start: int, buffer: np.ndarray) -> None:
+            buffer[...] = data[start : start + buffer.nbytes]
+
+        yield read
+
+    def prefetch(self, name: str) -> None:
+        """Do nothing: the file is mapped by torch."""
 
     def check_unchanged(self) -> None:
         if _identity(self.path.stat()) != self.identity:
@@ -719,5 +781,5 @@ def _index(layout: Layout) -> bytes:
 
 
 def is_float(info: TensorInfo) -> bool:
-    """Tell whether a tensor's type is one that can be decomposed: F64, F32, F16 or BF16."""
+    """Tell whether a tensor's type is one that can be decomposed: F64, F32, F16, BF16 or an 8-bit float."""
     return info.dtype in FLOATS
