@@ -134,7 +134,7 @@ def _subtract(sides: Sequence[_Side], delta: np.ndarray) -> tuple[float, int]:
             np.subtract(new, old, out=part)
             wide[:count] = part
             squares += float(wide[:count] @ wide[:count])
-            changed += np.count_nonzero(np.not_equal(part, 0, out=flags[:count]))
+            changed += int(np.count_nonzero(np.not_equal(part, 0, out=flags[:count])))
     return squares, delta.size - changed
 
 

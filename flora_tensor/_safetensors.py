@@ -62,8 +62,8 @@ BITS = {
     "I64": 64,
     "U64": 64,
 }
-# Mantissa bits, bias and special values of the 8-bit floats: the OCP formats (Micikevicius et al., *FP8 formats for deep
-# learning*, 2022) and those "without negative zero".
+# Mantissa bits, bias and special values of the 8-bit floats: those of Micikevicius et al., *FP8 formats for deep
+# learning* (2022), and those without a negative zero.
 _FLOAT8 = {
     "F8_E4M3": (3, 7, "fn"),
     "F8_E5M2": (2, 15, "ieee"),
@@ -142,7 +142,7 @@ def dtype_code(dtype: Any) -> str:
 
 
 def decode(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Turn a tensor's bytes into an array; floats of 8 and 16 bits come back as float32, which holds all their values."""
+    """Turn a tensor's bytes into an array; 8- and 16-bit floats come back as float32, which holds each value."""
     if dtype not in _NUMPY:
         raise InputError(f"tensor of type {dtype}: NumPy has no such type; it can only be copied")
     array = raw.view(_NUMPY[dtype]).reshape(shape)
@@ -164,8 +164,9 @@ def decode_into(raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
         bits[...] = array
         np.left_shift(bits, np.uint32(16), out=bits)
     elif dtype in _SHORT:
-        # Looking 16 bits up is twice as fast as NumPy's own conversion. No index is out of range: "wrap" checks none.
-        out[...] = np.take(float_table(dtype), array, mode="wrap")
+        # Looking 16 bits up is twice as fast as NumPy's own conversion. No index is out of range: "clip" checks none.
+        codes = raw.view("<u2" if dtype in ("F16", "BF16") else np.uint8)
+        out[...] = np.take(float_table(dtype), codes, mode="clip")
     else:
         out[...] = array
     return out
@@ -231,7 +232,7 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def _to_float8(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to an 8-bit float, returned as its codes: the nearest value, ties to the even code, NaN or infinity beyond."""
+    """Round to an 8-bit float, returned as its codes: to nearest, ties to even; beyond the range NaN or infinity."""
     values = float_table(dtype)[:128].astype(np.float64)
     finite = values[np.isfinite(values)]
     # The codes of positive values rise with them, so the code is the number of midpoints below. The last midpoint

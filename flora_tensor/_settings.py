@@ -65,6 +65,11 @@ class Settings:
         """Tell whether a tensor is asked for."""
         return matches(name, self.include, self.exclude)
 
+    @property
+    def caps_noise(self) -> bool:
+        """Whether the rounding noise of the checkpoints bounds the ranks: a tolerance is a promise and is kept."""
+        return self.noise_floor == "auto" and self.ranks is None and "rtol" not in self.budget
+
     def arrangements(self, name: str, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
         """Return the arrangements to try for a weight of this name and shape."""
         native = Arrangement.native(len(shape))

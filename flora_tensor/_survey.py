@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_delta
+from flora_tensor._deltas import check_finite, check_memory, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import READABLE
-from flora_tensor._settings import CODES, Settings
+from flora_tensor._settings import Settings
 from flora_tensor.allocation import allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
-from flora_tensor.noise import projected_edge, rounding_noise, worth_storing
+from flora_tensor.noise import projected_edge, worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
 
@@ -109,20 +109,23 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     is_vector = len(a.shape) < 2
     if not (is_float(a) and is_float(b)) or is_vector:
         return _scan_whole(base, tuned, row, settings, decomposable=False if not is_vector else None)
+    if scales := [s for side in (base, tuned) for s in _scales_beside(side, name)]:
+        return replace(row, reason=f"type {row.dtype} is scaled by {scales[0]!r}: convert the checkpoint first")
     check_memory("extract", base, tuned, name, settings.max_memory)
-    delta = read_delta(base, tuned, name)
-    if delta is None:
+    change = read_change(base, tuned, name, noise=settings.caps_noise)
+    if change is None:
         return replace(row, reason="unchanged", changed=False)
-    norm = frobenius_norm(delta)
-    if norm == 0.0:
+    if change.norm == 0.0:
         return replace(row, reason="unchanged in value, the bits differ", changed=False)
+    delta = change.values
     notes = ["types differ"] if a.dtype != b.dtype else []
-    zeros = 1 - np.count_nonzero(delta) / delta.size
+    zeros = change.unchanged / delta.size
     if zeros >= 0.5:
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
-    row = replace(row, status="tucker", changed=True, delta_norm=norm, notes=tuple(notes))
+    row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
     weight = Weight(row, settings.arrangements(name, a.shape))
-    floor = _noise_floor(base, tuned, name, delta, settings)
+    floor = change.noise if settings.caps_noise else settings.noise_floor
+    floor = floor if isinstance(floor, float) and settings.ranks is None else None
     for arrangement in weight.arrangements if settings.ranks is None else ():
         arranged = on_device(arrangement.arrange(delta), settings.device)
         spectrum = cheapest_spectrum("extract", arranged)
@@ -137,17 +140,12 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     return weight
 
 
-def _noise_floor(base: Checkpoint, tuned: Checkpoint, name: str, delta: np.ndarray, settings: Settings) -> float | None:
-    """Return the standard deviation of the noise in a change, or ``None`` where no cap is wanted."""
-    if settings.ranks is not None or settings.noise_floor != "auto":
-        return settings.noise_floor if isinstance(settings.noise_floor, float) else None
-    if "rtol" in settings.budget:
-        return None
-    types = {code: dtype for dtype, code in CODES.items()}
-    sides = [side for side in (base, tuned) if side.info(name).dtype in types]
-    stored = max((rounding_noise(side.read(name), types[side.info(name).dtype]) for side in sides), default=0.0)
-    # The subtraction rounds too; beside the rounding of a shorter storage type that vanishes.
-    return math.hypot(stored, rounding_noise(delta, delta.dtype.name))
+def _scales_beside(side: Checkpoint, name: str) -> list[str]:
+    """Return the tensors that an 8-bit weight must be multiplied by to mean anything, by their customary names."""
+    if not side.info(name).dtype.startswith("F8"):
+        return []
+    module = name.rpartition(".")[0]
+    return [s for s in (f"{name}_scale", f"{name}_scale_inv", f"{module}.scale_weight") if s in side]
 
 
 def _noise_note(caps: Sequence[int]) -> str:

@@ -205,8 +205,8 @@ class Checkpoint:
         Yields
         ------
         callable
-            ``read(start, buffer)`` fills ``buffer``, a contiguous numpy array of uint8, with the tensor's bytes from
-            ``start`` on.
+            ``read(start, buffer)`` fills ``buffer``, a contiguous numpy array of uint8 and shape (n,), with the n bytes
+            of the tensor from ``start`` on.
 
         Raises
         ------

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import bits, load, save, save_sharded
+from flora_tensor import _deltas
+from flora_tensor._deltas import read_change
+from flora_tensor.checkpoint import open_checkpoint
 from flora_tensor.report import TensorRow
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -193,6 +196,8 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "mask": torch.zeros(2, 2, dtype=torch.bool),
         "ids": torch.arange(6).reshape(2, 3),
         "fp8": x.to(torch.float8_e4m3fn),
+        "scaled": x.to(torch.float8_e4m3fn),
+        "scaled_scale_inv": torch.ones(1, 1),
         "packed": torch.zeros(4, 4, dtype=torch.uint8),
         "void": torch.zeros(0, 5),
         "resized": torch.zeros(10, 4),
@@ -209,6 +214,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "counter": torch.tensor(4),
         "ids": torch.arange(6).reshape(2, 3) + 1,
         "fp8": (x + 4).to(torch.float8_e4m3fn),
+        "scaled": (x + 4).to(torch.float8_e4m3fn),
         "resized": torch.zeros(12, 4),
         "secret": x + 1,
         "mixed": x.bfloat16().float() + 1,
@@ -227,7 +233,8 @@ def test_every_tensor_of_both_checkpoints_has_a_row_and_a_reason(tmp_path: Path)
         "signs of zero": "unchanged in value, the bits differ",
         "mask": "unchanged",
         "ids": "type I64 cannot be decomposed",
-        "fp8": "type F8_E4M3 cannot be decomposed",
+        "scaled": "type F8_E4M3 is scaled by 'scaled_scale_inv': convert the checkpoint first",
+        "scaled_scale_inv": "unchanged",
         "packed": "unchanged",
         "void": "zero-size",
         "resized": "shape differs: (10, 4) and (12, 4)",
@@ -236,14 +243,14 @@ def test_every_tensor_of_both_checkpoints_has_a_row_and_a_reason(tmp_path: Path)
         "secret": "excluded by name",
     }
     assert {row.name for row in report.rows if row.status == "whole"} == {"vector", "counter"}
-    assert {row.name for row in report.rows if row.status == "tucker"} == {"changed", "mixed", "sparse"}
+    assert {row.name for row in report.rows if row.status == "tucker"} == {"changed", "mixed", "sparse", "fp8"}
     assert report["mixed"].dtype == "BF16 → F32"
     assert report["mixed"].notes == ("types differ",)
     assert report["sparse"].notes == ("update below storage precision: 88 % of the entries did not change",)
-    assert {row.name for row in report.rows if row.status == "left out" and row.changed} == {"ids", "fp8", "resized"}
+    assert {row.name for row in report.rows if row.status == "left out" and row.changed} == {"ids", "resized"}
     written = json.loads((tmp_path / "adapter" / "extraction_report.json").read_text())
     assert written == json.loads(report.to_json())
-    assert written["totals"]["left_out_changed"] == 3
+    assert written["totals"]["left_out_changed"] == 2
     table = report.to_table()
     for row in report.rows:
         assert row.name in table
@@ -305,6 +312,40 @@ def test_vectors_are_kept_bit_for_bit(dtype: torch.dtype, tmp_path: Path):
     assert report.whole_parameters == 5
     ft.merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "m.safetensors")
     assert bits(load(tmp_path / "m.safetensors")["b"]) == bits(tuned["b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_weights_are_decomposed_and_merged_in_their_own_type(dtype: torch.dtype, tmp_path: Path):
+    old, step = normal((12, 8), 0), 4 * torch.outer(torch.arange(1, 13), torch.ones(8))
+    base = {"w": old.to(dtype)}
+    paths = pair(tmp_path, base, {"w": (base["w"].float() + step).to(dtype)})
+    ft.extract(*paths, tmp_path / "a", ranks=8)
+    ft.merge_checkpoint(paths[0], tmp_path / "a", tmp_path / "m.safetensors")
+    assert bits(load(tmp_path / "m.safetensors")["w"]) == bits(load(paths[1])["w"])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_change_is_measured_while_it_is_read(dtype: torch.dtype, tmp_path: Path):
+    # Three pieces and a bit; the first differs in its last number only, the second not at all.
+    size = 3 * _deltas._PIECE + 5
+    old = normal((1, size), 0, dtype)
+    new = old.clone()
+    new[0, _deltas._PIECE - 1] += 2
+    new[0, 2 * _deltas._PIECE + 7 :] *= 3
+    files = [open_checkpoint(path) for path in pair(tmp_path, {"w": old}, {"w": new})]
+    change = read_change(*files, "w", noise=True)
+    assert change is not None
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    dense = (new.to(work) - old.to(work)).numpy()
+    assert np.array_equal(change.values, dense)
+    assert change.norm == pytest.approx(np.linalg.norm(dense.astype(np.float64)), rel=1e-12)
+    assert change.unchanged == np.count_nonzero(dense == 0)
+    name = str(dtype).removeprefix("torch.")
+    stored = max(ft.rounding_noise(x.to(work).numpy(), name) for x in (old, new))
+    own = ft.rounding_noise(dense, str(dense.dtype))
+    assert change.noise == pytest.approx(math.hypot(stored, own), rel=1e-12)
+    assert read_change(files[0], files[0], "w") is None
+    assert read_change(files[1], files[0], "w").digest == "-".join(reversed(change.digest.split("-")))
 
 
 def test_vectors_can_be_skipped_or_refused(tmp_path: Path):

@@ -60,7 +60,7 @@ def test_what_is_not_changed_is_copied_bit_for_bit(tmp_path: Path):
     tensors = {
         "w": torch.zeros(2, 2),
         "odd": odd,
-        "fp8": torch.ones(3).to(torch.float8_e5m2),
+        "fp8": torch.ones(3).to(torch.float8_e8m0fnu),
         "ids": torch.arange(5),
         "void": torch.zeros(0, 2),
     }
@@ -115,13 +115,13 @@ def test_a_pickle_base_becomes_safetensors(tmp_path: Path):
         ({"v": torch.zeros(2)}, {"w": rank_one((2, 2)), "x": rank_one((2, 2))}, "lacks 'w', 'x', which the adapter"),
         ({"w": torch.zeros(2, 3)}, {"w": rank_one((2, 2))}, r"'w' has shape \(2, 3\) in .* changes \(2, 2\)"),
         ({"w": torch.zeros(2, 2, dtype=torch.int8)}, {"w": rank_one((2, 2))}, "of type I8 .* floats only"),
-        ({"w": torch.zeros(2, 2).to(torch.float8_e5m2)}, {"w": rank_one((2, 2))}, "of type F8_E5M2 .* floats only"),
+        ({"w": torch.zeros(2, 2).to(torch.float8_e8m0fnu)}, {"w": rank_one((2, 2))}, "of type F8_E8M0 .* floats only"),
         ({"w": torch.full((2, 2), 6e4).half()}, {"w": rank_one((2, 2), 6e4)}, "the sum of 'w' is not finite as F16"),
         ({"w": torch.full((2, 2), 3e38)}, {"w": rank_one((2, 2), 3e38)}, "the sum of 'w' is not finite as F32"),
         ({"b": torch.zeros(2)}, Adapter({}, whole={"b": np.ones(3)}), r"'b' has shape \(2,\) .* changes \(3,\)"),
         ({"b": torch.zeros(2).half()}, Adapter({}, whole={"b": np.full(2, 1e6)}), "stored value of 'b' is not finite"),
         ({"b": torch.zeros(2).int()}, Adapter({}, whole={"b": np.full(2, 0.5)}), "'b' cannot be written as I32"),
-        ({"b": torch.zeros(2).to(torch.float8_e5m2)}, Adapter({}, whole={"b": np.ones(2)}), "cannot be replaced"),
+        ({"b": torch.zeros(2).to(torch.float8_e8m0fnu)}, Adapter({}, whole={"b": np.ones(2)}), "cannot be replaced"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
@@ -172,7 +172,7 @@ def test_a_comparison_has_a_row_for_every_tensor(tmp_path: Path):
         "gone": x,
         "shape": x,
         "cast": x,
-        "fp8": torch.zeros(2).to(torch.float8_e5m2),
+        "fp8": torch.zeros(2).to(torch.float8_e8m0fnu),
         "nan": x,
         "zero": torch.zeros(2),
         "flag": torch.tensor([True, False]),
@@ -184,7 +184,7 @@ def test_a_comparison_has_a_row_for_every_tensor(tmp_path: Path):
         "new": x,
         "shape": x.T,
         "cast": x.bfloat16(),
-        "fp8": torch.ones(2).to(torch.float8_e5m2),
+        "fp8": torch.ones(2).to(torch.float8_e8m0fnu),
         "nan": x * math.nan,
         "zero": torch.ones(2),
         "flag": torch.tensor([True, True]),

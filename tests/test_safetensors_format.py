@@ -22,6 +22,7 @@ from flora_tensor._safetensors import (
     MAX_HEADER_BYTES,
     SafetensorsWriter,
     decode,
+    decode_into,
     dtype_code,
     encode,
     read_header,
@@ -182,10 +183,10 @@ def test_a_writer_refuses_what_it_was_not_told(tmp_path: Path):
         SafetensorsWriter(tmp_path / "u", [("\ud800", "F32", (2,))], {})
     with pytest.raises(TypeError, match="arrays of type complex128 cannot be stored"):
         dtype_code(np.dtype("complex128"))
-    with pytest.raises(TypeError, match="cannot convert to F8_E4M3"):
-        encode(np.zeros(2), "F8_E4M3")
+    with pytest.raises(TypeError, match="cannot convert to F8_E8M0"):
+        encode(np.zeros(2), "F8_E8M0")
     with pytest.raises(ft.InputError, match="NumPy has no such type"):
-        decode(np.zeros(2, np.uint8), "F8_E4M3", (2,))
+        decode(np.zeros(2, np.uint8), "F8_E8M0", (2,))
 
 
 def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -269,3 +270,45 @@ def _nearest_bfloat16(value: float) -> int:
     if target - below != above - target:
         return sign | (low if target - below < above - target else high)
     return sign | (low if low % 2 == 0 else high)
+
+
+FLOAT8 = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+}
+
+
+@pytest.mark.parametrize("code", FLOAT8)
+def test_every_8_bit_float_reads_as_its_value(code: str):
+    patterns = np.arange(256, dtype=np.uint8)
+    oracle = patterns.view(FLOAT8[code]).astype(np.float32)
+    read = decode(patterns, code, (256,))
+    np.testing.assert_array_equal(read, oracle)
+    np.testing.assert_array_equal(np.signbit(read)[~np.isnan(oracle)], np.signbit(oracle)[~np.isnan(oracle)])
+
+
+@pytest.mark.parametrize("code", FLOAT8)
+def test_8_bit_floats_are_rounded_to_nearest_with_ties_to_even(code: str):
+    values = np.sort(np.arange(256, dtype=np.uint8).view(FLOAT8[code]).astype(np.float64))
+    values = values[np.isfinite(values)]
+    middles = (values[1:] + values[:-1]) / 2
+    rng = np.random.default_rng(0)
+    spread = rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 7, 4000)
+    beyond = values[-1] * np.array([1.03, 1.0625, 1.07, 1.125, 1.2, np.inf, np.nan])
+    given = np.concatenate(
+        [values, middles, np.nextafter(middles, 0), np.nextafter(middles, 9e9), spread, beyond, -beyond]
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        oracle = given.astype(FLOAT8[code]).astype(np.float32)
+    np.testing.assert_array_equal(decode(encode(given, code), code, given.shape), oracle)
+
+
+@pytest.mark.parametrize("code", [*FLOAT8, "F16", "BF16", "F32", "F64"])
+def test_pieces_are_decoded_as_the_whole_is(code: str):
+    raw = np.random.default_rng(0).integers(0, 256, 64, dtype=np.uint8)
+    whole = decode(raw, code, (64 * 8 // BITS[code],))
+    for dtype in {whole.dtype, np.dtype(np.float64)}:
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(decode_into(raw, code, np.empty(whole.size, dtype)), whole.astype(dtype))
