@@ -33,7 +33,10 @@ FLOORS = {
     "flora_torch.layers": 11,
     "flora_torch.weight_layer": 11,
     "flora_torch.flora_layer": 11,
+    "flora_torch.gradients": 12,
     "flora_torch.initialize": 11,
+    "flora_torch.moment_starts": 11,
+    "flora_torch.starts": 11,
     "flora_torch.update": 11,
     "flora_torch.functional": 10,
     # torch above this line, never below

@@ -4,6 +4,7 @@ A frozen base layer and a trainable Tucker tensor ΔW: the output is the base's 
 """
 
 from flora_torch.calibration import collect_moments
+from flora_torch.gradients import collect_gradients
 from flora_torch.layers import (
     FloraConv,
     FloraConvTranspose,
@@ -41,6 +42,7 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "attach_adapter",
+    "collect_gradients",
     "collect_moments",
     "detach",
     "disabled",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_tensor import Arrangement
+from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch.functional import Path
-from flora_torch.initialize import Ranks, preset_scale, resolve_ranks, start_update
+from flora_torch.initialize import DECOMPOSING, Ranks, preset_scale, resolve_ranks, start_update
 from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, adaptable, freeze, wrapper_for
 from flora_torch.selection import Pattern, PerName, Place, Site, near, select, sites
 from flora_torch.update import TuckerUpdate
@@ -162,7 +162,7 @@ def attach(
     alpha: float | None = None,
     dropout: float = 0.0,
     init: str = "orthonormal",
-    init_tensors: Mapping[str, Tensor] | None = None,
+    init_tensors: Mapping[str, Tensor | TuckerTensor] | None = None,
     adapter_name: str = "default",
     arrangement: Arrangement | str | Mapping[Any, Arrangement | str] | None = None,
     dtype: torch.dtype | None = None,
@@ -197,11 +197,12 @@ def attach(
         The chance that an entry of an update's input is zeroed in training. Weights adapted by `FloraParameter` have
         none.
     init : str
-        ``"orthonormal"``, ``"official"``, ``"loralib"``, ``"peft"``, ``"principal"``, ``"from_delta"``,
-        ``"from_gradient"``.
-    init_tensors : mapping of str to Tensor, optional
-        By the weight's name, what ``"from_delta"`` and ``"from_gradient"`` decompose: tensors of the weights' own
-        shapes.
+        At random: ``"orthonormal"``, ``"official"``, ``"loralib"``, ``"peft"``. From the weight: ``"principal"``,
+        ``"minor"``. From ``init_tensors``: ``"from_delta"``, ``"from_gradient"``, ``"from_moments"``, ``"context"``.
+        See `flora_torch.initialize`.
+    init_tensors : Moments, or mapping of str to Tensor or TuckerTensor, optional
+        By the weight's name: changes or gradients in the weights' own shapes, or as Tucker tensors of the arranged
+        ones (see `collect_gradients`); or the inputs' second moments (see `collect_moments`).
     adapter_name : str
         The adapter's name; a weight can have several adapters, which add up.
     arrangement : Arrangement, str, or mapping of pattern to these, optional
@@ -265,7 +266,7 @@ class _AttachOptions:
         alpha: float | None,
         dropout: float,
         init: str,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | TuckerTensor],
         arrangement: Any,
         dtype: torch.dtype | None,
         generator: torch.Generator | None,
@@ -297,7 +298,7 @@ class _AttachOptions:
                 scale=scale,
                 dtype=self.dtype,
                 generator=self.generator,
-                tensor=self._tensor_of(site),
+                **self._known_of(site),
             )
         except ValueError as error:
             raise ValueError(f"attach: {site.name}: {error}") from error
@@ -327,10 +328,15 @@ class _AttachOptions:
             raise ValueError(f"attach: {site.name}: {error}") from error
         return arranged
 
-    def _tensor_of(self, site: Site) -> Tensor | None:
-        if self.init not in ("from_delta", "from_gradient"):
-            return None
-        return next((self.tensors[name] for name in site.names if name in self.tensors), None)
+    def _known_of(self, site: Site) -> dict[str, Any]:
+        """Return what the start decomposes, and for a moment of the input the axes that it is over."""
+        if self.init not in DECOMPOSING:
+            return {}
+        tensors = self.tensors
+        if isinstance(tensors, Moments):
+            name = next((key for key in map(tensors.name_of, site.names) if key is not None), None)
+            return {} if name is None else {"tensor": torch.as_tensor(tensors[name]), "axes": tensors.axes[name]}
+        return {"tensor": next((tensors[name] for name in site.names if name in tensors), None)}
 
     def check_used(self, targets: list[Site]) -> None:
         """Refuse options that meant nothing."""
@@ -345,9 +351,10 @@ class _AttachOptions:
                 f"attach: arrangement {arranged.pattern!r} is for weights with {arranged.n_axes} axes, and no target "
                 "has as many; pass another one, or none"
             )
-        if self.tensors and self.init not in ("from_delta", "from_gradient"):
-            raise ValueError(f"attach: init_tensors with init {self.init!r}; pass init='from_delta' or 'from_gradient'")
-        for name in self.tensors:
+        if self.tensors and self.init not in DECOMPOSING:
+            raise ValueError(f"attach: init_tensors with init {self.init!r}; pass init={', '.join(DECOMPOSING)}")
+        # Moments are of a whole model, whichever part of it is adapted.
+        for name in () if isinstance(self.tensors, Moments) else self.tensors:
             if name not in names:
                 raise ValueError(f"attach: init_tensors has {name!r}, which is no target{near(name, names)}")
 

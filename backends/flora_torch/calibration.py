@@ -117,7 +117,7 @@ def collect_moments(
     with ExitStack() as stack:
         for total in (total for each in sums.values() for total in each):
             stack.enter_context(_watched(total))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         for batch in batches:
             _run(model, batch, forward)
@@ -140,7 +140,7 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """Put every module into evaluation mode, and back into the mode that each was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,28 +1,38 @@
-"""Where an update starts: random factors and a zero core, or the Tucker decomposition of something known.
-
-An initialization takes a weight, its arrangement and the wanted ranks, and gives a `Start`: a Tucker tensor of the
-arranged shape, and where needed a second one that is subtracted from it for ever, so that training starts at the model.
-"""
+"""What the user asked for, made into the start of an update: ranks, published scales, and the starts by their names."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-import flora_tensor as ft
 from flora_tensor import Arrangement, TuckerTensor, feasible_ranks
+from flora_torch.moment_starts import context, from_moments
+from flora_torch.starts import (
+    PRESETS,
+    Start,
+    default_dtype,
+    from_delta,
+    from_gradient,
+    minor,
+    orthonormal,
+    principal,
+    random_start,
+)
 
 __all__ = [
+    "DECOMPOSING",
+    "INITS",
     "PRESETS",
     "Ranks",
     "Start",
+    "context",
     "default_dtype",
     "from_delta",
     "from_gradient",
+    "from_moments",
+    "minor",
     "orthonormal",
     "preset_scale",
     "principal",
@@ -33,40 +43,11 @@ __all__ = [
 
 Ranks: TypeAlias = int | float | Sequence[int | float | None]
 
+DECOMPOSING = ("from_delta", "from_gradient", "from_moments", "context")
+"""The starts that need a tensor for each weight."""
 
-@dataclass(frozen=True)
-class Start:
-    """An update at its start: ΔW = s · (T − T_start).
-
-    Parameters
-    ----------
-    tucker : TuckerTensor
-        T, whose core and factors are trained.
-    start : TuckerTensor, optional
-        T_start, which stays; where T is equal to it, the update is exactly zero. ``None`` stands for zero.
-
-    Examples
-    --------
-    >>> tucker = orthonormal((6, 4), (2, 2))
-    >>> Start(tucker).start is None
-    True
-    """
-
-    tucker: TuckerTensor
-    start: TuckerTensor | None = None
-
-
-def default_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of an update for a weight of ``dtype``: float32 for 16-bit floats, else the weight's own.
-
-    Sixteen bits cannot hold the small steps of an optimizer, and float16 parameters break gradient scaling.
-
-    Examples
-    --------
-    >>> default_dtype(torch.bfloat16)
-    torch.float32
-    """
-    return torch.float32 if dtype.itemsize < 4 else dtype
+INITS = (*PRESETS, "principal", "minor", *DECOMPOSING)
+"""The names of all starts."""
 
 
 def resolve_ranks(
@@ -133,125 +114,6 @@ def _one_rank(where: str, wish: Any, size: int, mode: int) -> int | None:
     return wish
 
 
-def _orthonormal_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    # The QR factor of a Gaussian matrix spans a uniformly distributed subspace.
-    gaussian = torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator)
-    return torch.linalg.qr(gaussian).Q
-
-
-def _loralib_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator) * 0.02
-
-
-def _official_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    # kaiming_normal_ with a = √3 on a (size, rank) matrix: variance 2 / ((1 + a²) · rank).
-    return torch.randn(size, rank, dtype=torch.float64, device="cpu", generator=generator) * math.sqrt(0.5 / rank)
-
-
-def _peft_factor(size: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    # kaiming_uniform_ with a = √5: the bound is √(6 / ((1 + a²) · rank)) = 1/√rank.
-    uniform = torch.rand(size, rank, dtype=torch.float64, device="cpu", generator=generator)
-    return (2.0 * uniform - 1.0) / math.sqrt(rank)
-
-
-PRESETS: Mapping[str, Callable[[int, int, torch.Generator | None], Tensor]] = MappingProxyType(
-    {
-        "orthonormal": _orthonormal_factor,
-        "official": _official_factor,
-        "loralib": _loralib_factor,
-        "peft": _peft_factor,
-    }
-)
-"""How each random start draws one factor (size, rank); all of them have a zero core, so that the start is the model."""
-
-
-def random_start(
-    shape: Sequence[int],
-    ranks: Sequence[int | None],
-    preset: str = "orthonormal",
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> TuckerTensor:
-    """Draw random factors beside a zero core, so that the update starts at exactly zero.
-
-    ``"orthonormal"`` has gain ‖ΔW‖/‖G‖ = 1 at every size, so that a scale found at one width holds at another. The
-    other three are those of the published codes: ``"official"`` (normal, variance 1/(2r); gain √∏(I/2r)),
-    ``"loralib"`` (normal, deviation 0.02) and ``"peft"`` (uniform within 1/√r). See `preset_scale` for the scales
-    that belong to them.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        The arranged tensor's shape (I_0, …).
-    ranks : sequence of (int or None)
-        (r_0, …); ``None`` leaves a mode whole. With ``"orthonormal"`` a rank of the mode's size does the same: a square
-        factor would add numbers and no tensors.
-    preset : str
-        A key of `PRESETS`.
-    dtype, device
-        Of the result. The numbers are drawn in float64 on the CPU, the same for every type and device.
-    generator : torch.Generator, optional
-        The source of the numbers, on the CPU; by default torch's global one.
-
-    Returns
-    -------
-    TuckerTensor
-        Zero, of shape ``shape``.
-
-    Raises
-    ------
-    ValueError
-        If there is no such preset.
-
-    References
-    ----------
-    FLoRA, arXiv 2405.14739, section 4, and its published code; He et al., *Delving deep into rectifiers*, ICCV 2015.
-
-    Examples
-    --------
-    >>> start = random_start((6, 4, 3), (2, 2, 3))
-    >>> [None if u is None else tuple(u.shape) for u in start.factors], float(start.core.abs().max())
-    ([(6, 2), (4, 2), None], 0.0)
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"random_start: there is no start {preset!r}; pass one of {', '.join(PRESETS)}")
-    device = torch.get_default_device() if device is None else device
-    square_is_whole = preset == "orthonormal"
-    factors: list[Tensor | None] = []
-    for size, rank in zip(shape, ranks, strict=True):
-        if rank is None or (square_is_whole and rank == size):
-            factors.append(None)
-        else:
-            factors.append(PRESETS[preset](size, rank, generator).to(device=device, dtype=dtype))
-    core = torch.zeros([n if r is None else r for r, n in zip(ranks, shape)], dtype=dtype, device=device)
-    return TuckerTensor(core, tuple(factors))
-
-
-def orthonormal(shape: Sequence[int], ranks: Sequence[int | None], **options: Any) -> TuckerTensor:
-    """Draw orthonormal factors beside a zero core: `random_start` with its default preset.
-
-    Parameters
-    ----------
-    shape, ranks
-        As for `random_start`.
-    **options
-        ``dtype``, ``device`` and ``generator``, as for `random_start`.
-
-    Returns
-    -------
-    TuckerTensor
-        Zero, of shape ``shape``, with U_nᵀ U_n = I.
-
-    Examples
-    --------
-    >>> orthonormal((6, 4), (2, 2)).ranks
-    (2, 2)
-    """
-    return random_start(shape, ranks, "orthonormal", **options)
-
-
 def preset_scale(preset: str, alpha: float, rank: int) -> float:
     """Return the multiplier s that a published code makes of its ``alpha`` and its rank r.
 
@@ -286,161 +148,6 @@ def preset_scale(preset: str, alpha: float, rank: int) -> float:
     return rules[preset]
 
 
-def from_delta(
-    delta: Tensor,
-    ranks: Sequence[int | None],
-    *,
-    arrangement: Arrangement | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> TuckerTensor:
-    """Decompose a known change of the weight: the update starts at its best approximation of these ranks.
-
-    Parameters
-    ----------
-    delta : Tensor, of the weight's shape
-        ΔW, for example the difference of two checkpoints.
-    ranks : sequence of (int or None)
-        One a mode of the arranged tensor; ``None`` leaves the mode whole.
-    arrangement : Arrangement, optional
-        Which axes form a mode.
-    scale : float
-        The update's s; the core is divided by it.
-    dtype : torch.dtype, optional
-        Of the result; by default `default_dtype` of the delta's.
-
-    Returns
-    -------
-    TuckerTensor
-        T with s · T ≈ ΔW, as `flora_tensor.tucker` gives it; no gradient flows through it.
-
-    Raises
-    ------
-    ValueError
-        If ``scale`` is zero, the delta is not finite, or the ranks do not fit.
-
-    References
-    ----------
-    De Lathauwer, De Moor and Vandewalle, *A multilinear singular value decomposition*, SIMAX 21 (2000).
-
-    Examples
-    --------
-    >>> delta = torch.outer(torch.arange(1.0, 5.0), torch.ones(3))
-    >>> update = from_delta(delta, (1, 1), scale=2.0)
-    >>> bool(torch.allclose(2.0 * update.to_tensor(), delta))
-    True
-    """
-    if scale == 0.0:
-        raise ValueError("from_delta: scale is 0, so that no update can be the given change; pass another scale")
-    # Autocast would take the products in 16 bits.
-    with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-        arranged = delta.detach() if arrangement is None else arrangement.arrange(delta.detach())
-        # Rounded once at the end: 16-bit factors would have lost their orthonormality before the core is taken.
-        work = arranged.to(default_dtype(arranged.dtype))
-        sizes = feasible_ranks([n if r is None else r for r, n in zip(ranks, work.shape, strict=True)], work.shape)
-        tucker = _whole_modes(ft.tucker(work, sizes).tucker, ranks)
-        tucker = TuckerTensor(tucker.core / scale, tucker.factors)
-        return tucker.map(lambda a: a.to(dtype or work.dtype).contiguous().clone())
-
-
-def _whole_modes(tucker: TuckerTensor, ranks: Sequence[int | None]) -> TuckerTensor:
-    """Multiply square factors into the core and drop them, and those of modes that ``ranks`` leaves whole."""
-    core, factors = tucker.core, list(tucker.factors)
-    for mode, factor in enumerate(factors):
-        if factor is not None and (ranks[mode] is None or factor.shape[0] == factor.shape[1]):
-            core, factors[mode] = ft.mode_dot(core, factor, mode), None
-    return TuckerTensor(core, tuple(factors))
-
-
-def principal(
-    weight: Tensor,
-    ranks: Sequence[int | None],
-    *,
-    arrangement: Arrangement | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Start:
-    """Train the principal part of the weight itself.
-
-    The update is s · (T − T_start) with T = T_start at the start, both the decomposition of the weight. This is the
-    update whose base is corrected to W − s · T_start, except that the base keeps its own bits: the start is exactly the
-    model, and detaching needs no inverse.
-
-    Parameters
-    ----------
-    weight : Tensor
-        W.
-    ranks, arrangement, scale, dtype
-        As for `from_delta`.
-
-    Returns
-    -------
-    Start
-        T and T_start. Where every mode is whole, T_start would only shift the core, and is left out.
-
-    Raises
-    ------
-    ValueError
-        As for `from_delta`.
-
-    References
-    ----------
-    Meng, Wang and Zhang, *PiSSA: principal singular values and singular vectors adaptation*, NeurIPS 2024, for
-    matrices.
-
-    Examples
-    --------
-    >>> start = principal(torch.eye(4), (2, 2))
-    >>> bool((start.tucker.core == start.start.core).all())
-    True
-    """
-    tucker = from_delta(weight, ranks, arrangement=arrangement, scale=scale, dtype=dtype)
-    if all(u is None for u in tucker.factors):
-        return Start(TuckerTensor(torch.zeros_like(tucker.core), tucker.factors))
-    return Start(tucker, tucker.map(torch.clone))
-
-
-def from_gradient(
-    gradient: Tensor,
-    ranks: Sequence[int | None],
-    *,
-    arrangement: Arrangement | None = None,
-    dtype: torch.dtype | None = None,
-) -> TuckerTensor:
-    """Let the factors span the principal subspaces of a gradient, beside a zero core.
-
-    The first step on the core then follows the best approximation of the gradient with these ranks.
-
-    Parameters
-    ----------
-    gradient : Tensor, of the weight's shape
-        The loss's gradient with respect to the weight.
-    ranks, arrangement, dtype
-        As for `from_delta`.
-
-    Returns
-    -------
-    TuckerTensor
-        Zero, with orthonormal factors.
-
-    Raises
-    ------
-    ValueError
-        As for `from_delta`.
-
-    References
-    ----------
-    Wang, Yu and Li, *LoRA-GA: low-rank adaptation with gradient approximation*, NeurIPS 2024, for matrices.
-
-    Examples
-    --------
-    >>> float(from_gradient(torch.eye(4), (2, 2)).core.abs().max())
-    0.0
-    """
-    tucker = from_delta(gradient, ranks, arrangement=arrangement, dtype=dtype)
-    return TuckerTensor(torch.zeros_like(tucker.core), tucker.factors)
-
-
 def start_update(
     weight: Tensor,
     ranks: Sequence[int | None],
@@ -450,18 +157,20 @@ def start_update(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
-    tensor: Tensor | None = None,
+    tensor: Tensor | TuckerTensor | None = None,
+    axes: str | None = None,
 ) -> Start:
     """Start an update for a weight in the way that ``init`` names.
 
     Parameters
     ----------
-    weight : Tensor
+    weight : Tensor, any shape
         The weight.
     ranks : sequence of (int or None)
         One a mode of the arranged weight.
     init : str
-        A key of `PRESETS`, or ``"from_delta"``, ``"principal"``, ``"from_gradient"``.
+        One of `INITS`: a key of `PRESETS`, or ``"from_delta"``, ``"principal"``, ``"minor"``, ``"from_gradient"``,
+        ``"from_moments"``, ``"context"``.
     arrangement : Arrangement, optional
         Which axes form a mode.
     scale : float
@@ -470,8 +179,11 @@ def start_update(
         The update's type; by default `default_dtype` of the weight's.
     generator : torch.Generator, optional
         For the random starts.
-    tensor : Tensor, optional
-        The change or the gradient that ``"from_delta"`` and ``"from_gradient"`` decompose.
+    tensor : Tensor of the weight's shape, or TuckerTensor, optional
+        The change or the gradient that ``"from_delta"`` and ``"from_gradient"`` decompose; or the input's second
+        moment, (I, I) or (I,), for ``"from_moments"`` and ``"context"``.
+    axes : str, optional
+        The weight's axes that a moment is over; by default as its size tells.
 
     Returns
     -------
@@ -490,30 +202,47 @@ def start_update(
     """
     arrangement = arrangement or Arrangement.native(weight.dim())
     dtype = dtype or default_dtype(weight.dtype)
-    _check_start_tensor(init, tensor, weight)
+    _check_start_tensor(init, tensor, weight, arrangement)
+    shape, device = tuple(weight.shape), weight.device
     if init in PRESETS:
-        shape = arrangement.shape(tuple(weight.shape))
-        return Start(random_start(shape, ranks, init, dtype=dtype, device=weight.device, generator=generator))
-    if init == "principal":
-        return principal(weight, ranks, arrangement=arrangement, scale=scale, dtype=dtype)
+        return Start(
+            random_start(arrangement.shape(shape), ranks, init, dtype=dtype, device=device, generator=generator)
+        )
+    if init in ("principal", "minor"):
+        part = principal if init == "principal" else minor
+        return part(weight, ranks, arrangement=arrangement, scale=scale, dtype=dtype)
     assert tensor is not None
-    tensor = tensor.to(weight.device)
+    tensor = tensor.map(lambda a: a.to(device)) if isinstance(tensor, TuckerTensor) else tensor.to(device)
     if init == "from_delta":
         return Start(from_delta(tensor, ranks, arrangement=arrangement, scale=scale, dtype=dtype))
-    return Start(from_gradient(tensor, ranks, arrangement=arrangement, dtype=dtype))
+    if init == "from_gradient":
+        return Start(from_gradient(tensor, ranks, arrangement=arrangement, dtype=dtype))
+    assert isinstance(tensor, Tensor)
+    if init == "context":
+        return context(weight, ranks, tensor, axes=axes, arrangement=arrangement, scale=scale, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    return Start(from_moments(shape, ranks, tensor, axes=axes, arrangement=arrangement, **options))
 
 
-def _check_start_tensor(init: str, tensor: Tensor | None, weight: Tensor) -> None:
-    if init not in (*PRESETS, "principal", "from_delta", "from_gradient"):
-        known = ", ".join([*PRESETS, "principal", "from_delta", "from_gradient"])
-        raise ValueError(f"init: there is no start {init!r}; pass one of {known}")
-    wanted = init in ("from_delta", "from_gradient")
-    if not wanted and tensor is not None:
+def _check_start_tensor(
+    init: str, tensor: Tensor | TuckerTensor | None, weight: Tensor, arrangement: Arrangement
+) -> None:
+    if init not in INITS:
+        raise ValueError(f"init: there is no start {init!r}; pass one of {', '.join(INITS)}")
+    if init not in DECOMPOSING and tensor is not None:
         raise ValueError(f"init: {init!r} decomposes no tensor; pass init='from_delta', or leave the tensor out")
-    if wanted and tensor is None:
+    if init in DECOMPOSING and tensor is None:
         raise ValueError(f"init: {init!r} needs the tensor to decompose; pass one of shape {tuple(weight.shape)}")
-    if tensor is not None and tensor.shape != weight.shape:
+    if tensor is None:
+        return
+    if init in ("from_moments", "context"):
+        # The starts themselves check a moment's size, which depends on the axes that it is over.
+        if isinstance(tensor, TuckerTensor):
+            raise ValueError(f"init: {init!r} got a Tucker tensor; pass the second moment of the weight's input")
+        return
+    wanted = arrangement.shape(tuple(weight.shape)) if isinstance(tensor, TuckerTensor) else tuple(weight.shape)
+    if tuple(tensor.shape) != wanted:
         raise ValueError(
-            f"init: {init!r} got a tensor of shape {tuple(tensor.shape)} for a weight of shape {tuple(weight.shape)}; "
+            f"init: {init!r} got a tensor of shape {tuple(tensor.shape)} for a weight of shape {wanted}; "
             "pass one of the weight's shape"
         )
