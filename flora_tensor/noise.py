@@ -6,9 +6,9 @@ is known.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array
-from flora_tensor.spectra import FloatArray, Frontier, Spectrum
+from flora_tensor.algebra import multi_mode_dot
+from flora_tensor.spectra import FloatArray, Frontier, Spectrum, hosvd_spectrum
 
 __all__ = ["rounding_noise"]
 
@@ -25,6 +26,10 @@ __all__ = ["rounding_noise"]
 _EDGE_MARGIN = 3.0
 
 _MOST_ROUNDS = 50
+# Rounds of balancing slices of unequal noise, and the least share of the mean noise that a slice is taken to have: one
+# that the model explains whole says nothing about its noise.
+_MOST_BALANCINGS = 8
+_LEAST_SHARE = 1e-4
 
 # Bits of the significand, hidden one included, and the exponent of the smallest normal number.
 _FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
@@ -103,22 +108,84 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
     noise falls, the signal stays. Ranks and the noise level are updated in turn until they stand still. The idea is the
     iterative projection of Han, Chen and Zhang, *Rank determination in tensor factor model* (2020), arXiv 2011.07131.
 
+    Without a known deviation the noise need not be equally strong in all slices of a tensor (three modes or more):
+    dividing slices by numbers leaves the multilinear ranks as they are, so the slices are balanced until what the model
+    leaves over is equally strong in all of them.
+
     Returns the ranks (all zero: no signal) and the standard deviation of the noise, in the units of ``spectrum``.
     """
     spectrum = _occupied(spectrum)
+    found = _edge_of(spectrum, deviation)
+    if deviation is None and len(spectrum.shape) > 2 and spectrum.norm > 0.0 and spectrum.factors:
+        found = min([found, *_balanced_edges(spectrum, found)], key=lambda f: _preference(f, spectrum.shape))
+    return found.ranks, found.deviation
+
+
+def _balanced_edges(spectrum: Spectrum, plain: "_Edge") -> Iterator["_Edge"]:
+    """Find ranks with the slices balanced, from two guesses of how uneven the noise is.
+
+    The first is the energy of the slices, right where a few are very loud. The second is what the ranks of least BIC
+    leave over, right where the signal is stronger than the noise: that criterion adds no ranks for some louder noise.
+    A slice that an over-large model explains would look quiet, so what the plain model leaves over is no third.
+    """
+    energy = _unevenness(_slice_squares(spectrum.core, spectrum.factors), spectrum.shape)
+    if energy is None:
+        return
+    x = multi_mode_dot(spectrum.core, spectrum.factors)
+    yield _balance(x, energy)
+    core = _host_core(spectrum)
+    likely = bic(spectrum)
+    rest = _rest(core, [np.eye(m) for m in core.shape], likely)
+    left_over = _unevenness(_slice_squares(rest, spectrum.factors), spectrum.shape)
+    if left_over is not None and likely != plain.ranks:
+        yield _balance(x, left_over)
+
+
+def _balance(x: Array, uneven: list[FloatArray]) -> "_Edge":
+    """Divide slices by the strength of their noise, and renew both until they stand still."""
+    shape = tuple(x.shape)
+    weights = [np.ones(n) for n in shape]
+    found: _Edge | None = None
+    for _ in range(_MOST_BALANCINGS):
+        weights = [w * np.sqrt(u) for w, u in zip(weights, uneven)]
+        found = _edge_of(hosvd_spectrum(_divided(x, weights)))
+        still = _unevenness(found.left_over, shape)
+        if still is None:
+            break
+        uneven = still
+    assert found is not None
+    mean_square = math.prod(float(np.mean(w * w)) for w in weights)
+    return found._replace(deviation=found.deviation * math.sqrt(mean_square))
+
+
+def _preference(edge: "_Edge", shape: Sequence[int]) -> tuple[bool, int]:
+    """Prefer models that leave noise of one strength; among those the smallest, as all of them explain the tensor."""
+    return _unevenness(edge.left_over, shape) is not None, degrees_of_freedom(edge.ranks, shape)
+
+
+class _Edge(NamedTuple):
+    """What one level of noise for the whole tensor gives: ranks, that level, and ‖slice‖² of what is left over."""
+
+    ranks: tuple[int, ...]
+    deviation: float
+    left_over: list[FloatArray]
+
+
+def _edge_of(spectrum: Spectrum, deviation: float | None = None) -> _Edge:
     shape, entries = spectrum.shape, math.prod(spectrum.shape)
     squares, resolved = float(spectrum.squared_tails[0][0]), _resolved(spectrum)
     unit = math.ldexp(1.0, spectrum.exponent)
     known = None if deviation is None else (deviation / unit) ** 2
     if squares == 0.0 or entries == 0:
-        return (0,) * len(shape), 0.0 if deviation is None else deviation
+        return _Edge((0,) * len(shape), 0.0 if deviation is None else deviation, [])
     variance = squares / entries if known is None else known
     ranks = _start(spectrum, entries, squares, variance, known, resolved)
     if known is not None and (len(shape) <= 2 or ranks == spectrum.max_ranks):
         # A matrix has no other modes to look through, and where all is signal there is nothing to find.
-        return _feasible_or_nothing(ranks, shape), deviation or 0.0
+        return _Edge(_feasible_or_nothing(ranks, shape), deviation or 0.0, [])
     if not any(ranks):
-        return ranks, unit * math.sqrt(squares / entries if known is None else known)
+        left_over = _slice_squares(spectrum.core, spectrum.factors) if spectrum.factors else []
+        return _Edge(ranks, unit * math.sqrt(squares / entries if known is None else known), left_over)
     core = _host_core(spectrum)
     # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
     bases = [np.eye(m)[:, : max(r, 2)] for m, r in zip(core.shape, ranks)]
@@ -131,7 +198,53 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
         if ranks == before:
             break
     variance = _variance_left(core, bases, shape, squares) if known is None else known
-    return _feasible_or_nothing(ranks, shape), unit * math.sqrt(max(variance, 0.0))
+    ranks = _feasible_or_nothing(ranks, shape)
+    left_over = _slice_squares(_rest(core, bases, ranks), spectrum.factors) if known is None else []
+    return _Edge(ranks, unit * math.sqrt(max(variance, 0.0)), left_over)
+
+
+def _rest(core: npt.NDArray[Any], bases: Sequence[npt.NDArray[Any]], ranks: Sequence[int]) -> npt.NDArray[Any]:
+    """Return the core without what the model explains."""
+    explained = core
+    for mode, (basis, rank) in enumerate(zip(bases, ranks)):
+        kept = basis[:, :rank]
+        explained = np.moveaxis(np.tensordot(kept @ kept.conj().T, explained, axes=(1, mode)), 0, mode)
+    return core - explained
+
+
+def _slice_squares(core: Array, factors: Sequence[Array]) -> list[FloatArray]:
+    """Return ‖X[i]‖² of every slice along every mode, in units of ‖X‖², from a core of orthonormal factors."""
+    host = to_numpy(core)
+    host = host / (float(np.linalg.norm(host)) or 1.0)
+    found: list[FloatArray] = []
+    for mode, factor in enumerate(factors):
+        rows = to_numpy(factor) @ np.moveaxis(host, mode, 0).reshape(host.shape[mode], -1)
+        found.append(np.asarray(np.sum(np.abs(rows) ** 2, axis=1, dtype=np.float64)))
+    return found
+
+
+def _unevenness(slice_squares: Sequence[FloatArray], shape: Sequence[int]) -> list[FloatArray] | None:
+    """Return each slice's share of noise relative to the mean of its mode, or None where all are alike.
+
+    For white noise Σ (v_i/v̄ − 1)² · p/2 is χ² with I_k − 1 degrees of freedom, p entries a slice; the slices of a mode
+    are alike while it stays within five standard deviations.
+    """
+    found: list[FloatArray] = []
+    for squares, size in zip(slice_squares, shape):
+        mean = float(squares.mean())
+        relative = squares / mean if mean > 0 else np.ones(size)
+        statistic = float(np.sum((relative - 1) ** 2)) * math.prod(shape) / size / 2
+        alike = statistic <= size - 1 + 5 * math.sqrt(2 * (size - 1))
+        found.append(np.ones(size) if alike else np.maximum(relative, _LEAST_SHARE))
+    return found if any(float(np.ptp(v)) > 0 for v in found) else None
+
+
+def _divided(x: Array, weights: Sequence[FloatArray]) -> npt.NDArray[Any]:
+    host = to_numpy(x)
+    for mode, weight in enumerate(weights):
+        shape = [-1 if k == mode else 1 for k in range(host.ndim)]
+        host = host / weight.astype(host.real.dtype).reshape(shape)
+    return host
 
 
 def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
@@ -219,17 +332,18 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
     """
     if 0 in spectrum.shape or spectrum.norm == 0.0 or not spectrum.factors:
         return spectrum
-    floor, sizes = _resolved(spectrum), list[int]()
+    floor, occupied = _resolved(spectrum), list[npt.NDArray[Any]]()
     for squares, factor in zip(_squared_values(spectrum), spectrum.factors):
         slices = np.abs(to_numpy(factor)) ** 2 @ squares  # ‖X[i]‖² of every slice along the mode
-        sizes.append(int(np.count_nonzero(slices > floor)))
+        occupied.append(np.flatnonzero(slices > floor))
+    sizes = [rows.size for rows in occupied]
     if tuple(sizes) == spectrum.shape:
         return spectrum
     ranks = [min(m, n) for m, n in zip(spectrum.max_ranks, sizes)]
     return Spectrum(
         values=tuple(v[:r] for v, r in zip(spectrum.values, ranks)),
-        core=spectrum.core[tuple(slice(r) for r in ranks)],
-        factors=tuple(u[:, :r] for u, r in zip(spectrum.factors, ranks)),
+        core=to_numpy(spectrum.core)[tuple(slice(r) for r in ranks)],
+        factors=tuple(to_numpy(u)[rows, :r] for u, rows, r in zip(spectrum.factors, occupied, ranks)),
         norm=spectrum.norm,
         shape=tuple(sizes),
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from flora_tensor._arrays import to_numpy
+from flora_tensor._arrays import is_low_precision, to_numpy
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, feasible_ranks
 from flora_tensor._typing import Array
 from flora_tensor.noise import bic, evbmf, gavish_donoho, projected_edge
@@ -86,6 +86,7 @@ def select_ranks(
     energy: float | None = None,
     max_parameters: int | None = None,
     max_ratio: float | None = None,
+    max_bytes: int | None = None,
     method: NoiseRule | None = None,
     noise_floor: float | None = None,
     max_ranks: Sequence[int] | None = None,
@@ -108,11 +109,14 @@ def select_ranks(
         The smallest error with ∏ r_n + Σ I_n r_n ≤ max_parameters.
     max_ratio : float, optional
         The same budget as a share of the dense tensor's ∏ I_n entries, in (0, 1].
+    max_bytes : int, optional
+        The same budget in bytes, numbers stored in the type of ``x`` (of a `Spectrum`: the type it was computed in).
     method : {"noise", "evbmf", "bic", "gavish-donoho"}, optional
         A noise rule. ``"noise"``: the directions above the edge of the noise, each mode seen through the signal
         subspaces of the others. ``"evbmf"``: empirical variational Bayes on each unfolding. ``"bic"``: the Bayesian
         information criterion over all rank tuples. ``"gavish-donoho"``: the optimal hard threshold on each unfolding,
-        one noise level for all. All of them take the noise to be white.
+        one noise level for all. All of them take the noise to be white; only ``"noise"`` allows it to be stronger in
+        some slices of a tensor than in others.
     noise_floor : float, optional
         A known standard deviation of noise in the entries, such as `rounding_noise` gives. It replaces the estimate of
         ``"noise"`` and ``"gavish-donoho"``; beside any other criterion it caps the ranks, as more rank would only store
@@ -157,7 +161,13 @@ def select_ranks(
     """
     where = "select_ranks"
     criterion = exactly_one(
-        where, rtol=rtol, energy=energy, max_parameters=max_parameters, max_ratio=max_ratio, method=method
+        where,
+        rtol=rtol,
+        energy=energy,
+        max_parameters=max_parameters,
+        max_ratio=max_ratio,
+        max_bytes=max_bytes,
+        method=method,
     )
     floor = None if noise_floor is None else _checked_floor(where, noise_floor)
     spectrum = x if isinstance(x, Spectrum) else hosvd_spectrum(x)
@@ -182,11 +192,8 @@ def select_ranks(
                 f"{where}: no ranks up to max_ranks={caps} reach a relative error of {tolerance:g}; raise max_ranks"
             )
     else:
-        dense = math.prod(spectrum.shape)
-        if max_ratio is not None:
-            budget = math.floor(check_fraction(where, "max_ratio", max_ratio) * dense)
-        else:
-            budget = as_int(where, "max_parameters", max_parameters)
+        stored = np.dtype(np.float16) if not isinstance(x, Spectrum) and is_low_precision(x.dtype) else spectrum.dtype
+        budget = _budget(where, spectrum.shape, stored.itemsize, max_parameters, max_ratio, max_bytes)
         ranks = smallest_error(spectrum, spectrum.shape, budget, where, caps)
     return choice_of(spectrum, ranks, criterion, notes)
 
@@ -258,6 +265,22 @@ def _by_noise_rule(
     if capped != ranks:
         notes.append(f"ranks are capped at {capped} by max_ranks")
     return choice_of(spectrum, capped, method, tuple(notes))
+
+
+def _budget(
+    where: str,
+    shape: Sequence[int],
+    itemsize: int,
+    max_parameters: int | None,
+    max_ratio: float | None,
+    max_bytes: int | None,
+) -> int:
+    """Return the one budget that was given, in numbers."""
+    if max_ratio is not None:
+        return math.floor(check_fraction(where, "max_ratio", max_ratio) * math.prod(shape))
+    if max_bytes is not None:
+        return as_int(where, "max_bytes", max_bytes) // itemsize
+    return as_int(where, "max_parameters", max_parameters)
 
 
 def _checked_floor(where: str, value: float) -> float:

@@ -138,6 +138,11 @@ class Spectrum:
         """The multilinear ranks that the table covers: the core's shape."""
         return tuple(self.core.shape) if self.core is not None else tuple(int(v.shape[0]) for v in self.values)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type that the numbers were computed in, as NumPy's."""
+        return to_numpy(self.values[0] if self.core is None else self.core).dtype
+
     @cached_property
     def _squares(self) -> FloatArray:
         """The core's squared magnitudes, in float64 and in units of 2**(2·exponent)."""

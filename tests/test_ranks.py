@@ -300,6 +300,21 @@ def test_refusals():
             ft.select_ranks(x, **{name: "x"})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "itemsize"),
+    [("float16", 2), ("float32", 4), ("float64", 8), ("complex64", 8), ("complex128", 16), ("int32", 8)],
+)
+def test_a_budget_in_bytes_counts_numbers_of_the_tensors_type(dtype, itemsize):
+    x = (10 * np.random.default_rng(0).standard_normal((9, 8, 7))).astype(dtype)
+    for numbers in (60, 150, 400):
+        by_bytes = ft.select_ranks(x, max_bytes=numbers * itemsize + itemsize - 1)
+        assert by_bytes.ranks == ft.select_ranks(x, max_parameters=numbers).ranks
+        assert by_bytes.n_parameters * itemsize <= numbers * itemsize
+        assert by_bytes.method == "max_bytes"
+    with pytest.raises(TypeError, match=r"select_ranks: max_bytes is 20.5; pass an integer"):
+        ft.select_ranks(x, max_bytes=20.5)
+
+
 def test_choices_hold_plain_numbers(xp):
     choice = ft.select_ranks(as_array(xp, Sample((4, 3, 5)).values), rtol=0.5)
     assert [type(r) for r in choice.ranks] == [int] * 3
