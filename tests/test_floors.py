@@ -30,6 +30,7 @@ FLOORS = {
     "flora_torch.convert": 12,
     "flora_torch.selection": 12,
     "flora_torch.calibration": 12,
+    "flora_torch.kinds": 11,
     "flora_torch.layers": 11,
     "flora_torch.weight_layer": 11,
     "flora_torch.flora_layer": 11,
@@ -38,6 +39,7 @@ FLOORS = {
     "flora_torch.moment_starts": 11,
     "flora_torch.starts": 11,
     "flora_torch.update": 11,
+    "flora_torch.base_weight": 10,
     "flora_torch.functional": 10,
     # torch above this line, never below
     "flora_tensor.cli": 5,

@@ -345,9 +345,6 @@ class TestSelection:
         integers[0].weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
         with pytest.raises(ValueError, match=r"is of type torch.int8"):
             attach(integers, ranks=2)
-        parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-        with pytest.raises(ValueError, match="not a parameter of its module but computed"):
-            attach(parametrized, ranks=2, target_modules="0")
 
     def test_second_adapter_of_the_same_name_changes_nothing(self):
         model = cnn()

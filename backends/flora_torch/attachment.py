@@ -6,17 +6,19 @@ share one update.
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement, Moments, TuckerTensor
+from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
-from flora_torch.initialize import DECOMPOSING, Ranks, preset_scale, resolve_ranks, start_update
-from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, adaptable, freeze, wrapper_for
-from flora_torch.selection import Pattern, PerName, Place, Site, near, select, sites
+from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
+from flora_torch.kinds import wrapper_for
+from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, freeze
+from flora_torch.selection import Pattern, PerName, Place, Site, SkippedWeight, choose, near, sites
 from flora_torch.update import TuckerUpdate
 
 __all__ = [
@@ -92,6 +94,8 @@ class AttachReport:
         How many parameters the model has without the adapter.
     whole : tuple of str
         Tensors that were replaced by a stored value.
+    skipped : tuple of SkippedWeight
+        Weights that were left out though nobody excluded them, and why; only where the whole model was asked for.
 
     References
     ----------
@@ -112,6 +116,7 @@ class AttachReport:
     layers: tuple[LayerReport, ...]
     n_model_parameters: int
     whole: tuple[str, ...] = ()
+    skipped: tuple[SkippedWeight, ...] = ()
 
     @property
     def n_parameters(self) -> int:
@@ -122,6 +127,12 @@ class AttachReport:
     def share(self) -> float:
         """`n_parameters` as a part of the model's own parameters."""
         return self.n_parameters / max(1, self.n_model_parameters)
+
+    def _skipped_by_reason(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for weight in self.skipped:
+            found.setdefault(weight.reason, []).append(weight.name)
+        return found
 
     def __str__(self) -> str:
         rows = [("weight", "kind", "shape", "ranks", "parameters")]
@@ -141,6 +152,10 @@ class AttachReport:
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths)), r[4].rjust(widths[4])]) for r in rows]
         lines += [f"whole: {name}" for name in self.whole]
+        lines += [
+            f"skipped: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: {reason}"
+            for reason, names in self._skipped_by_reason().items()
+        ]
         weights = f"{len(self.layers)} weight{'' if len(self.layers) == 1 else 's'}"
         return "\n".join(
             [
@@ -185,7 +200,8 @@ def attach(
         feasible, and reported. A mapping gives them by name, the first pattern that matches counting.
     target_modules, exclude_modules : pattern or sequence of patterns, optional
         Names, globs, regular expressions (``"re:…"``), types or predicates ``(name, module) -> bool``; by default every
-        linear, convolutional and embedding layer. See `flora_torch.selection.matches`.
+        layer of a known kind, and with ``"all"`` every weight with two axes or more. See
+        `flora_torch.selection.choose`.
     target_parameters : pattern or sequence of patterns, optional
         Parameters by their own names, such as ``"self_attn.in_proj_weight"``.
     scale : float, or mapping of pattern to float
@@ -239,12 +255,12 @@ def attach(
     >>> [(layer.name, layer.ranks) for layer in report.layers]
     [('0.weight', (4, 3, 3, 3)), ('2.weight', (8, 2, 2, 2))]
     """
-    targets = select(model, target_modules, exclude_modules, target_parameters)
+    targets, skipped = choose(model, target_modules, exclude_modules, target_parameters)
     options = _AttachOptions(ranks, scale, alpha, dropout, init, init_tensors or {}, arrangement, dtype, generator)
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
         options.check_used(targets)
-        return install(model, plans, adapter_name, path, freeze_model)
+        return replace(install(model, plans, adapter_name, path, freeze_model), skipped=tuple(skipped))
 
 
 @dataclass(frozen=True)
@@ -282,7 +298,7 @@ class _AttachOptions:
     def plan(self, site: Site) -> Plan:
         """Build the update of one weight."""
         holder = site.holders[0]
-        weight = adaptable(f"attach: {site.name}", holder.module, holder.parameter)
+        weight = adaptable(f"attach: {site.name}", holder.module, holder.parameter, values=needs_values(self.init))
         arranged = self._arrangement_of(site, weight)
         shape = arranged.shape(tuple(weight.shape))
         asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"attach: {site.name}")
@@ -438,4 +454,4 @@ def report_of(plan: Plan, wrapper: FloraLayer) -> LayerReport:
 
 def n_model_parameters(model: nn.Module) -> int:
     """Count the parameters of a model without its adapters, tied ones once."""
-    return sum(site.weight.numel() for site in {id(s.weight): s for s in sites(model).values()}.values())
+    return sum(site.weight.numel() for site in {id(s): s for s in sites(model).values()}.values() if site.is_parameter)

@@ -19,7 +19,8 @@ from flora_tensor import Arrangement, FloraWarning
 from flora_tensor.moments import Moments, save_moments
 from flora_torch.functional import ConvGeometry
 from flora_torch.initialize import default_dtype
-from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraParameter, wrapper_for
+from flora_torch.kinds import wrapper_for
+from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraParameter
 from flora_torch.selection import Holder, Pattern, Site, select
 
 __all__ = ["collect_moments"]

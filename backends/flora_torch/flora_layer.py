@@ -1,18 +1,18 @@
 """The base of all layers with a Tucker update: the frozen module, its adapters, the effective weight and merging."""
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement
+from flora_torch.base_weight import adaptable, check_adaptable, plain_with
 from flora_torch.functional import Path
-from flora_torch.initialize import Ranks, resolve_ranks, start_update
+from flora_torch.initialize import Ranks, needs_values, resolve_ranks, start_update
 from flora_torch.update import TuckerUpdate
 
-__all__ = ["FROZEN", "FloraLayer", "adaptable", "freeze", "thaw"]
+__all__ = ["FROZEN", "FloraLayer", "freeze", "thaw"]
 
 # Under this name a module notes which of its own parameters were frozen.
 FROZEN = "_flora_frozen"
@@ -177,7 +177,7 @@ class FloraLayer(nn.Module):
         >>> layer.add_adapter("style", 2).ranks
         (2, 2)
         """
-        weight = adaptable(type(self).__name__, self.base_layer, parameter)
+        weight = adaptable(type(self).__name__, self.base_layer, parameter, values=needs_values(init))
         arranged = Arrangement(arrangement) if isinstance(arrangement, str) else arrangement
         arranged = arranged or Arrangement.native(weight.dim())
         shape = arranged.shape(tuple(weight.shape))
@@ -218,7 +218,7 @@ class FloraLayer(nn.Module):
         >>> layer = FloraLinear(nn.Linear(4, 3))
         >>> layer.check_update("default", FloraLinear(nn.Linear(4, 3), ranks=1).tucker_update["default"])
         """
-        where, weight = type(self).__name__, adaptable(type(self).__name__, self.base_layer, parameter)
+        where, weight = type(self).__name__, check_adaptable(type(self).__name__, self.base_layer, parameter)
         if not adapter_name or "." in adapter_name or "lora_" in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise ValueError(f"{where}: an adapter cannot be named {adapter_name!r}; choose another name")
         if parameter in self.updates(adapter_name):
@@ -340,11 +340,14 @@ class FloraLayer(nn.Module):
         >>> bool((layer.effective() == layer.base_layer.weight).all())
         True
         """
-        weight: Tensor = getattr(self.base_layer, parameter)
+        weight = self._base_value(parameter)
         total: Tensor = weight
         for update in self.running(parameter) if updates is None else updates:
             total = total + update.delta()
         return total if total is weight else total.to(weight.dtype)
+
+    def _base_value(self, parameter: str) -> Tensor:
+        return getattr(self.base_layer, parameter)
 
     def merged(self) -> nn.Module:
         """Return a plain layer of the base's own class, with the active updates added to its parameters.
@@ -375,10 +378,10 @@ class FloraLayer(nn.Module):
                 "go on with the weights of the base; delete that attribute first"
             )
         values = {name: self._merged_value(name) for name in self.parameter_names}
-        return _with_parameters(self.base_layer, values)
+        return plain_with(self.base_layer, values)
 
     def _merged_value(self, parameter: str) -> Tensor:
-        weight: Tensor = getattr(self.base_layer, parameter).detach()
+        weight = adaptable("merge", self.base_layer, parameter).detach()
         total = weight.to(torch.float64)
         for adapter in self.active_adapters:
             update = self.updates(adapter).get(parameter)
@@ -406,43 +409,6 @@ class FloraLayer(nn.Module):
         if self.active_adapters != list(self.tucker_update):
             shown.append(f"active_adapters={self.active_adapters}")
         return ", ".join(shown)
-
-
-def adaptable(where: str, module: nn.Module, parameter: str) -> Tensor:
-    """Return a parameter of a module that a Tucker update can change.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name, or it has no values, is no real float of 16 bits or more, or has fewer
-        than two axes.
-
-    Examples
-    --------
-    >>> adaptable("here", nn.Linear(3, 2), "weight").shape
-    torch.Size([2, 3])
-    """
-    base = type(module).__name__
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    weight = own.get(parameter)
-    if weight is None:
-        known = ", ".join(own) or "none"
-        raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}")
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{where}: {parameter!r} of {base} has no shape yet; run the model once, then adapt it")
-    if weight.is_meta:
-        raise ValueError(
-            f"{where}: {parameter!r} of {base} is on the meta device and has no values; load the model first"
-        )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise ValueError(
-            f"{where}: {parameter!r} of {base} is of type {weight.dtype}; real floats of 16 bits or more are needed"
-        )
-    if weight.dim() < 2:
-        raise ValueError(
-            f"{where}: {parameter!r} of {base} has shape {tuple(weight.shape)}; an update needs two axes or more"
-        )
-    return weight
 
 
 def freeze(module: nn.Module) -> None:
@@ -493,15 +459,3 @@ def _outside_updates(module: nn.Module) -> list[nn.Module]:
             found[id(owner)] = owner
             waiting.extend(owner.children())
     return list(found.values())
-
-
-def _with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Return a shallow copy of a module with some parameters replaced; all else is shared."""
-    clone = copy.copy(module)
-    # A shallow copy shares the dictionaries themselves, and the list in which a recurrent layer keeps its weights.
-    for table in ("_parameters", "_buffers", "_modules"):
-        clone.__dict__[table] = dict(module.__dict__[table])
-    clone.__dict__.update({key: list(value) for key, value in vars(module).items() if type(value) is list})
-    for name, value in values.items():
-        setattr(clone, name, nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad))
-    return clone

@@ -33,6 +33,7 @@ __all__ = [
     "from_gradient",
     "from_moments",
     "minor",
+    "needs_values",
     "orthonormal",
     "preset_scale",
     "principal",
@@ -146,6 +147,17 @@ def preset_scale(preset: str, alpha: float, rank: int) -> float:
         known = "'official', 'loralib' or 'peft'"
         raise ValueError(f"alpha belongs to init {known}, not to {preset!r}; pass scale instead")
     return rules[preset]
+
+
+def needs_values(init: str) -> bool:
+    """Tell whether a start depends on the weight's entries, and not on its shape and a given tensor alone.
+
+    Examples
+    --------
+    >>> needs_values("orthonormal"), needs_values("principal")
+    (False, True)
+    """
+    return init not in (*PRESETS, "from_delta", "from_gradient", "from_moments")
 
 
 def start_update(

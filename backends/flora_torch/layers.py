@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.func import functional_call
 from typing_extensions import override
 
-from flora_torch.flora_layer import FROZEN, FloraLayer, adaptable, freeze, thaw
+from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
+from flora_torch.flora_layer import FROZEN, FloraLayer, freeze, thaw
 from flora_torch.functional import (
     ConvGeometry,
     Factors,
@@ -38,10 +38,8 @@ __all__ = [
     "FloraLinear",
     "FloraParameter",
     "adaptable",
-    "drops_input",
     "freeze",
     "thaw",
-    "wrapper_for",
 ]
 
 
@@ -84,11 +82,16 @@ class FloraLinear(WeightLayer):
     @classmethod
     @override
     def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, cls._known) or is_conv1d_of_transformers(module)
+        return isinstance(module, cls._known) or is_conv1d_of_transformers(module) or is_unpacked_linear(module)
 
     @property
     def _transposed(self) -> bool:
-        return not isinstance(self.base_layer, nn.Linear)
+        return not isinstance(self.base_layer, nn.Linear) and is_conv1d_of_transformers(self.base_layer)
+
+    @override
+    def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The class of a quantized layer can do nothing with a dense weight.
+        return nnf.linear(x, delta.to(x.dtype)) if self._is_quantized else super()._change_by(delta, x, *args, **kwargs)
 
     @override
     def _product(
@@ -261,12 +264,29 @@ class FloraEmbedding(WeightLayer):
     _known = (nn.Embedding,)
 
     def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
-        if isinstance(base_layer, nn.Embedding) and base_layer.max_norm is not None:
+        self.check_base(base_layer)
+        super().__init__(base_layer, *args, **options)
+
+    @classmethod
+    def check_base(cls, module: nn.Module) -> None:
+        """Refuse an embedding that writes to its own weight.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The embedding.
+
+        Raises
+        ------
+        ValueError
+            If it has ``max_norm``.
+        """
+        limit = getattr(module, "max_norm", None)
+        if limit is not None:
             raise ValueError(
-                f"FloraEmbedding: the base has max_norm={base_layer.max_norm}, which rewrites its weight at every use; "
+                f"{cls.__name__}: the base has max_norm={limit}, which rewrites its weight at every use; "
                 "set max_norm to None first"
             )
-        super().__init__(base_layer, *args, **options)
 
     @override
     def _has_factored(self, update: TuckerUpdate) -> bool:
@@ -409,45 +429,4 @@ class FloraParameter(FloraLayer):
         if not (self.enabled and self.active_adapters):
             return self.base_layer(*args, **kwargs)
         effective = {name: self.effective(name) for name in self.parameter_names}
-        # What is tied to a parameter inside the base has updates of its own: it would get them twice.
-        return functional_call(self.base_layer, effective, args, kwargs, tie_weights=False)
-
-
-def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer]:
-    """Return the kind of layer that adapts a parameter of a module best: the one that knows its product, if any.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The module that owns the parameter.
-    parameter : str
-        The parameter's name.
-
-    Returns
-    -------
-    type
-        `FloraLinear`, `FloraConv`, `FloraConvTranspose` or `FloraEmbedding` for the ``weight`` of such a layer, else
-        `FloraParameter`.
-
-    Examples
-    --------
-    >>> wrapper_for(nn.Conv1d(2, 2, 3)).__name__, wrapper_for(nn.Bilinear(2, 2, 2)).__name__
-    ('FloraConv', 'FloraParameter')
-    """
-    if parameter == "weight":
-        for kind in (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding):
-            if kind.accepts(module):
-                return kind
-    return FloraParameter
-
-
-def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
-    """Tell whether an update of this parameter can have dropout: it needs an input, and a product that is known.
-
-    Examples
-    --------
-    >>> drops_input(nn.Linear(2, 2)), drops_input(nn.Bilinear(2, 2, 2))
-    (True, False)
-    """
-    kind = wrapper_for(module, parameter)
-    return issubclass(kind, WeightLayer) and kind.knows_forward_of(module)
+        return call_with(self.base_layer, effective, args, kwargs)

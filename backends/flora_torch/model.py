@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from flora_torch.attachment import AttachReport, LayerReport, attach
+from flora_torch.base_weight import identity, own_parameter
 from flora_torch.inventory import WHOLE, check_known, forget, layers_of, swap, whole_of
 from flora_torch.layers import FloraLayer, thaw
 from flora_torch.selection import Place, places
@@ -263,8 +264,9 @@ def merge(model: nn.Module) -> nn.Module:
         result = layer.merged()
         for name in layer.parameter_names:
             # One weight with one set of updates becomes one parameter, wherever it stands.
-            key = (id(getattr(layer.base_layer, name)), *(id(update) for update in _active(layer, name)))
-            setattr(result, name, tied.setdefault(key, result.get_parameter(name)))
+            key = (identity(layer.base_layer, name), *(id(update) for update in _active(layer, name)))
+            if own_parameter(result, name) is not None:
+                setattr(result, name, tied.setdefault(key, result.get_parameter(name)))
         return result
 
     for place, local, _ in whole_of(model):

@@ -7,11 +7,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from flora_torch.layers import FloraLayer, FloraParameter, wrapper_for
+from flora_torch.base_weight import check_adaptable, describe, identity, own_parameter, weight_names
+from flora_torch.kinds import layer_weights, refusal, wrapper_for
+from flora_torch.layers import FloraLayer
 
-__all__ = ["Holder", "Pattern", "PerName", "Place", "Site", "matches", "places", "select", "sites"]
+__all__ = [
+    "Holder",
+    "Pattern",
+    "PerName",
+    "Place",
+    "Site",
+    "SkippedWeight",
+    "choose",
+    "matches",
+    "places",
+    "select",
+    "sites",
+]
 
 Pattern: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Value = TypeVar("Value")
@@ -33,6 +49,8 @@ class Place:
         The module that it is a child of; ``None`` for the model itself.
     key : str
         The child's name in the parent.
+    is_internal : bool
+        Whether it computes a weight of another module, as a parametrization does.
 
     Examples
     --------
@@ -45,6 +63,7 @@ class Place:
     wrapper: FloraLayer | None
     parent: nn.Module | None
     key: str
+    is_internal: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,10 +109,12 @@ class Site:
     ----------
     name : str
         The weight's first name.
-    weight : nn.Parameter
-        The weight.
+    weight : nn.Parameter, or Tensor on the meta device
+        The weight; for one that is computed or quantized, an empty tensor of the dense weight's shape and type.
     holders : tuple of Holder
         The modules that hold it.
+    is_parameter : bool
+        Whether the model has a parameter of this name.
 
     Examples
     --------
@@ -102,8 +123,9 @@ class Site:
     """
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     holders: tuple[Holder, ...]
+    is_parameter: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,21 +155,24 @@ def places(model: nn.Module) -> list[Place]:
     """
     found: list[Place] = []
 
-    def walk(module: nn.Module, name: str, parent: nn.Module | None, key: str) -> None:
+    def walk(module: nn.Module, name: str, parent: nn.Module | None, key: str, internal: bool = False) -> None:
         wrapper = module if isinstance(module, FloraLayer) else None
         base = module if wrapper is None else wrapper.base_layer
-        found.append(Place(name, base, wrapper, parent, key))
+        found.append(Place(name, base, wrapper, parent, key, internal))
         # `named_children` would skip the second name of a shared child.
         for child_key, child in vars(base)["_modules"].items():
             if child is not None:
-                walk(child, _join(name, child_key), base, child_key)
+                inside = internal or (child_key == "parametrizations" and is_parametrized(base))
+                walk(child, _join(name, child_key), base, child_key, inside)
 
     walk(model, "", None, "")
     return found
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """List every parameter of a model by every name it has; tied parameters share one `Site`.
+    """List every weight of a model by every name it has; tied parameters share one `Site`.
+
+    Beside the parameters these are the weights that parametrizations compute, under the names that the modules use.
 
     Examples
     --------
@@ -155,17 +180,34 @@ def sites(model: nn.Module) -> dict[str, Site]:
     ['0.weight', '0.bias']
     """
     holders: dict[int, dict[tuple[int, str], list[Place]]] = {}
-    weights: dict[int, nn.Parameter] = {}
     for place in places(model):
-        for parameter, weight in place.module.named_parameters(recurse=False, remove_duplicate=False):
-            weights[id(weight)] = weight
-            holders.setdefault(id(weight), {}).setdefault((id(place.module), parameter), []).append(place)
+        for parameter in weight_names(place.module):
+            key = identity(place.module, parameter)
+            holders.setdefault(key, {}).setdefault((id(place.module), parameter), []).append(place)
     table: dict[str, Site] = {}
-    for identity, found in holders.items():
-        listed = tuple(Holder(at[0].module, key[1], tuple(at)) for key, at in found.items())
-        site = Site(listed[0].names[0], weights[identity], listed)
-        table |= dict.fromkeys(site.names, site)
+    for found in holders.values():
+        # What one module computes has no identity but the module's: several such weights are told apart by name.
+        for names in _told_apart(found):
+            listed = tuple(Holder(found[key][0].module, key[1], tuple(found[key])) for key in names)
+            first = listed[0]
+            is_parameter = own_parameter(first.module, first.parameter) is not None
+            site = Site(first.names[0], _shown_weight(first), listed, is_parameter)
+            table |= dict.fromkeys(site.names, site)
     return table
+
+
+def _told_apart(found: Mapping[tuple[int, str], list[Place]]) -> list[list[tuple[int, str]]]:
+    real = [key for key, where in found.items() if own_parameter(where[0].module, key[1]) is not None]
+    return [real] if real else [[key] for key in found]
+
+
+def _shown_weight(holder: Holder) -> Tensor:
+    weight = describe(holder.module, holder.parameter)
+    assert weight is not None
+    own = own_parameter(holder.module, holder.parameter)
+    if weight.storage == "plain" and own is not None:
+        return own
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
@@ -245,6 +287,28 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; near names: {', '.join(names)}" if names else ""
 
 
+@dataclass(frozen=True)
+class SkippedWeight:
+    """A weight that a choice for a whole model left out, and why.
+
+    Parameters
+    ----------
+    name : str
+        The weight's name.
+    reason : str
+        Why.
+
+    Examples
+    --------
+    >>> table = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, max_norm=1.0))
+    >>> [skipped.name for skipped in choose(table)[1]]
+    ['1.weight']
+    """
+
+    name: str
+    reason: str
+
+
 def select(
     model: nn.Module,
     target_modules: "Pattern | Sequence[Pattern] | None" = None,
@@ -255,13 +319,8 @@ def select(
 
     Parameters
     ----------
-    model : nn.Module
-        The model.
-    target_modules, exclude_modules : pattern or sequence of patterns, optional
-        Modules whose ``weight`` is meant, or not meant; see `matches`. With neither ``target_modules`` nor
-        ``target_parameters``, every layer of a known kind is.
-    target_parameters : pattern or sequence of patterns, optional
-        Parameters, by their own names.
+    model, target_modules, exclude_modules, target_parameters
+        As for `choose`.
 
     Returns
     -------
@@ -271,14 +330,54 @@ def select(
     Raises
     ------
     ValueError
-        If a pattern means nothing that can be adapted, or nothing is left, or a weight is tied to an excluded one, or
-        belongs to the model itself and not to a module in it.
+        As for `choose`.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> [site.name for site in select(model, exclude_modules="2")]
     ['0.weight']
+    """
+    return choose(model, target_modules, exclude_modules, target_parameters)[0]
+
+
+def choose(
+    model: nn.Module,
+    target_modules: "Pattern | Sequence[Pattern] | None" = None,
+    exclude_modules: "Pattern | Sequence[Pattern] | None" = None,
+    target_parameters: "Pattern | Sequence[Pattern] | None" = None,
+) -> tuple[list[Site], list[SkippedWeight]]:
+    """Choose the weights that an adapter is for, and say which ones a choice for the whole model left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    target_modules, exclude_modules : pattern or sequence of patterns, optional
+        Modules whose weights are meant, or not meant; see `matches`. With neither ``target_modules`` nor
+        ``target_parameters``, those of every layer of a known kind are. ``"all"`` means every weight of the model with
+        two axes or more.
+    target_parameters : pattern or sequence of patterns, optional
+        Parameters, by their own names.
+
+    Returns
+    -------
+    list of Site
+        The weights, tied ones once, in the model's order.
+    list of SkippedWeight
+        Without patterns, and for ``"all"``: the weights that were left out though nobody excluded them.
+
+    Raises
+    ------
+    ValueError
+        If a pattern means nothing that can be adapted, or nothing is left, or a weight is tied to an excluded one, or
+        belongs to the model itself and not to a module in it.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
+    >>> [site.name for site in choose(model, "all")[0]], choose(model, "all")[1]
+    (['0.weight'], [SkippedWeight(name='0.bias', reason='one axis'), SkippedWeight(name='1.weight', reason='one axis')])
     """
     table, everywhere = sites(model), places(model)
     excluded = as_list(exclude_modules)
@@ -287,33 +386,95 @@ def select(
         return any(matches(pattern, place.name, place.module) for pattern in excluded)
 
     chosen: dict[str, Site] = {}
-    for pattern in as_list(target_modules):
-        chosen |= _by_module(pattern, everywhere, table, is_excluded)
+    skipped: list[SkippedWeight] = []
+    whole_model = target_modules == "all" or (target_modules is None and target_parameters is None)
+    if whole_model:
+        chosen, skipped = _everything(everywhere, table, is_excluded, only_layers=target_modules is None)
+    else:
+        for pattern in as_list(target_modules):
+            chosen |= _by_module(pattern, everywhere, table, is_excluded)
     for pattern in as_list(target_parameters):
         chosen |= _by_parameter(pattern, table, is_excluded)
-    if target_modules is None and target_parameters is None:
-        chosen |= _all_known(everywhere, table, is_excluded)
     if not chosen:
-        kinds = ", ".join(sorted({type(place.module).__name__ for place in everywhere}))
-        raise ValueError(f"attach: no layer of the model can be adapted or all are excluded; it is made of {kinds}")
+        _refuse_all(everywhere, skipped)
     order = {name: k for k, name in enumerate(table)}
     result = sorted({site.name: site for site in chosen.values()}.values(), key=lambda site: order[site.name])
     for site in result:
         _check_site(site, is_excluded)
-    return result
+    return result, skipped
 
 
-def _all_known(everywhere: list[Place], table: Mapping[str, Site], is_excluded: Callable[[Place], bool]) -> Any:
-    found = [p for p in everywhere if wrapper_for(p.module) is not FloraParameter and not is_excluded(p)]
-    names = [_join(place.name, "weight") for place in found]
-    return {name: table[name] for name in names if name in table}
+def _refuse_all(everywhere: list[Place], skipped: list[SkippedWeight]) -> None:
+    for weight in skipped:
+        if weight.reason not in _NOT_TRIED:
+            raise ValueError(f"attach: {weight.name}: {weight.reason}")
+    kinds = ", ".join(sorted({type(place.module).__name__ for place in everywhere}))
+    raise ValueError(f"attach: no layer of the model can be adapted or all are excluded; it is made of {kinds}")
+
+
+# Why a weight is left out that nothing speaks against.
+_VECTOR = "one axis"
+_UNKNOWN = "no layer of a known kind; name it in target_parameters, or pass target_modules='all'"
+_NOT_TRIED = (_VECTOR, _UNKNOWN)
+
+
+def _everything(
+    everywhere: list[Place],
+    table: Mapping[str, Site],
+    is_excluded: Callable[[Place], bool],
+    *,
+    only_layers: bool,
+) -> tuple[dict[str, Site], list[SkippedWeight]]:
+    """Take what can be adapted, and note what cannot."""
+    chosen: dict[str, Site] = {}
+    skipped: dict[str, SkippedWeight] = {}
+    for place in everywhere:
+        if is_excluded(place) or place.is_internal:
+            continue
+        of_layer = [name for name in layer_weights(place.module) if "." not in name]
+        for parameter in dict.fromkeys([*of_layer, *weight_names(place.module)]):
+            name = _join(place.name, parameter)
+            reason = _reason(place, parameter, name, table, of_layer, only_layers)
+            if reason is None:
+                chosen[name] = table[name]
+            elif reason != _VECTOR or not only_layers:
+                skipped[name] = SkippedWeight(name, reason)
+    # A tied weight that one of its holders cannot have is no target of the others either.
+    names = {site.name: site for site in chosen.values()}.values()
+    unfit = {site.name: skipped[name] for site in names for name in site.names if name in skipped}
+    taken = {name: site for name, site in chosen.items() if site.name not in unfit}
+    known = {name for site in taken.values() for name in site.names}
+    return taken, [weight for weight in skipped.values() if weight.name not in known]
+
+
+def _reason(
+    place: Place, parameter: str, name: str, table: Mapping[str, Site], of_layer: list[str], only_layers: bool
+) -> str | None:
+    """Tell why a weight of a whole model is left out; ``None`` where it is taken."""
+    site = table.get(name)
+    if site is not None and not _has_values(place.module, parameter):
+        return None if parameter in of_layer else _UNKNOWN  # refused later, whole: the model was not loaded
+    if site is not None and site.weight.dim() < 2:
+        return _VECTOR
+    if only_layers and parameter not in of_layer:
+        return _UNKNOWN
+    if site is None and parameter not in weight_names(place.module):
+        return refusal(place.module, parameter)
+    if place.parent is None:
+        return _root_refusal(name, place.module, parameter)
+    return refusal(place.module, parameter)
+
+
+def _has_values(module: nn.Module, parameter: str) -> bool:
+    own = own_parameter(module, parameter)
+    return own is None or not (own.is_meta or isinstance(own, nn.parameter.UninitializedParameter))
 
 
 def _by_module(
     pattern: Any, everywhere: list[Place], table: Mapping[str, Site], is_excluded: Callable[[Place], bool]
 ) -> dict[str, Site]:
     hits = [place for place in everywhere if matches(pattern, place.name, place.module)]
-    known = [place for place in hits if wrapper_for(place.module) is not FloraParameter]
+    known = [place for place in hits if layer_weights(place.module)]
     if not hits:
         names = [place.name for place in everywhere if place.name]
         hint = near(pattern, names) if isinstance(pattern, str) else ""
@@ -326,12 +487,17 @@ def _by_module(
             f"as {first.name or 'the model'!r}, a {type(first.module).__name__}; pass its parameters in "
             f"target_parameters (it has {own})"
         )
-    names = [_join(place.name, "weight") for place in known if not is_excluded(place)]
-    # A weight that is computed (parametrized) is not listed among the parameters; wrapping says why it is refused.
-    for name in names:
-        if name not in table:
-            raise ValueError(f"attach: {name!r} is not a parameter of its module but computed; remove parametrizations")
-    return {name: table[name] for name in names}
+    owners = {place.name: place for place in everywhere}
+    found: dict[str, Site] = {}
+    for place in known:
+        for name in [_join(place.name, parameter) for parameter in layer_weights(place.module)]:
+            owner = owners[name.rpartition(".")[0]]
+            if is_excluded(place) or is_excluded(owner):
+                continue
+            if name not in table:
+                check_adaptable(f"attach: {name}", owner.module, name.rpartition(".")[2])
+            found[name] = table[name]
+    return found
 
 
 def _by_parameter(pattern: Any, table: Mapping[str, Site], is_excluded: Callable[[Place], bool]) -> dict[str, Site]:
@@ -355,16 +521,19 @@ def _shown(pattern: Any) -> str:
     return pattern.__name__ if isinstance(pattern, type) else repr(pattern)
 
 
+def _root_refusal(name: str, module: nn.Module, parameter: str) -> str:
+    return (
+        f"{name!r} belongs to the model itself, which cannot be replaced from outside; wrap it with "
+        f"{wrapper_for(module, parameter).__name__}, or put it into an nn.Sequential"
+    )
+
+
 def _check_site(site: Site, is_excluded: Callable[[Place], bool]) -> None:
     """Refuse a weight that cannot be reached from outside, or that an excluded module holds too."""
     for holder in site.holders:
         for place, name in zip(holder.places, holder.names):
             if place.parent is None:
-                kind = wrapper_for(holder.module, holder.parameter).__name__
-                raise ValueError(
-                    f"attach: {name!r} belongs to the model itself, which cannot be replaced from outside; "
-                    f"wrap it with {kind}, or put it into an nn.Sequential"
-                )
+                raise ValueError(f"attach: {_root_refusal(name, holder.module, holder.parameter)}")
             if is_excluded(place):
                 raise ValueError(
                     f"attach: {site.name!r} is tied to {name!r}, which is excluded; tied weights are adapted together: "

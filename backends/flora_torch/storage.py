@@ -16,6 +16,7 @@ import flora_tensor as ft
 from flora_tensor import TuckerTensor
 from flora_tensor.adapter_file import Adapter
 from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
+from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
 from flora_torch.initialize import default_dtype
 from flora_torch.inventory import (
@@ -30,7 +31,7 @@ from flora_torch.inventory import (
     updates_by_weight,
     whole_of,
 )
-from flora_torch.layers import adaptable, drops_input
+from flora_torch.kinds import drops_input
 from flora_torch.selection import Site, near, places, sites
 from flora_torch.update import TuckerUpdate
 
@@ -121,7 +122,7 @@ def _plan_of(
     site = table.get(name)
     if site is None:
         raise ValueError(f"attach_adapter: the model has no parameter {name!r}{near(name, table)}")
-    weight = adaptable(f"attach_adapter: {name}", site.holders[0].module, site.holders[0].parameter)
+    weight = adaptable(f"attach_adapter: {name}", site.holders[0].module, site.holders[0].parameter, values=False)
     if tuple(weight.shape) != adapter.shapes[name]:
         raise ValueError(
             f"attach_adapter: {name!r} is of shape {tuple(weight.shape)} in the model and {adapter.shapes[name]} in "

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.func import functional_call
 from typing_extensions import override
 
+from flora_torch.base_weight import call_with, dense_value, is_quantized
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, Work, forming_work, prefers_dense
 from flora_torch.initialize import Ranks
@@ -44,6 +44,8 @@ class WeightLayer(FloraLayer):
             raise TypeError(f"{type(self).__name__}: the base is a {type(base_layer).__name__}; pass one of {known}")
         super().__init__(base_layer, path=path)
         # A class that overrides `forward` may do anything with its weight: such a base only ever runs as a whole.
+        # A quantized one is known to give the product with the weight that it stands for, whatever its class.
+        self._is_quantized = is_quantized(base_layer)
         self._is_plain = self.knows_forward_of(base_layer)
         if ranks is not None:
             self.add_adapter(adapter_name, ranks, **options)
@@ -58,7 +60,7 @@ class WeightLayer(FloraLayer):
     @classmethod
     def knows_forward_of(cls, module: nn.Module) -> bool:
         """Tell whether the module's class runs the forward that the factored path stands for."""
-        return _has_known_forward(module, cls._known)
+        return is_quantized(module) or _has_known_forward(module, cls._known)
 
     @property
     def weight(self) -> Tensor:
@@ -87,6 +89,10 @@ class WeightLayer(FloraLayer):
     def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
         self.tucker_update[adapter_name] = update
 
+    @override
+    def _base_value(self, parameter: str) -> Tensor:
+        return dense_value(self.base_layer, parameter) if self._is_quantized else super()._base_value(parameter)
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer with W + Σ s·ΔW.
 
@@ -114,14 +120,15 @@ class WeightLayer(FloraLayer):
     def _run_base(self, formed: list[TuckerUpdate], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not formed:
             return self.base_layer(input, *args, **kwargs)
-        return functional_call(self.base_layer, {"weight": self.effective("weight", formed)}, (input, *args), kwargs)
+        return call_with(self.base_layer, {"weight": self.effective("weight", formed)}, (input, *args), kwargs)
 
     def _drops(self, update: TuckerUpdate) -> bool:
         return self.training and update.dropout > 0.0
 
     def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
         """Decide between the two paths; dropout on the update's own input leaves no single effective weight."""
-        if self._drops(update):
+        # Nothing can be added to a quantized weight: the change stays a product of its own.
+        if self._is_quantized or self._drops(update):
             return False
         if self.path != "auto" or not self._has_factored(update):
             return self.path != "factored"
@@ -134,14 +141,17 @@ class WeightLayer(FloraLayer):
         """Compute s·ΔW·x on its own."""
         x = nnf.dropout(input, update.dropout) if self._drops(update) else input
         if not self._has_factored(update) or self.path == "dense":
-            bias: Tensor | None = getattr(self.base_layer, "bias", None)
-            parts = {"weight": update.delta().to(self.base_layer.weight.dtype)}  # type: ignore[union-attr]
-            # A linear or convolutional base without its bias is the product with its weight.
-            parts |= {} if bias is None else {"bias": torch.zeros_like(bias)}
-            return functional_call(self.base_layer, parts, (x, *args), kwargs)
+            return self._change_by(update.delta(), x, *args, **kwargs)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(update.core.dtype)
         return self._sum(update, lambda core, factors: self._product(update, x, core, factors, *args, **kwargs))
+
+    def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute ΔW·x by the base itself: without its bias, it is the product with its weight."""
+        base: Any = self.base_layer
+        parts = {"weight": delta.to(x.dtype if self._is_quantized else base.weight.dtype)}
+        parts |= {} if getattr(base, "bias", None) is None else {"bias": torch.zeros_like(base.bias)}
+        return call_with(base, parts, (x, *args), kwargs)
 
     @staticmethod
     def _sum(update: TuckerUpdate, product: Any) -> Tensor:

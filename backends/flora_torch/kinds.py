@@ -1,0 +1,94 @@
+"""Which kind of layer adapts which weight, and which weights a module of a known kind has."""
+
+from torch import nn
+
+from flora_torch.base_weight import check_adaptable, is_packed_for_inference
+from flora_torch.flora_layer import FloraLayer
+from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear, FloraParameter
+from flora_torch.weight_layer import WeightLayer
+
+__all__ = ["drops_input", "layer_weights", "refusal", "wrapper_for"]
+
+_KINDS = (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding)
+
+
+def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer]:
+    """Return the kind of layer that adapts a parameter of a module best: the one that knows its product, if any.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module that owns the parameter.
+    parameter : str
+        The parameter's name.
+
+    Returns
+    -------
+    type
+        `FloraLinear`, `FloraConv`, `FloraConvTranspose` or `FloraEmbedding` for the ``weight`` of such a layer, else
+        `FloraParameter`.
+
+    Examples
+    --------
+    >>> wrapper_for(nn.Conv1d(2, 2, 3)).__name__, wrapper_for(nn.Bilinear(2, 2, 2)).__name__
+    ('FloraConv', 'FloraParameter')
+    """
+    if parameter == "weight":
+        for kind in _KINDS:
+            if kind.accepts(module):
+                return kind
+    return FloraParameter
+
+
+def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
+    """Tell whether an update of this parameter can have dropout: it needs an input, and a product that is known.
+
+    Examples
+    --------
+    >>> drops_input(nn.Linear(2, 2)), drops_input(nn.Bilinear(2, 2, 2))
+    (True, False)
+    """
+    kind = wrapper_for(module, parameter)
+    return issubclass(kind, WeightLayer) and kind.knows_forward_of(module)
+
+
+def layer_weights(module: nn.Module) -> tuple[str, ...]:
+    """List the weights that make a module a layer of a known kind; empty for any other module.
+
+    Attention has the weight of its output projection among them, which a child of it owns.
+
+    Examples
+    --------
+    >>> layer_weights(nn.GRUCell(3, 4)), layer_weights(nn.LayerNorm(3))
+    (('weight_ih', 'weight_hh'), ())
+    >>> layer_weights(nn.MultiheadAttention(4, 2))
+    ('in_proj_weight', 'out_proj.weight')
+    """
+    if wrapper_for(module) is not FloraParameter or is_packed_for_inference(module):
+        return ("weight",)
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if isinstance(module, nn.Bilinear | nn.EmbeddingBag):
+        return ("weight",)
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return tuple(name for name in own if name.startswith("weight_"))
+    if isinstance(module, nn.MultiheadAttention):
+        return (*(name for name in own if name.endswith("proj_weight")), "out_proj.weight")
+    return ()
+
+
+def refusal(module: nn.Module, parameter: str) -> str | None:
+    """Tell why a weight cannot be adapted; ``None`` where it can.
+
+    Examples
+    --------
+    >>> refusal(nn.Embedding(3, 2, max_norm=1.0), "weight")
+    'FloraEmbedding: the base has max_norm=1.0, which rewrites its weight at every use; set max_norm to None first'
+    """
+    try:
+        check_adaptable("", module, parameter)
+        kind = wrapper_for(module, parameter)
+        if issubclass(kind, FloraEmbedding):
+            kind.check_base(module)
+    except ValueError as error:
+        return str(error).removeprefix(": ")
+    return None
