@@ -150,7 +150,11 @@ def _plans(targets: list[Site], ranks: Any, arrangement: Any, oversampling: int)
     plans: list[_Plan] = []
     for site in targets:
         holder = site.holders[0]
-        weight = adaptable(f"collect_gradients: {site.name}", holder.module, holder.parameter)
+        weight = adaptable(f"collect_gradients: {site.name}", holder.module, holder.parameter, values=False)
+        if weight is not site.weight:
+            raise ValueError(
+                f"collect_gradients: {site.name!r} is computed or quantized and gets no gradient of its own; exclude it"
+            )
         given = by_arrangement.of(site)
         arranged = Arrangement(given) if isinstance(given, str) else given
         if arranged is None or (arranged.n_axes != weight.dim() and by_arrangement.table is None):
