@@ -150,15 +150,17 @@ def locked(where: str, target: Path) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def staged_directory(where: str, target: Path, *, overwrite: bool, owned: Collection[str]) -> Generator[Path]:
+def staged_directory(
+    where: str, target: Path, *, overwrite: bool, owned: Collection[str], lock: bool = True
+) -> Generator[Path]:
     """Yield an empty directory that becomes ``target`` if the block succeeds, and vanishes if it does not.
 
     With ``overwrite`` an existing directory is replaced only if all that it holds are regular files matching the globs
-    ``owned``: a mistyped path must not cost the user other files.
+    ``owned``: a mistyped path must not cost the user other files. ``lock=False`` is for who holds the lock already.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(where, target):
+    with locked(where, target) if lock else contextlib.nullcontext():
         check_target(where, target, overwrite=overwrite, owned=owned)
         _remove_leftovers(target)
         stage = target.parent / f".{target.name}.partial-{secrets.token_hex(6)}"

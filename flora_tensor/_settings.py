@@ -40,7 +40,6 @@ class Settings:
     max_memory: int | None
     noise_floor: float | Literal["auto"] | None
     dry_run: bool
-    progress: Progress
 
     def options(self) -> dict[str, Any]:
         """Return what shaped the result, for the report."""
@@ -60,6 +59,18 @@ class Settings:
             "noise_floor": self.noise_floor,
             "dtype": {code: name for name, code in CODES.items()}[self.dtype],
         }
+
+    def of_a_task(self) -> dict[str, Any]:
+        """Return those of the options that the outcome for one tensor depends on, beside what was chosen for it."""
+        return {**self.options(), "include": (), "exclude": (), "vectors": "", **dict.fromkeys(self.budget, 0)} | {
+            "device": str(self.device),
+            "dry_run": self.dry_run,
+        }
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether a tensor can be decomposed as soon as it is read: where its ranks are given, not chosen."""
+        return self.ranks is not None and not self.dry_run
 
     def selects(self, name: str) -> bool:
         """Tell whether a tensor is asked for."""

@@ -1,19 +1,19 @@
 """The second pass of an extraction: every change decomposed at its ranks, written, and its error measured."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._deltas import frobenius_norm, on_device, read_delta
-from flora_tensor._errors import InputError
+from flora_tensor._deltas import frobenius_norm, on_device
 from flora_tensor._files import check_free_space
-from flora_tensor._safetensors import SafetensorsWriter, encode, round_to
+from flora_tensor._safetensors import BITS, SafetensorsWriter, encode, round_to
 from flora_tensor._settings import Settings
-from flora_tensor._survey import Weight, rank_zero_row
+from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
@@ -30,44 +30,57 @@ from flora_tensor.decomposition import tucker
 from flora_tensor.report import TensorRow
 from flora_tensor.tucker_tensor import TuckerTensor
 
-__all__ = ["write_adapter"]
+__all__ = ["Part", "Stored", "check_space", "decompose", "write_adapter"]
+
+
+class Part(NamedTuple):
+    """One stored array: its type in the file, its shape, and its bytes, uint8 of shape (n_bytes,)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+class Stored(NamedTuple):
+    """A decomposed weight, its scale, and a way to its parts, which are read when they are written."""
+
+    weight: Weight
+    scale: float
+    parts: Callable[[], Mapping[str, Part]]
+
+
+def check_space(target: Path, tuned: Checkpoint, weights: Iterable[Weight], whole: Sequence[str], dtype: str) -> None:
+    """Refuse a run whose result does not fit on the disk beside its copy in the making."""
+    layout = _layout(tuned, {w.row.name: w for w in weights}, whole, dtype)
+    check_free_space("extract", target, 2 * sum(math.prod(shape) * BITS[code] // 8 for _, code, shape in layout))
 
 
 def write_adapter(
     base: Checkpoint,
     tuned: Checkpoint,
     directory: Path,
-    rows: Mapping[str, TensorRow],
-    weights: Mapping[str, Weight],
-    settings: Settings,
-) -> dict[str, TensorRow]:
-    """Decompose and write everything that is to be stored: the second pass."""
-    stored = {name: weight for name, weight in weights.items() if any(weight.ranks)}
-    whole = [name for name, row in rows.items() if row.status == "whole"]
-    layout = list(_layout(tuned, stored, whole, settings.dtype))
-    check_free_space("extract", directory, sum(_n_bytes(dtype, shape) for _, dtype, shape in layout))
-    result = {name: rank_zero_row(weight) for name, weight in weights.items() if name not in stored}
-    scales: dict[str, float] = {}
-    with SafetensorsWriter(directory / MODEL_NAME, layout, METADATA) as writer:
-        for done, (name, weight) in enumerate(stored.items()):
-            settings.progress("decomposing", done, len(stored), name)
-            delta = read_delta(base, tuned, name)
-            if delta is None:
-                raise InputError(f"{tuned.path}: changed while it was being read; run again when nobody writes to it")
-            scales[name], result[name] = _decompose(writer, weight, delta, settings)
+    stored: Mapping[str, Stored],
+    whole: Sequence[str],
+    dtype: str,
+) -> None:
+    """Put the adapter's files together, in the order of the checkpoint, whatever the order of the work was."""
+    weights = {name: item.weight for name, item in stored.items()}
+    with SafetensorsWriter(directory / MODEL_NAME, _layout(tuned, weights, whole, dtype), METADATA) as writer:
+        for name, item in stored.items():
+            for part, content in item.parts().items():
+                writer.write(tensor_key(name, part), content.data)
         for name in whole:
             writer.write(whole_key(name), tuned.read_raw(name))
         writer.finish()
     config = config_of(
-        ranks={name: weight.ranks for name, weight in stored.items()},
-        scales=scales,
-        arrangements={name: weight.arrangement for name, weight in stored.items() if weight.arrangement},
-        shapes={name: weight.row.shape for name, weight in stored.items()},
+        ranks={name: weight.ranks for name, weight in weights.items()},
+        scales={name: item.scale for name, item in stored.items()},
+        arrangements={name: weight.arrangement for name, weight in weights.items() if weight.arrangement},
+        shapes={name: weight.row.shape for name, weight in weights.items()},
         whole=whole,
         extra={"base_model_name_or_path": str(base.path), "base_fingerprint": base.fingerprint()},
     )
     write_config(directory / CONFIG_NAME, config)
-    return result
 
 
 def _layout(
@@ -82,14 +95,8 @@ def _layout(
         yield whole_key(name), tuned.info(name).dtype, tuned.info(name).shape
 
 
-def _n_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return math.prod(shape) * {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(dtype, 8)
-
-
-def _decompose(
-    writer: SafetensorsWriter, weight: Weight, delta: np.ndarray, settings: Settings
-) -> tuple[float, TensorRow]:
-    """Decompose one change at its ranks, write it, and measure the error of the stored bits."""
+def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[float, TensorRow, dict[str, Part]]:
+    """Decompose one change at its ranks; return the scale, the row with the error of the stored bits, and the parts."""
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
@@ -97,8 +104,7 @@ def _decompose(
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
-    for part, array in [("core", core), *factors]:
-        writer.write(tensor_key(name, part), encode(to_numpy(array), dtype))
+    parts = {k: Part(dtype, a.shape, encode(to_numpy(a), dtype)) for k, a in [("core", core), *factors]}
     stored = TuckerTensor(core, fitted.factors).map(lambda array: round_to(array, dtype).astype(np.float64))
     # What `load_adapter` gives and `merge_checkpoint` adds, in float64: the difference is the error and nothing else.
     difference = np.ldexp(stored.to_tensor(), exponent)
@@ -111,7 +117,7 @@ def _decompose(
         n_parameters=stored.n_parameters,
         relative_error=frobenius_norm(difference) / norm,
     )
-    return scale, row
+    return scale, row, parts
 
 
 def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:

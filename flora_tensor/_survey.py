@@ -3,7 +3,8 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from flora_tensor.noise import projected_edge, worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
 
-__all__ = ["Weight", "choose", "predicted_row", "rank_zero_row", "scan", "survey"]
+__all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "survey"]
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Weight:
     arrangement: Arrangement | None = None
     ranks: tuple[int, ...] = ()
     predicted: float | None = None
+    digest: str = ""  # of the bits of both sides
 
     @property
     def arranged_shape(self) -> tuple[int, ...]:
@@ -102,8 +104,8 @@ def _check_globs(settings: Settings, names: Sequence[str]) -> None:
             raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; there are {', '.join(near)}")
 
 
-def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> TensorRow | Weight:
-    """Look at one tensor in the first pass."""
+def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> TensorRow | tuple[Weight, np.ndarray]:
+    """Look at one tensor in the first pass; one that is to be decomposed comes with its change."""
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
     is_vector = len(a.shape) < 2
@@ -123,7 +125,7 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     if zeros >= 0.5:
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
-    weight = Weight(row, settings.arrangements(name, a.shape))
+    weight = Weight(row, settings.arrangements(name, a.shape), digest=change.digest)
     floor = change.noise if settings.caps_noise else settings.noise_floor
     floor = floor if isinstance(floor, float) and settings.ranks is None else None
     for arrangement in weight.arrangements if settings.ranks is None else ():
@@ -137,7 +139,7 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
         weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
         _take_ranks(weight, delta, settings)
-    return weight
+    return weight, delta
 
 
 def _scales_beside(side: Checkpoint, name: str) -> list[str]:
@@ -176,6 +178,19 @@ def _scan_whole(
     if settings.vectors == "skip":
         return replace(row, reason="vector, skipped as asked")
     return replace(row, status="whole", n_parameters=math.prod(row.shape), relative_error=0.0)
+
+
+def expected_weights(base: Checkpoint, tuned: Checkpoint, names: Sequence[str], settings: Settings) -> Iterator[Weight]:
+    """Guess from the headers, if every tensor changed, what would be stored at the ranks that were given."""
+    for name in names:
+        shape = base.info(name).shape
+        if len(shape) < 2 or not is_float(base.info(name)) or not is_float(tuned.info(name)):
+            continue
+        weight = Weight(TensorRow(name, "tucker", shape=shape), settings.arrangements(name, shape))
+        weight.arrangement = weight.arrangements[0]
+        with suppress(ValueError):  # refused when the tensor is found to have changed, not before
+            weight.ranks = settings.ranks_of(name, weight.arranged_shape)[1]
+            yield weight
 
 
 def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:

@@ -1,21 +1,27 @@
 """From two checkpoints to an adapter: the change of every weight, decomposed under one budget.
 
 Two passes, one tensor at a time. The first reads each pair, subtracts, and lists what every choice of ranks would
-buy; then one budget is spread over all weights; the second reads each pair again, decomposes it at its ranks,
-measures the error of what is stored and writes it. Neither model is ever in memory.
+buy; then one budget is spread over all weights; the second reads each pair again, decomposes it at its ranks and
+measures the error of what is stored. Where the ranks are given, one pass does it all. Each tensor is a task, done here
+or by an executor; its outcome is kept in a journal beside the output, from which a run that was interrupted goes on.
+Neither model is ever in memory.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from warnings import warn
 
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
-from flora_tensor._files import staged_directory, write_file
+from flora_tensor._execution import Run
+from flora_tensor._files import check_target, locked, staged_directory, write_file
+from flora_tensor._journal import Journal
 from flora_tensor._settings import (
     CODES,
     PathLike,
@@ -30,8 +36,9 @@ from flora_tensor._settings import (
     noise_option,
     silent,
 )
-from flora_tensor._storing import write_adapter
-from flora_tensor._survey import Weight, choose, predicted_row, scan, survey
+from flora_tensor._storing import Part, Stored, check_space, write_adapter
+from flora_tensor._survey import choose, expected_weights, predicted_row, rank_zero_row, survey
+from flora_tensor._tasks import Job, Source, Task
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter_file import OWNED_NAMES, REPORT_NAME
 from flora_tensor.arrangement import Arrangement
@@ -65,6 +72,8 @@ def extract(
     overwrite: bool = False,
     allow_pickle: bool = False,
     max_memory: int | None = None,
+    resume: bool = False,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Turn the difference of two checkpoints into an adapter directory.
@@ -122,8 +131,16 @@ def extract(
         Whether pickle files are read, with ``weights_only=True``.
     max_memory : int, optional
         How many bytes one tensor's work may take; what the machine has free by default.
+    resume : bool, default False
+        Whether to continue a run that was interrupted, from what it left in `OUT.partial`. Inputs and options are
+        compared tensor by tensor, what no longer fits is done again, and the result has the same bytes as without the
+        interruption.
+    executor : concurrent.futures.Executor, optional
+        Where to do the tensors' work, such as a ``ProcessPoolExecutor`` or the executor of a Dask client; here, one
+        after the other, by default. Workers must find the checkpoints under the same paths. The result has the same
+        bytes where workers compute with as many threads.
     progress : callable, optional
-        Called as ``progress(phase, done, total, name)`` before each tensor.
+        Called as ``progress(phase, done, total, name)`` before each tensor; with ``executor`` after each.
 
     Returns
     -------
@@ -137,9 +154,10 @@ def extract(
     InputError
         If a checkpoint is damaged, the two do not fit each other, a number is not finite, or nothing changed.
     ResourceError
-        If a tensor would need more memory than there is.
+        If a tensor would need more memory than there is, or the executor lost its workers.
     OSError
-        If the output exists, is being written by another run, or does not fit on the disk.
+        If the output exists, is being written by another run or was left unfinished by one, or does not fit on the
+        disk.
 
     Warns
     -----
@@ -182,70 +200,94 @@ def extract(
         max_memory,
         noise_option(noise_floor),
         dry_run,
-        progress or silent,
     )
     before = open_checkpoint(base, allow_pickle=allow_pickle)
     after = open_checkpoint(tuned, allow_pickle=allow_pickle)
     settings = replace(settings, heads=heads_option(heads, before, after))
-    report = _staged(before, after, None if out is None else Path(out), settings, overwrite=overwrite)
+    if out is not None:
+        check_distinct("extract", out, before, after)
+    sources = [Source.of(side, allow_pickle=allow_pickle) for side in (before, after)]
+    job = Job(sources[0], sources[1], settings)
+    if out is None or dry_run:
+        report = _extracted(Run(before, after, job, None, executor, progress or silent), None, overwrite)
+    else:
+        report = _begun(before, after, Path(out), job, _Ways(overwrite, resume, executor, progress or silent))
     if rtol is not None and weights == "norm" and report.relative_error > rtol + 1e-5:
         message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
     return report
 
 
-def _staged(
-    base: Checkpoint, tuned: Checkpoint, out: Path | None, settings: Settings, *, overwrite: bool
-) -> ExtractionReport:
+def _begun(base: Checkpoint, tuned: Checkpoint, out: Path, job: Job, ways: "_Ways") -> ExtractionReport:
     """Run, and let the directory appear at the end."""
-    if out is not None:
-        check_distinct("extract", out, base, tuned)
-    stage = (
-        nullcontext(None)
-        if settings.dry_run or out is None
-        else staged_directory("extract", out, overwrite=overwrite, owned=OWNED_NAMES)
-    )
-    with stage as directory:
-        report = _run(base, tuned, directory, settings)
+    target = Path(os.path.realpath(out))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked("extract", target):
+        check_target("extract", target, overwrite=ways.overwrite, owned=OWNED_NAMES)
+        with Journal.beside("extract", target, resume=ways.resume, overwrite=ways.overwrite) as journal:
+            return _extracted(Run(base, tuned, job, journal, ways.executor, ways.progress), target, ways.overwrite)
+
+
+class _Ways(NamedTuple):
+    """How a run is done, which does not show in its result."""
+
+    overwrite: bool
+    resume: bool
+    executor: Executor | None
+    progress: Progress
+
+
+def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionReport:
+    """Look at every tensor, choose the ranks, decompose, and put the directory together; or promise to."""
+    settings, base, tuned = run.job.settings, run.base, run.tuned
+    rows, candidates = survey(base, tuned, settings)
+    if target is not None and settings.in_one_pass:
+        check_space(target, tuned, expected_weights(base, tuned, candidates, settings), (), settings.dtype)
+    tasks = [Task(name) for name in candidates]
+    found = run.do("decomposing" if settings.in_one_pass else "reading", tasks)
+    rows |= {name: outcome.row for name, outcome in found.items()}
+    if not any(row.changed for row in rows.values()):
+        raise InputError(
+            f"extract: nothing to extract: no selected tensor differs between {base.path} and {tuned.path}"
+        )
+    weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
+    whole = [name for name, row in rows.items() if row.status == "whole"]
+    lower_bound = choose(weights, settings, keep_going=bool(whole))
+    if target is None:
+        rows |= {name: predicted_row(weight) for name, weight in weights.items()}
+        return _totals(rows, base, tuned, lower_bound, settings)
+    if not settings.in_one_pass:
+        tasks = [Task(name, weight) for name, weight in weights.items() if any(weight.ranks)]
+        check_space(target, tuned, [task.weight for task in tasks if task.weight], whole, settings.dtype)
+        rows |= {name: rank_zero_row(weight) for name, weight in weights.items() if not any(weight.ranks)}
+        found = run.do("decomposing", tasks)
+        rows |= {name: outcome.row for name, outcome in found.items()}
+    report = _totals(rows, base, tuned, lower_bound, settings)
+    stored = {
+        task.name: Stored(outcome.weight, outcome.scale, partial(_parts, run, task))
+        for task in tasks
+        if (outcome := found[task.name]).weight is not None
+    }
+    with staged_directory("extract", target, overwrite=overwrite, owned=OWNED_NAMES, lock=False) as stage:
+        write_adapter(base, tuned, stage, stored, whole, settings.dtype)
+        write_file(stage / REPORT_NAME, (report.to_json() + "\n").encode())
         base.check_unchanged()
         tuned.check_unchanged()
     return report
 
 
-def _run(base: Checkpoint, tuned: Checkpoint, directory: Path | None, settings: Settings) -> ExtractionReport:
-    rows, candidates = survey(base, tuned, settings)
-    weights: dict[str, Weight] = {}
-    for done, name in enumerate(candidates):
-        settings.progress("reading", done, len(candidates), name)
-        found = scan(base, tuned, name, settings)
-        if isinstance(found, Weight):
-            weights[name] = found
-            found = found.row
-        rows[name] = found
-    if not any(row.changed for row in rows.values()):
-        raise InputError(
-            f"extract: nothing to extract: no selected tensor differs between {base.path} and {tuned.path}"
-        )
-    lower_bound = choose(weights, settings, keep_going=any(row.status == "whole" for row in rows.values()))
-    if directory is None:
-        rows |= {name: predicted_row(weight) for name, weight in weights.items()}
-    else:
-        rows |= write_adapter(base, tuned, directory, rows, weights, settings)
-    names = dict.fromkeys((*base.names(), *tuned.names()))
-    report = _totals(tuple(rows[name] for name in names), base, tuned, lower_bound, settings, directory is None)
-    if directory is not None:
-        write_file(directory / REPORT_NAME, (report.to_json() + "\n").encode())
-    return report
+def _parts(run: Run, task: Task) -> Mapping[str, Part]:
+    return run.stored(task).parts
 
 
 def _totals(
-    rows: tuple[TensorRow, ...],
+    found: Mapping[str, TensorRow],
     base: Checkpoint,
     tuned: Checkpoint,
     lower_bound: float | None,
     settings: Settings,
-    dry_run: bool,
 ) -> ExtractionReport:
+    rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
     # Norms are scaled by the largest one, so that squares neither overflow nor vanish.
     decomposed = [row for row in rows if row.delta_norm is not None]
     largest = max((row.delta_norm or 0.0 for row in decomposed), default=0.0) or 1.0
@@ -260,5 +302,5 @@ def _totals(
         relative_error=math.sqrt(left / total) if total else 0.0,
         lower_bound=lower_bound,
         options=settings.options() | ({"aliases": aliases} if aliases else {}),
-        dry_run=dry_run,
+        dry_run=settings.dry_run,
     )

@@ -1,0 +1,191 @@
+"""One tensor's work as a task: what a worker is told, what it gives back, and how that is written down."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from flora_tensor._deltas import read_change, read_digest
+from flora_tensor._errors import InputError
+from flora_tensor._files import canonical_json, parse_json
+from flora_tensor._settings import Settings
+from flora_tensor._storing import Part, decompose
+from flora_tensor._survey import Weight, scan
+from flora_tensor._version import __version__
+from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.report import TensorRow
+from flora_tensor.spectra import Frontier
+
+__all__ = ["Job", "Outcome", "Task", "pack", "perform", "unpack"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with one tensor: look at it, or decompose it as ``weight`` says.
+
+    ``known`` is the digest of the inputs whose outcome is kept already.
+    """
+
+    name: str
+    weight: Weight | None = None
+    known: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Which of the two it is."""
+        return "look" if self.weight is None else "decompose"
+
+    def options(self, settings: Settings) -> str:
+        """Return a digest of everything beside the inputs that the outcome depends on."""
+        chosen = None if self.weight is None else _weight_fields(self.weight)
+        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen]
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a tensor: its row; where it is to be stored its weight, and if decomposed the parts to store."""
+
+    row: TensorRow
+    weight: Weight | None = None
+    scale: float = 1.0
+    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint by its path, so that a worker can open it, and the sizes and times that its files must have."""
+
+    path: str
+    allow_pickle: bool
+    files: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, allow_pickle: bool) -> "Source":
+        """Describe a checkpoint that is open."""
+        files = tuple((str(f.path), f.identity[0], f.identity[1]) for f in checkpoint.files)
+        return cls(str(checkpoint.path), allow_pickle, files)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a run have in common; all of it can be pickled."""
+
+    base: Source
+    tuned: Source
+    settings: Settings
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(source: Source) -> Checkpoint:
+    checkpoint = open_checkpoint(source.path, allow_pickle=source.allow_pickle)
+    if Source.of(checkpoint, allow_pickle=source.allow_pickle) != source:
+        raise InputError(f"{source.path}: a worker does not find the files that the run began with")
+    return checkpoint
+
+
+def perform_job(job: Job, task: Task) -> Outcome | None:
+    """Do a task in a worker; the checkpoints are opened once in each."""
+    return perform(_opened(job.base), _opened(job.tuned), job.settings, task)
+
+
+def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task) -> Outcome | None:
+    """Do a task; ``None`` where its outcome is known and the inputs are still the same."""
+    if task.known and read_digest(base, tuned, task.name) == task.known:
+        return None
+    if task.weight is not None:
+        change = read_change(base, tuned, task.name)
+        if change is None or change.digest != task.weight.digest:
+            raise InputError(f"{tuned.path}: changed while it was being read; run again when nobody writes to it")
+        return Outcome(*_decomposed(task.weight, change.values, settings))
+    found = scan(base, tuned, task.name, settings)
+    if isinstance(found, TensorRow):
+        return Outcome(found)
+    weight, delta = found
+    if not settings.in_one_pass:
+        return Outcome(weight.row, weight)
+    return Outcome(*_decomposed(weight, delta, settings))
+
+
+def _decomposed(
+    weight: Weight, delta: np.ndarray, settings: Settings
+) -> tuple[TensorRow, Weight, float, dict[str, Part]]:
+    scale, row, parts = decompose(weight, delta, settings)
+    return row, replace(weight, row=row), scale, parts
+
+
+# An outcome as bytes: one line of JSON, then the arrays that it lists, one after the other.
+
+
+def pack(outcome: Outcome) -> bytes:
+    """Write an outcome down; `unpack` gives back equal values, floats to the last bit."""
+    arrays: list[np.ndarray] = []
+
+    def listed(array: np.ndarray) -> list[Any]:
+        arrays.append(np.ascontiguousarray(array))
+        return [array.dtype.str, list(array.shape)]
+
+    def plain(value: Any) -> Any:  # hexadecimal: JSON has no word for infinity
+        return listed(value) if isinstance(value, np.ndarray) else value.hex() if isinstance(value, float) else value
+
+    frontiers = outcome.weight.frontiers if outcome.weight else ()
+    content = {
+        "row": asdict(outcome.row),
+        "weight": None if outcome.weight is None else _weight_fields(outcome.weight),
+        "frontiers": [[plain(getattr(frontier, f.name)) for f in fields(Frontier)] for frontier in frontiers],
+        "scale": outcome.scale,
+        "parts": [[name, part.dtype, list(part.shape), listed(part.data)] for name, part in outcome.parts.items()],
+    }
+    return b"".join([canonical_json(content).encode(), b"\n", *(array.tobytes() for array in arrays)])
+
+
+def unpack(payload: np.ndarray) -> Outcome:
+    """Read an outcome that `pack` wrote."""
+    data = payload.tobytes()
+    position = data.index(b"\n") + 1
+    content = parse_json(data[: position - 1], "journal")
+
+    def taken(entry: list[Any]) -> np.ndarray:  # in the order in which `pack` listed them
+        nonlocal position
+        dtype, shape = np.dtype(entry[0]), tuple(entry[1])
+        start, position = position, position + dtype.itemsize * math.prod(shape)
+        return np.frombuffer(data[start:position], dtype).reshape(shape)
+
+    def rich(value: Any) -> Any:
+        return taken(value) if isinstance(value, list) else float.fromhex(value) if isinstance(value, str) else value
+
+    frontiers = [Frontier(*(rich(value) for value in entry)) for entry in content["frontiers"]]
+    parts = {name: Part(dtype, tuple(shape), taken(entry)) for name, dtype, shape, entry in content["parts"]}
+    row = TensorRow(**_with_tuples(content["row"]))
+    weight = None if content["weight"] is None else _weight(content["weight"], row, frontiers)
+    return Outcome(row, weight, content["scale"], parts)
+
+
+def _weight_fields(weight: Weight) -> dict[str, Any]:
+    content = {f.name: getattr(weight, f.name) for f in fields(weight) if f.name != "frontiers"}
+    chosen = weight.arrangement
+    return content | {
+        "row": asdict(weight.row),
+        "arrangements": [[a.pattern, dict(a.sizes)] for a in weight.arrangements],
+        "arrangement": None if chosen is None else [chosen.pattern, dict(chosen.sizes)],
+    }
+
+
+def _weight(content: dict[str, Any], row: TensorRow, frontiers: list[Frontier]) -> Weight:
+    chosen = content["arrangement"]
+    known: dict[str, Any] = {
+        "row": row,
+        "arrangements": tuple(Arrangement(*a) for a in content["arrangements"]),
+        "arrangement": None if chosen is None else Arrangement(*chosen),
+        "frontiers": frontiers,
+    }
+    return Weight(**(_with_tuples(content) | known))
+
+
+def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
