@@ -108,10 +108,8 @@ class Journal:
         if _parsed(head) == _HEAD:
             self._position = len(head) + 1
             for raw in lines[:-1]:  # what follows the last newline was never finished
-                entry = _parsed(raw)
-                try:
-                    line = _Line(**entry)
-                except TypeError:
+                line = _line(_parsed(raw), os.fstat(self._data).st_size)
+                if line is None:
                     break
                 self._known[line.task, line.name, line.options] = line
                 self._position += len(raw) + 1
@@ -159,6 +157,15 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _line(entry: dict[str, Any], size: int) -> _Line | None:
+    """Return the line that a table stands for, or ``None`` where it is none of ours or speaks of bytes that are not."""
+    kinds = dict.fromkeys(("task", "name", "inputs", "options", "sha256"), str) | {"start": int, "n_bytes": int}
+    if {key: type(value) for key, value in entry.items()} != kinds:
+        return None
+    line = _Line(**entry)
+    return line if 0 <= line.start <= line.start + line.n_bytes <= size else None
 
 
 def _remove(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 Thin: each command calls one function of the library and shows what it returns. Tables and JSON go to stdout,
 progress and errors to stderr. Exit codes: 0 done, 2 a wrong argument, 3 bad input, 4 a file that cannot be read or
-written, 5 not enough memory or a package that is missing, 130 interrupted, 1 a mistake of ours.
+written, 5 not enough memory or a package that is missing, 130 interrupted, 143 terminated, 1 a mistake of ours.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from flora_tensor._errors import InputError, ResourceError
+from flora_tensor._progress import ProgressLine
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 
@@ -31,6 +33,15 @@ _EXISTING = click.Path(path_type=Path)
 class _InterruptedError(Exception):
     """Ctrl-C or SIGTERM; click would print a line of its own for a bare KeyboardInterrupt."""
 
+    def __init__(self, cause: KeyboardInterrupt) -> None:
+        kept = getattr(cause, "__notes__", ["nothing was written"])
+        super().__init__(f"interrupted; {'; '.join(kept)}")
+        self.exit_code = 143 if isinstance(cause, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which cleans up as Ctrl-C does."""
+
 
 class _Commands(click.Group):
     """A group whose errors are one line on stderr, with an exit code that says of what kind they are."""
@@ -39,8 +50,8 @@ class _Commands(click.Group):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _InterruptedError from None
+        except KeyboardInterrupt as interrupt:
+            raise _InterruptedError(interrupt) from None
         except BrokenPipeError:
             # The reader of our output has seen enough. Python flushes stdout once more at its end: let that go nowhere.
             with contextlib.suppress(OSError, ValueError):
@@ -68,16 +79,20 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the one line that stand for an error."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
-    if isinstance(error, _InterruptedError | KeyboardInterrupt | click.Abort):
+    if isinstance(error, _InterruptedError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
         return 130, "interrupted; nothing was written"
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
     if isinstance(error, InputError):
         return 3, str(error)
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, ImportError | ResourceError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 5, str(error) or "not enough memory"
+        return 5, (str(error) or "not enough memory") + kept
     if isinstance(error, OSError):
-        return 4, f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        return 4, text + kept
     if isinstance(error, ValueError | TypeError):
         return 2, str(error)
     return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug and report it"
@@ -91,7 +106,7 @@ def _terminated_like_interrupted() -> Generator[None]:
         return
 
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -157,25 +172,45 @@ def _size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _progress() -> Generator[Callable[[str, int, int, str], None] | None]:
-    """Give a callback that draws a bar on stderr, if that is a terminal."""
-    if not sys.stderr.isatty():
+def _progress(
+    *checkpoints: Path, wanted: bool | None = None, allow_pickle: bool = False
+) -> Generator[Callable[[str, int, int, str], None] | None]:
+    """Give a callback that shows progress on stderr, if that is a terminal or it is ``wanted``."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
         return
-    from tqdm import tqdm
-
-    bar: Any = tqdm(file=sys.stderr, unit="tensor", dynamic_ncols=True, leave=False)
-
-    def show(phase: str, done: int, total: int, name: str) -> None:
-        bar.total, bar.n = total, done
-        bar.set_description(phase, refresh=False)
-        bar.set_postfix_str(name[-40:], refresh=False)
-        bar.refresh()
-
+    line = ProgressLine(sys.stderr, _sizes(checkpoints, allow_pickle))
     try:
-        yield show
+        yield line
     finally:
-        bar.close()
+        line.close()
+
+
+def _sizes(checkpoints: Sequence[Path], allow_pickle: bool) -> dict[str, tuple[int, int]]:
+    """Return how many numbers each tensor has, and how many bytes in all checkpoints."""
+    from flora_tensor.checkpoint import open_checkpoint
+
+    sizes: dict[str, tuple[int, int]] = {}
+    for path in checkpoints:
+        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+        for name in checkpoint.names():
+            info = checkpoint.info(name)
+            sizes[name] = (info.n_elements, info.n_bytes + sizes.get(name, (0, 0))[1])
+    return sizes
+
+
+@contextlib.contextmanager
+def _executor(workers: int | None, address: str | None) -> "Generator[Executor | None]":
+    """Open what ``--workers`` or ``--executor`` ask for."""
+    from flora_tensor._workers import WorkerPool, dask_executor
+
+    if workers is not None and address is not None:
+        raise click.UsageError("got --workers and --executor; pass one of them")
+    if workers is None and address is None:
+        yield None
+        return
+    with WorkerPool(workers) if workers is not None else dask_executor(address or "") as executor:
+        yield executor
 
 
 def _common(command: _Command) -> _Command:
@@ -238,19 +273,34 @@ def main(ctx: click.Context) -> None:
 @click.option("--max-memory", type=_size, metavar="SIZE", help="The most memory for one tensor's work.")
 @click.option("--dry-run", is_flag=True, help="Say what would be stored, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter directory that exists.")
+@click.option("--resume", is_flag=True, help="Go on from OUT.partial, which an interrupted run left.")
+@click.option("--workers", type=int, metavar="N", help="Share the tensors among N processes.")
+@click.option("--executor", "address", metavar="ADDRESS", help="Or among a cluster: dask://host:port.")
+@click.option("--progress/--no-progress", "wanted", default=None, help="Show progress; by default on a terminal.")
 @_selection
 @_pickle
 @_common
 def extract(
-    base: Path, tuned: Path, out: Path | None, arrangement: str, dry_run: bool, as_json: bool, **options: Any
+    base: Path,
+    tuned: Path,
+    out: Path | None,
+    arrangement: str,
+    dry_run: bool,
+    workers: int | None,
+    address: str | None,
+    wanted: bool | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn the difference of two checkpoints into an adapter directory."""
     from flora_tensor.extraction import extract as run
 
     if out is None and not dry_run:
         raise click.UsageError("missing option '-o' / '--out'; pass a directory, or --dry-run")
-    with _progress() as progress:
-        report = run(base, tuned, out, arrangements=arrangement, dry_run=dry_run, progress=progress, **options)
+    show = _progress(base, tuned, wanted=wanted, allow_pickle=options["allow_pickle"])
+    with show as progress, _executor(workers, address) as executor:
+        ways = {"progress": progress, "executor": executor}
+        report = run(base, tuned, out, arrangements=arrangement, dry_run=dry_run, **ways, **options)
     click.echo(report.to_json() if as_json else report.to_table())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,18 +250,28 @@ def test_a_real_process(pair: tuple[Path, Path], tmp_path: Path):
     assert "Traceback" not in again.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_130_and_leaves_nothing(number: int, tmp_path: Path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_that_can_be_continued(number: int, code: int, tmp_path: Path):
     x = np.random.default_rng(0).standard_normal((600, 600)).astype(np.float32)
     base = save(tmp_path / "b.safetensors", {f"w{k}": x for k in range(30)})
     tuned = save(tmp_path / "t.safetensors", {f"w{k}": x * (k + 2) for k in range(30)})
     command = [sys.executable, "-m", "flora_tensor", "extract", str(base), str(tuned), "-o", str(tmp_path / "out")]
+    data = tmp_path / "out.partial" / "results.bin"
     with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
+        while not (data.exists() and data.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.decode() == "error: interrupted; nothing was written\n"
-    assert {p.name for p in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors"}
+    assert process.returncode == code
+    assert re.fullmatch(
+        rf"error: interrupted; \d+ finished tasks? (is|are) kept in {tmp_path}/out.partial; "
+        r"continue with resume=True \(--resume\)\n",
+        stderr.decode(),
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors", "out.partial"}
+    refused = run("extract", base, tuned, "-o", tmp_path / "out")
+    assert (refused.exit_code, refused.stdout) == (4, "")
+    assert "keeps what an unfinished run has done; continue it with resume=True (--resume)" in refused.stderr
+    assert run("extract", base, tuned, "-o", tmp_path / "out", "--resume").exit_code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors", "out"}
