@@ -80,6 +80,12 @@ class Job:
     tuned: Source
     settings: Settings
 
+    @classmethod
+    def of(cls, base: Checkpoint, tuned: Checkpoint, settings: Settings, allow_pickle: bool) -> "Job":
+        """Describe a run on two checkpoints that are open."""
+        sides = [Source.of(checkpoint, allow_pickle=allow_pickle) for checkpoint in (base, tuned)]
+        return cls(sides[0], sides[1], settings)
+
 
 @functools.lru_cache(maxsize=4)
 def _opened(source: Source) -> Checkpoint:

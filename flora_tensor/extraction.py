@@ -12,9 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from warnings import warn
 
 from flora_tensor._deltas import check_distinct
@@ -36,9 +35,9 @@ from flora_tensor._settings import (
     noise_option,
     silent,
 )
-from flora_tensor._storing import Part, Stored, check_space, write_adapter
+from flora_tensor._storing import Stored, check_space, write_adapter
 from flora_tensor._survey import choose, expected_weights, predicted_row, rank_zero_row, survey
-from flora_tensor._tasks import Job, Source, Task
+from flora_tensor._tasks import Job, Outcome, Task
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter_file import OWNED_NAMES, REPORT_NAME
 from flora_tensor.arrangement import Arrangement
@@ -204,37 +203,26 @@ def extract(
     before = open_checkpoint(base, allow_pickle=allow_pickle)
     after = open_checkpoint(tuned, allow_pickle=allow_pickle)
     settings = replace(settings, heads=heads_option(heads, before, after))
-    if out is not None:
-        check_distinct("extract", out, before, after)
-    sources = [Source.of(side, allow_pickle=allow_pickle) for side in (before, after)]
-    job = Job(sources[0], sources[1], settings)
-    if out is None or dry_run:
-        report = _extracted(Run(before, after, job, None, executor, progress or silent), None, overwrite)
-    else:
-        report = _begun(before, after, Path(out), job, _Ways(overwrite, resume, executor, progress or silent))
+    run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
+    report = _begun(run, out, resume=resume, overwrite=overwrite)
     if rtol is not None and weights == "norm" and report.relative_error > rtol + 1e-5:
         message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
     return report
 
 
-def _begun(base: Checkpoint, tuned: Checkpoint, out: Path, job: Job, ways: "_Ways") -> ExtractionReport:
-    """Run, and let the directory appear at the end."""
+def _begun(run: Run, out: PathLike | None, *, resume: bool, overwrite: bool) -> ExtractionReport:
+    """Run under the lock of the output, with a journal beside it; a dry run needs neither."""
+    if out is not None:
+        check_distinct("extract", out, run.base, run.tuned)
+    if out is None or run.job.settings.dry_run:
+        return _extracted(run, None, overwrite)
     target = Path(os.path.realpath(out))
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked("extract", target):
-        check_target("extract", target, overwrite=ways.overwrite, owned=OWNED_NAMES)
-        with Journal.beside("extract", target, resume=ways.resume, overwrite=ways.overwrite) as journal:
-            return _extracted(Run(base, tuned, job, journal, ways.executor, ways.progress), target, ways.overwrite)
-
-
-class _Ways(NamedTuple):
-    """How a run is done, which does not show in its result."""
-
-    overwrite: bool
-    resume: bool
-    executor: Executor | None
-    progress: Progress
+        check_target("extract", target, overwrite=overwrite, owned=OWNED_NAMES)
+        with Journal.beside("extract", target, resume=resume, overwrite=overwrite) as journal:
+            return _extracted(replace(run, journal=journal), target, overwrite)
 
 
 def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionReport:
@@ -263,11 +251,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         found = run.do("decomposing", tasks)
         rows |= {name: outcome.row for name, outcome in found.items()}
     report = _totals(rows, base, tuned, lower_bound, settings)
-    stored = {
-        task.name: Stored(outcome.weight, outcome.scale, partial(_parts, run, task))
-        for task in tasks
-        if (outcome := found[task.name]).weight is not None
-    }
+    stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     with staged_directory("extract", target, overwrite=overwrite, owned=OWNED_NAMES, lock=False) as stage:
         write_adapter(base, tuned, stage, stored, whole, settings.dtype)
         write_file(stage / REPORT_NAME, (report.to_json() + "\n").encode())
@@ -276,8 +260,10 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     return report
 
 
-def _parts(run: Run, task: Task) -> Mapping[str, Part]:
-    return run.stored(task).parts
+def _stored(run: Run, task: Task, outcome: Outcome) -> Stored:
+    """Describe a weight for the writer, which asks for its parts when their turn comes."""
+    assert outcome.weight is not None
+    return Stored(outcome.weight, outcome.scale, lambda: run.stored(task).parts)
 
 
 def _totals(
