@@ -35,6 +35,7 @@ FLOORS = {
     "flora_torch.weight_layer": 11,
     "flora_torch.flora_layer": 11,
     "flora_torch.gradients": 12,
+    "flora_torch.training": 12,
     "flora_torch.initialize": 11,
     "flora_torch.moment_starts": 11,
     "flora_torch.starts": 11,

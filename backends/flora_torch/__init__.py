@@ -26,6 +26,7 @@ from flora_torch.model import (
     merge,
     save_adapter,
 )
+from flora_torch.training import parameter_groups, retract_
 from flora_torch.update import TuckerUpdate, register_with_torch
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "disabled",
     "load_adapter",
     "merge",
+    "parameter_groups",
+    "retract_",
     "save_adapter",
 ]
 
