@@ -1,7 +1,7 @@
 """Tasks done one after the other, or by an executor; outcomes kept as they come."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass, replace
 
 from flora_tensor._errors import ResourceError
@@ -57,15 +57,20 @@ class Run:
 
     def _all_at_once(self, phase: str, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome | None]]:
         assert self.executor is not None
-        waiting: dict[Future[Outcome | None], Task] = {}
+        waiting = {self.executor.submit(perform_job, self.job, task): task for task in tasks}
+        broken: BrokenExecutor | None = None
         try:
-            waiting |= {self.executor.submit(perform_job, self.job, task): task for task in tasks}
             for done, future in enumerate(as_completed(list(waiting))):
                 task = waiting.pop(future)
                 self.progress(phase, done, len(tasks), task.name)
-                yield task, future.result()
-        except BrokenExecutor as error:
-            raise ResourceError(f"extract: a worker died and the executor gave up: {error}") from error
+                try:
+                    outcome = future.result()
+                except BrokenExecutor as error:  # what the others have finished is kept first
+                    broken = error
+                else:
+                    yield task, outcome
         finally:
             for future in waiting:
                 future.cancel()
+        if broken is not None:
+            raise ResourceError(f"extract: a worker died and the executor gave up: {broken}") from broken
