@@ -23,6 +23,10 @@ def _logits(output: Any) -> torch.Tensor:
     return output.logits
 
 
+def _pooled(output: Any) -> torch.Tensor:
+    return output.pooler_output
+
+
 def _state(output: Any) -> torch.Tensor:
     return output.last_hidden_state
 
@@ -167,7 +171,7 @@ class Tagger(nn.Module):
 
 
 FAMILIES = {
-    "vit": Family(vit, {"pixel_values": noise(2, 3, 8, 8)}, _state),
+    "vit": Family(vit, {"pixel_values": noise(2, 3, 8, 8)}, _pooled),
     "convnext": Family(convnext, {"pixel_values": noise(2, 3, 16, 16)}, _state),
     "gpt2": Family(gpt2, {"input_ids": IDS}, _logits),
     "llama": Family(llama, {"input_ids": IDS}, _logits),

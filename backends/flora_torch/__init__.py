@@ -4,6 +4,7 @@ A frozen base layer and a trainable Tucker tensor ΔW: the output is the base's 
 """
 
 from flora_torch.calibration import collect_moments
+from flora_torch.experts import FloraExperts
 from flora_torch.gradients import collect_gradients
 from flora_torch.layers import (
     FloraConv,
@@ -34,6 +35,7 @@ __all__ = [
     "FloraConv",
     "FloraConvTranspose",
     "FloraEmbedding",
+    "FloraExperts",
     "FloraLayer",
     "FloraLinear",
     "FloraParameter",

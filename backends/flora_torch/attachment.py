@@ -320,7 +320,9 @@ class _AttachOptions:
             raise ValueError(f"attach: {site.name}: {error}") from error
         # A parameter by name has no input that could be dropped.
         dropout = (
-            0.0 if any(wrapper_for(h.module, h.parameter) is FloraParameter for h in site.holders) else self.dropout
+            0.0
+            if any(issubclass(wrapper_for(h.module, h.parameter), FloraParameter) for h in site.holders)
+            else self.dropout
         )
         update = TuckerUpdate(
             start.tucker,
@@ -430,9 +432,11 @@ def _parameters_of(module: nn.Module, plans: list[Plan]) -> list[str]:
 
 def _wrap(module: nn.Module, parameters: list[str], path: Path, name: str) -> FloraLayer:
     """Make the layer for a module; one that knows the product only if its ``weight`` is all that is adapted."""
-    kind = wrapper_for(module, parameters[0]) if len(set(parameters)) == 1 else FloraParameter
+    by_parameter = [kind for p in parameters if issubclass(kind := wrapper_for(module, p), FloraParameter)]
+    kind = max(by_parameter, key=lambda found: len(found.__mro__), default=wrapper_for(module, parameters[0]))
+    kind = FloraParameter if len(set(parameters)) > 1 and not by_parameter else kind
     try:
-        return FloraParameter(module) if kind is FloraParameter else kind(module, path=path)
+        return kind(module) if issubclass(kind, FloraParameter) else kind(module, path=path)
     except ValueError as error:
         raise ValueError(f"attach: {name}: {error}") from error
 

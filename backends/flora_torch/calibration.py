@@ -129,7 +129,7 @@ def collect_moments(
 
 
 def _has_input(site: Site) -> bool:
-    return all(wrapper_for(h.module, h.parameter) is not FloraParameter for h in site.holders)
+    return all(not issubclass(wrapper_for(h.module, h.parameter), FloraParameter) for h in site.holders)
 
 
 def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from flora_torch.base_weight import check_adaptable, is_packed_for_inference
+from flora_torch.experts import FloraExperts, expert_weights
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear, FloraParameter
 from flora_torch.weight_layer import WeightLayer
@@ -25,8 +26,8 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
     Returns
     -------
     type
-        `FloraLinear`, `FloraConv`, `FloraConvTranspose` or `FloraEmbedding` for the ``weight`` of such a layer, else
-        `FloraParameter`.
+        `FloraLinear`, `FloraConv`, `FloraConvTranspose` or `FloraEmbedding` for the ``weight`` of such a layer,
+        `FloraExperts` for one parameter of all experts, else `FloraParameter`.
 
     Examples
     --------
@@ -37,7 +38,7 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
         for kind in _KINDS:
             if kind.accepts(module):
                 return kind
-    return FloraParameter
+    return FloraExperts if parameter in expert_weights(module) else FloraParameter
 
 
 def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
@@ -64,7 +65,7 @@ def layer_weights(module: nn.Module) -> tuple[str, ...]:
     >>> layer_weights(nn.MultiheadAttention(4, 2))
     ('in_proj_weight', 'out_proj.weight')
     """
-    if wrapper_for(module) is not FloraParameter or is_packed_for_inference(module):
+    if issubclass(wrapper_for(module), WeightLayer) or is_packed_for_inference(module):
         return ("weight",)
     own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     if isinstance(module, nn.Bilinear | nn.EmbeddingBag):
@@ -73,7 +74,7 @@ def layer_weights(module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in own if name.startswith("weight_"))
     if isinstance(module, nn.MultiheadAttention):
         return (*(name for name in own if name.endswith("proj_weight")), "out_proj.weight")
-    return ()
+    return expert_weights(module)
 
 
 def refusal(module: nn.Module, parameter: str) -> str | None:
