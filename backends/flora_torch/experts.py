@@ -1,9 +1,10 @@
 """All experts of a mixture in one parameter: W + Σ s·ΔW, of which no more is formed than the model reads.
 
-Hugging Face transformers keep the experts of a layer in parameters with three axes, ``expert o i`` or ``expert i o``, and
-its forward takes them one by one: ``linear(x, weight[k])`` or ``x @ weight[k]``. Here the forward gets an object in
-the place of the parameter that answers to this. Of an expert that is used, the change is added as a product, with ΔW_k
-never formed; of the others nothing is computed. Whatever else the forward asks for, it gets W + Σ s·ΔW, formed once.
+Hugging Face transformers keeps the experts of a layer in parameters with three axes, ``expert o i`` or ``expert i o``,
+and its forward takes them one by one: ``linear(x, weight[k])`` or ``x @ weight[k]``. Here the forward gets an object
+in the place of the parameter that answers to this. Of an expert that is used, the change is added as a product, with
+ΔW_k never formed; of the others nothing is computed. Whatever else the forward asks for, it gets W + Σ s·ΔW, formed
+once.
 """
 
 from collections.abc import Iterable
