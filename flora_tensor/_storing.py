@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._deltas import frobenius_norm, on_device
+from flora_tensor._deltas import on_device
 from flora_tensor._files import check_free_space
+from flora_tensor._residual import residual_norm
 from flora_tensor._safetensors import BITS, SafetensorsWriter, encode, round_to
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
@@ -105,17 +106,17 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
     parts = {k: Part(dtype, a.shape, encode(to_numpy(a), dtype)) for k, a in [("core", core), *factors]}
-    stored = TuckerTensor(core, fitted.factors).map(lambda array: round_to(array, dtype).astype(np.float64))
-    # What `load_adapter` gives and `merge_checkpoint` adds, in float64: the difference is the error and nothing else.
-    difference = np.ldexp(stored.to_tensor(), exponent)
-    difference -= arranged
+    # What `load_adapter` gives and `merge_checkpoint` adds: its distance from the change is the error and nothing else.
+    stored = TuckerTensor(core, fitted.factors).map(lambda array: round_to(array, dtype))
+    if exponent:
+        stored = TuckerTensor(np.ldexp(stored.core.astype(np.float64), exponent), stored.factors)
     norm = weight.row.delta_norm or 0.0
     row = replace(
         weight.row,
         arrangement=weight.arrangement.pattern,
         ranks=weight.ranks,
         n_parameters=stored.n_parameters,
-        relative_error=frobenius_norm(difference) / norm,
+        relative_error=residual_norm(arranged, stored, norm) / norm,
     )
     return scale, row, parts
 

@@ -1,0 +1,67 @@
+"""How far a change is from what is stored of it, measured on the stored numbers."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from flora_tensor._arrays import squared_norm
+from flora_tensor.algebra import multi_mode_dot
+from flora_tensor.tucker_tensor import TuckerTensor
+
+__all__ = ["residual_norm"]
+
+# Numbers of the change that are compared at a time: what stays in the processor's cache.
+_SLAB = 1 << 18
+
+# float32 products are taken where their rounding cannot show: ε‖X‖ (ε = 6e-8), spread at random over n entries,
+# changes a residual of size ‖R‖ by a share of about ε‖X‖/(‖R‖√n) + (ε‖X‖/‖R‖)²/2, here below 3e-7.
+_COARSE, _MANY = 1e-3, 1 << 16
+
+
+def residual_norm(x: np.ndarray, stored: TuckerTensor, norm: float) -> float:
+    """Return ‖X − X̂‖ for a stored X̂ of X's shape, given ‖X‖; X is float32 or float64.
+
+    The residual itself is summed, slab by slab, never a difference of squares. The products are float32 where X and the
+    residual allow it, else float64; sums are float64. Nothing as large as X is allocated, unless X is so large or small
+    that its squares would leave float64's range or its products float32's.
+    """
+    exponent = math.frexp(norm)[1]
+    if abs(exponent) > 60:
+        scaled = TuckerTensor(np.ldexp(stored.core.astype(np.float64), -exponent), stored.factors)
+        return math.ldexp(residual_norm(np.ldexp(x, -exponent), scaled, math.ldexp(norm, -exponent)), exponent)
+    if x.dtype == np.float32 and x.size >= _MANY:
+        found = math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float32)), np.float32))
+        if found >= _COARSE * norm:
+            return found
+    return math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float64)), np.float64))
+
+
+def _squares(x: np.ndarray, stored: TuckerTensor, dtype: type) -> float:
+    """Sum the squares of X − X̂ over slabs of the first mode."""
+    rows = max(1, _SLAB * x.shape[0] // x.size)
+    first = stored.factors[0]
+    rest = {k: u for k, u in enumerate(stored.factors) if k and u is not None}
+    # All modes but the first are multiplied out once, unless that is not much smaller than X.
+    wide = first is not None and 4 * first.shape[1] <= first.shape[0]
+    core = multi_mode_dot(stored.core, list(rest.values()), modes=list(rest)) if wide else stored.core
+    buffer = np.empty((rows, x.size // x.shape[0]), dtype)
+    total = 0.0
+    for start in range(0, x.shape[0], rows):
+        slab = x[start : start + rows]
+        difference = buffer[: slab.shape[0]]
+        if first is not None and wide:
+            np.matmul(first[start : start + rows], core.reshape(core.shape[0], -1), out=difference)
+            difference = difference.reshape(slab.shape)
+        else:
+            difference = _product(core, first, slice(start, start + rows), rest)
+        np.subtract(slab, difference, out=difference)
+        total += squared_norm(np, difference) or 0.0  # type: ignore[arg-type]
+    return total
+
+
+def _product(core: np.ndarray, first: np.ndarray | None, rows: slice, rest: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return some rows of X̂, in fresh memory."""
+    part = core[rows] if first is None else multi_mode_dot(core, [first[rows]], modes=[0])
+    product = multi_mode_dot(part, list(rest.values()), modes=list(rest))
+    return product.copy() if np.may_share_memory(product, core) else product
