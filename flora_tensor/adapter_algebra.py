@@ -371,6 +371,7 @@ def scale_adapter(
     0.5
     """
     source, number = as_adapter(adapter), check_scale("scale: the factor", factor)
+    _check_linear("scale", source)
     config = {key: value for key, value in source.config.items() if key != "scale"}
     whole = WholeTensors("scale", [source], [number], base, verify_base).values()
     scales = {name: check_scale(f"scale: the scale of {name!r}", s * number) for name, s in source.scales.items()}
@@ -407,7 +408,17 @@ class _Sum:
         )
 
 
+def _check_linear(where: str, adapter: Adapter) -> None:
+    if adapter.magnitudes:
+        name = min(adapter.magnitudes)
+        raise ValueError(
+            f"{where}: {name!r} has a magnitude, so that its change depends on the base and is no Tucker tensor; "
+            "merge the adapter into its base instead"
+        )
+
+
 def _check_tensors(where: str, adapter: Adapter) -> None:
+    _check_linear(where, adapter)
     if not adapter and not adapter.whole:
         raise ValueError(f"{where}: an adapter is empty; pass one with at least one tensor")
     for name, tensor in adapter.items():

@@ -2,7 +2,9 @@
 
 The layout is the one of Hugging Face PEFT. For the parameter ``weight`` of a module ``m`` the tensors are named
 ``base_model.model.m.tucker_update.core``, ``….factor_0``, ``….factor_1``, …; for another parameter ``p`` of it
-``base_model.model.m.tucker_update.p.core``, and so on. A factor that is the identity is absent. Tensors that are stored
+``base_model.model.m.tucker_update.p.core``, and so on. A factor that is the identity is absent. A weight whose output
+channels have a magnitude of their own (since format 1.1) has a tensor ``….magnitude`` beside the core, and an entry of
+``magnitude_pattern`` in the config which says where the channels are. Tensors that are stored
 whole (biases, norms) keep their own name after ``base_model.model.`` and hold the new value, not the change.
 """
 
@@ -34,11 +36,12 @@ from flora_tensor._safetensors import (
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.arrangement import Arrangement
+from flora_tensor.magnitudes import channel_count, magnitude_change
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Adapter", "load_adapter", "save_adapter"]
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME = "adapter_model.safetensors"
 REPORT_NAME = "extraction_report.json"
@@ -75,6 +78,12 @@ class Adapter(Mapping[str, TuckerTensor]):
     dtypes : mapping of str to str, optional
         The types that tensors have in the file (``"BF16"``), by the name of the weight or of the tensor stored whole.
         One that is not named here keeps its arrays' own.
+    magnitudes : mapping of str to array, optional
+        For each weight that has them, the magnitudes m of its output channels, of shape (channels,): the weight becomes
+        m · (W + s·ΔW) / ‖W + s·ΔW‖.
+    channels : mapping of str to tuple of two int, optional
+        Where these channels are: the axis, and the groups that share it; (0, 1) where it is not given. See
+        `flora_tensor.magnitudes`.
     missing_keys, unexpected_keys : tuple of str
         What `load_adapter` did not find, and what it did not know; both are empty unless it was called with
         ``strict=False``.
@@ -82,8 +91,8 @@ class Adapter(Mapping[str, TuckerTensor]):
     Raises
     ------
     ValueError
-        If an arrangement, a shape and a tensor do not fit each other, a scale is not a finite number, or a name is
-        used twice.
+        If an arrangement, a shape, a magnitude and a tensor do not fit each other, a scale is not a finite number, or a
+        name is used twice.
 
     Notes
     -----
@@ -92,7 +101,8 @@ class Adapter(Mapping[str, TuckerTensor]):
     References
     ----------
     Si et al., *Maintaining structural integrity in parameter spaces for parameter efficient fine-tuning* (FLoRA),
-    ICLR 2025, equation 5, for ΔW = s · G ×_0 U_0 … ×_{N-1} U_{N-1}.
+    ICLR 2025, equation 5, for ΔW = s · G ×_0 U_0 … ×_{N-1} U_{N-1}; Liu et al. (DoRA), ICML 2024, equation 5, for
+    magnitudes.
 
     Examples
     --------
@@ -115,10 +125,12 @@ class Adapter(Mapping[str, TuckerTensor]):
     dtypes: Mapping[str, str] = field(default_factory=dict[str, str])
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+    magnitudes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
     def __post_init__(self) -> None:
         names = set(self.tensors)
-        for option in ("arrangements", "scales", "shapes"):
+        for option in ("arrangements", "scales", "shapes", "magnitudes", "channels"):
             if unknown := set(getattr(self, option)) - names:
                 raise ValueError(f"Adapter: {option} names {min(unknown)!r}, which has no tensor; remove it")
         if both := names & set(self.whole):
@@ -129,7 +141,9 @@ class Adapter(Mapping[str, TuckerTensor]):
         scales = {n: check_scale(f"Adapter: scale of {n!r}", self.scales.get(n, default)) for n in self.tensors}
         for name, table in (("arrangements", arrangements), ("scales", scales), ("shapes", shapes)):
             object.__setattr__(self, name, MappingProxyType(table))
-        for name in ("tensors", "whole", "config", "dtypes"):
+        channels = {n: _checked_channels(n, m, shapes[n], self.channels.get(n)) for n, m in self.magnitudes.items()}
+        object.__setattr__(self, "channels", MappingProxyType(channels))
+        for name in ("tensors", "whole", "config", "dtypes", "magnitudes"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __getitem__(self, name: str) -> TuckerTensor:
@@ -144,11 +158,11 @@ class Adapter(Mapping[str, TuckerTensor]):
     @property
     def n_parameters(self) -> int:
         """How many numbers the adapter stores, Tucker tensors and whole tensors together."""
-        whole = sum(math.prod(array.shape) for array in self.whole.values())
+        whole = sum(math.prod(array.shape) for array in (*self.whole.values(), *self.magnitudes.values()))
         return whole + sum(tensor.n_parameters for tensor in self.tensors.values())
 
     def delta(self, name: str, *, dtype: Any = None) -> Any:
-        """Form a weight's change s · ΔW as a dense array.
+        """Form a weight's change s · ΔW as a dense array; with a magnitude, `change` is what is added to the weight.
 
         Parameters
         ----------
@@ -185,6 +199,44 @@ class Adapter(Mapping[str, TuckerTensor]):
         # The scale goes onto the small core: one pass over it and not over the dense tensor.
         scaled = TuckerTensor(tensor.core * self.scales[name], tensor.factors)
         return self.arrangements[name].restore(scaled.to_tensor(), self.shapes[name])
+
+    def change(self, name: str, weight: Any, *, dtype: Any = None) -> Any:
+        """Form all that is added to a weight W: s · ΔW, or with a magnitude m · (W + s·ΔW) / ‖W + s·ΔW‖ − W.
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+        weight : array, shape as the weight's
+            W.
+        dtype : NumPy data type, optional
+            As for `delta`; W is taken as it is.
+
+        Returns
+        -------
+        array, of the weight's own shape
+            The change.
+
+        Raises
+        ------
+        KeyError
+            If the adapter does not change this weight.
+
+        References
+        ----------
+        Liu et al. (DoRA), ICML 2024, equation 5.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> t = TuckerTensor(np.zeros((1, 1)), [np.ones((1, 1)), np.ones((2, 1))])
+        >>> Adapter({"w": t}, magnitudes={"w": np.asarray([10.0])}).change("w", np.asarray([[3.0, 4.0]]))
+        array([[3., 4.]])
+        """
+        delta = self.delta(name, dtype=dtype)
+        if name not in self.magnitudes:
+            return delta
+        return magnitude_change(weight, delta, self.magnitudes[name], *self.channels[name])
 
     def __repr__(self) -> str:
         weights = f"{len(self)} weight{'s' if len(self) != 1 else ''}"
@@ -236,8 +288,25 @@ def _own_shape(
     return shape
 
 
+def _checked_channels(
+    name: str, magnitude: Any, shape: tuple[int, ...], given: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return where a weight's output channels are, proved to be as many as its magnitudes."""
+    axis, groups = given or (0, 1)
+    try:
+        channels = channel_count(shape, axis, groups)
+    except ValueError as error:
+        raise ValueError(f"Adapter: {name!r}: {error}") from None
+    if tuple(magnitude.shape) != (channels,):
+        raise ValueError(
+            f"Adapter: {name!r} of shape {shape} has magnitudes of shape {tuple(magnitude.shape)}; pass ({channels},), "
+            f"one for each channel of axis {axis} in {groups} group{'s' if groups != 1 else ''}"
+        )
+    return axis, groups
+
+
 def tensor_key(name: str, part: str) -> str:
-    """Return the key in the file of a weight's ``core`` or ``factor_k``.
+    """Return the key in the file of a weight's ``core``, ``factor_k`` or ``magnitude``.
 
     Examples
     --------
@@ -277,7 +346,11 @@ def split_key(key: str) -> tuple[str, str | None] | None:
         return ".".join(words), None
     at = words.index(MARK)
     module, parameter, part = words[:at], ["weight", *words[at + 1 : -1]], words[-1]
-    if len(parameter) > 2 or words.count(MARK) > 1 or (part != "core" and factor_number(part) is None):
+    if (
+        len(parameter) > 2
+        or words.count(MARK) > 1
+        or (part not in ("core", "magnitude") and factor_number(part) is None)
+    ):
         return None
     if len(parameter) == 2 and parameter[1] in ("weight", ""):
         return None  # `weight` is never spelled out
@@ -388,6 +461,7 @@ def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) 
         return arrays[key]
 
     tensors = {name: _assemble(name, parts, read, path) for name, parts in plan.complete().items()}
+    magnitudes = {name: read(plan.parts[name]["magnitude"]) for name in plan.channels if name in tensors}
     whole = {name: read(key) for name, key in plan.whole.items()}
     dtypes = {name: header.tensors[plan.parts[name]["core"]].dtype for name in tensors}
     dtypes |= {name: header.tensors[key].dtype for name, key in plan.whole.items()}
@@ -402,6 +476,8 @@ def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) 
             dtypes,
             tuple(missing),
             tuple(unexpected),
+            magnitudes,
+            {n: c for n, c in plan.channels.items() if n in tensors},
         )
     except ValueError as error:
         raise InputError(f"{path.parent}: {error}") from None
@@ -428,6 +504,7 @@ class _Plan:
     arrangements: dict[str, Arrangement]
     scales: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
+    channels: dict[str, tuple[int, int]]
 
     @classmethod
     def of(cls, header: Header, config: Mapping[str, Any], path: Path) -> "_Plan":
@@ -457,6 +534,9 @@ class _Plan:
         for name, parts in self.parts.items():
             if "core" not in parts:
                 missing.append(_key_or_name(name, "core"))
+            if "magnitude" in parts and name not in self.channels:
+                unexpected.append(parts["magnitude"])
+        missing += [_key_or_name(n, "magnitude") for n in self.channels if "magnitude" not in self.parts.get(n, ())]
         for table in (self.scales, self.shapes, self.arrangements):
             missing += [_key_or_name(name, "core") for name in table if name not in self.parts]
         return list(dict.fromkeys(missing)), unexpected
@@ -465,7 +545,8 @@ class _Plan:
         """Return, of each weight that has a core, the keys of its parts, its promised ranks and its arranged shape."""
         result: dict[str, tuple[dict[str, str], tuple[int, ...] | None, tuple[int, ...] | None]] = {}
         for name, parts in self.parts.items():
-            if "core" in parts:
+            # Without its magnitudes, the change would be another one.
+            if "core" in parts and ("magnitude" in parts) == (name in self.channels):
                 shape = self.shapes.get(name)
                 arrangement = self.arrangements.get(name)
                 if shape is not None and arrangement is not None:
@@ -484,7 +565,7 @@ def _key_or_name(name: str, part: str) -> str:
         return name
 
 
-def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any]:
+def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any, Any]:
     """Read the tables that the config keeps by weight name."""
     ranks = {n: _sizes(v, f"{where}: rank_pattern of {n!r}") for n, v in _table(config, "rank_pattern", where)}
     shapes = {n: _sizes(v, f"{where}: weight_shapes of {n!r}") for n, v in _table(config, "weight_shapes", where)}
@@ -492,9 +573,17 @@ def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any
         scales = {n: check_scale(f"scale_pattern of {n!r}", v) for n, v in _table(config, "scale_pattern", where)}
         check_scale("scale", config.get("scale", 1.0))
         patterns = {n: _arrangement(n, v) for n, v in _table(config, "arrangement_pattern", where)}
+        channels = {n: _channels(n, v) for n, v in _table(config, "magnitude_pattern", where)}
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    return ranks, patterns, scales, shapes
+    return ranks, patterns, scales, shapes, channels
+
+
+def _channels(name: str, value: Any) -> tuple[int, int]:
+    axis, groups = (value.get("axis"), value.get("groups", 1)) if isinstance(value, dict) else (None, None)
+    if type(axis) is not int or type(groups) is not int or axis not in (0, 1) or not 0 < groups < 2**63:
+        raise ValueError(f"magnitude_pattern of {name!r} must have an axis, 0 or 1, and positive groups")
+    return axis, groups
 
 
 def _table(config: Mapping[str, Any], key: str, where: str) -> Any:
@@ -530,7 +619,7 @@ def _assemble(
     """Put a weight's core and factors together; every contradiction names the weight and the shapes."""
     parts, ranks, shape = plan
     core = read(parts["core"])
-    numbers = {factor_number(part): key for part, key in parts.items() if part != "core"}
+    numbers = {factor_number(part): key for part, key in parts.items() if part not in ("core", "magnitude")}
     factors = [read(numbers[k]) if k in numbers else None for k in range(core.ndim)]
     shapes = f"core {core.shape}, factors {[None if u is None else u.shape for u in factors]}"
     if beyond := sorted(k for k in numbers if k is not None and k >= core.ndim):
@@ -609,6 +698,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
             shapes=adapter.shapes,
             whole=adapter.whole,
             extra=adapter.config,
+            channels=adapter.channels,
         )
         write_config(stage / CONFIG_NAME, config)
         load_adapter(stage)
@@ -621,6 +711,8 @@ def _stored_arrays(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, str]]]:
         for part, array in [("core", tensor.core), *((f"factor_{k}", u) for k, u in enumerate(tensor.factors))]:
             if array is not None:
                 yield tensor_key(name, part), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
+    for name, array in adapter.magnitudes.items():
+        yield tensor_key(name, "magnitude"), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
     for name, array in adapter.whole.items():
         yield whole_key(name), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
 
@@ -643,6 +735,7 @@ def config_of(
     shapes: Mapping[str, Sequence[int]],
     whole: Iterable[str],
     extra: Mapping[str, Any],
+    channels: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the content of `adapter_config.json`; keys of ``extra`` that we do not compute are kept."""
     default = check_scale("save_adapter: config's scale", extra.get("scale", 1.0))
@@ -659,6 +752,7 @@ def config_of(
             name: {"pattern": a.pattern, "sizes": dict(a.sizes)} for name, a in arrangements.items() if not a.is_native
         },
         "weight_shapes": {name: list(shape) for name, shape in shapes.items()},
+        "magnitude_pattern": {name: {"axis": axis, "groups": groups} for name, (axis, groups) in channels.items()},
         "whole": sorted(whole),
         "format_version": FORMAT_VERSION,
         "flora_tensor_version": __version__,

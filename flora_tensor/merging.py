@@ -201,9 +201,10 @@ def _merged(base: Checkpoint, info: TensorInfo, adapter: Adapter) -> np.ndarray:
         return _rounded(base, info, to_numpy(adapter.whole[name]), "the stored value")
     if name not in adapter:
         return raw
-    total = adapter.delta(name, dtype=np.float64)
+    weight = decode(raw, info.dtype, info.shape)
     with np.errstate(over="ignore", invalid="ignore"):
-        total += decode(raw, info.dtype, info.shape)
+        total = adapter.change(name, weight, dtype=np.float64)
+        total += weight
     return _rounded(base, info, total, "the sum")
 
 

@@ -206,7 +206,7 @@ def test_conjugated_and_permuted_torch_views_are_stored_as_their_values(tmp_path
         ({"format_version": ...}, "not a flora_tensor adapter: format_version is None"),
         ({"format_version": "one"}, "format_version is 'one'; one such as '1.0' is needed"),
         ({"format_version": 1.0}, "format_version is 1.0"),
-        ({"format_version": "2.0"}, "format 2.0, but this version reads 1.0; upgrade flora-tensor"),
+        ({"format_version": "2.0"}, "format 2.0, but this version reads 1.1; upgrade flora-tensor"),
         ({"scale": "2"}, "scale is '2'; pass a finite number"),
         ({"scale": 1e39}, "scale is 1e[+]39; pass a finite number, below 2.128"),
         ({"scale": True}, "scale is True"),
@@ -223,6 +223,9 @@ def test_conjugated_and_permuted_torch_views_are_stored_as_their_values(tmp_path
         ({"arrangement_pattern": {"fc.weight": {"pattern": "o ("}}}, "cannot be read"),
         ({"arrangement_pattern": {"fc.weight": {"pattern": "o i", "sizes": {"o": 0}}}}, "positive sizes"),
         ({"arrangement_pattern": {"fc.weight": {"pattern": "o i h"}}}, "is for weights with 3 axes"),
+        ({"magnitude_pattern": {"fc.weight": {"axis": 2}}}, "'fc.weight' must have an axis, 0 or 1, and positive"),
+        ({"magnitude_pattern": {"fc.weight": 0}}, "'fc.weight' must have an axis, 0 or 1, and positive groups"),
+        ({"magnitude_pattern": {"fc.weight": {"axis": 0}}}, "lacks 'base_model.model.fc.tucker_update.magnitude'"),
     ],
 )
 def test_a_config_that_contradicts_the_format_or_the_tensors_is_refused(changes: Any, message: str, written: Path):

@@ -27,6 +27,9 @@ FLOORS = {
     "flora_torch.attachment": 12,
     "flora_torch.inventory": 12,
     "flora_torch.storage": 12,
+    "flora_torch.in_place": 12,
+    "flora_torch.row_adapters": 12,
+    "flora_torch.hot_swap": 12,
     "flora_torch.convert": 12,
     "flora_torch.selection": 12,
     "flora_torch.calibration": 12,
@@ -42,6 +45,8 @@ FLOORS = {
     "flora_torch.starts": 11,
     "flora_torch.update": 11,
     "flora_torch.base_weight": 10,
+    "flora_torch.rows": 11,
+    "flora_torch.scaling": 11,
     "flora_torch.functional": 10,
     # torch above this line, never below
     "flora_tensor.cli": 5,
@@ -62,6 +67,7 @@ FLOORS = {
     "flora_tensor.noise": 2,
     "flora_tensor.tucker_tensor": 1,
     "flora_tensor.arrangement": 1,
+    "flora_tensor.magnitudes": 1,
     "flora_tensor.algebra": 0,
 }
 TORCH_FLOOR = 10

@@ -674,7 +674,9 @@ class TestKnownTensors:
         attach(model, ranks=2)
         attach(other, ranks=3)
         directory = save_adapter(model, tmp_path / "adapter")
-        with pytest.raises(ValueError, match=r"core, factors, type and start .* in the model and .* in the file"):
+        with pytest.raises(
+            ValueError, match=r"core, factors, type, start and magnitude .* in the model and .* in the file"
+        ):
             load_adapter(other, directory)
         detach(other)
         attach(other, ranks=2, target_modules="head")

@@ -358,7 +358,7 @@ class TestLayerRefusals:
 
     def test_a_property_that_fails_does_not_look_like_the_bases_attribute(self):
         layer = FloraLinear(nn.Linear(2, 2), ranks=1)
-        layer.active_adapters = None
+        layer._active_adapters = None
         with pytest.raises((AttributeError, TypeError)):
             _ = layer.weight
 

@@ -19,13 +19,18 @@ from flora_torch.model import (
     LayerReport,
     activate,
     adapter_parameters,
+    adapters_for_rows,
     attach,
     attach_adapter,
     detach,
     disabled,
+    hotswap_adapter,
     load_adapter,
     merge,
+    merge_,
+    rename_adapter,
     save_adapter,
+    unmerge_,
 )
 from flora_torch.training import parameter_groups, retract_
 from flora_torch.update import TuckerUpdate, register_with_torch
@@ -43,17 +48,22 @@ __all__ = [
     "TuckerUpdate",
     "activate",
     "adapter_parameters",
+    "adapters_for_rows",
     "attach",
     "attach_adapter",
     "collect_gradients",
     "collect_moments",
     "detach",
     "disabled",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
+    "merge_",
     "parameter_groups",
+    "rename_adapter",
     "retract_",
     "save_adapter",
+    "unmerge_",
 ]
 
 register_with_torch()

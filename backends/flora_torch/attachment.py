@@ -18,8 +18,10 @@ from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
 from flora_torch.kinds import wrapper_for
 from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, freeze
+from flora_torch.scaling import Scaling, resolve_scale
 from flora_torch.selection import Pattern, PerName, Place, Site, SkippedWeight, choose, near, sites
 from flora_torch.update import TuckerUpdate
+from flora_torch.weight_layer import is_read_by_its_parent
 
 __all__ = [
     "AttachReport",
@@ -175,7 +177,11 @@ def attach(
     target_parameters: "Pattern | Sequence[Pattern] | None" = None,
     scale: float | Mapping[Any, float] = 1.0,
     alpha: float | None = None,
+    scaling: Scaling = "init",
     dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
+    magnitude: bool = False,
     init: str = "orthonormal",
     init_tensors: Mapping[str, Tensor | TuckerTensor] | None = None,
     adapter_name: str = "default",
@@ -207,11 +213,19 @@ def attach(
     scale : float, or mapping of pattern to float
         s; 1 for weights that no pattern means.
     alpha : float, optional
-        α of the published codes, from which s follows by `flora_torch.initialize.preset_scale`; in the place of
-        ``scale``.
+        α, from which s follows by ``scaling``; in the place of ``scale``.
+    scaling : {"init", "rank", "rank_stabilized"}
+        What s is made of α: what the published code of ``init`` makes of it (`flora_torch.initialize.preset_scale`),
+        α over the largest rank, or the rank-stabilized α/√∏ r_n of `flora_torch.scaling`. The number is what is kept.
     dropout : float
         The chance that an entry of an update's input is zeroed in training. Weights adapted by `FloraParameter` have
-        none.
+        none, nor has the output projection of nn.MultiheadAttention, which is read instead of called.
+    rank_dropout, module_dropout : float
+        The chance that a direction of the factors, or the whole update, is dropped for a step of training; see
+        `TuckerUpdate`.
+    magnitude : bool
+        Whether each output channel also gets a trained magnitude: W' = m · (W + ΔW) / ‖W + ΔW‖, started so that nothing
+        changes. For linear, convolutional and embedding layers, where a channel is a row.
     init : str
         At random: ``"orthonormal"``, ``"official"``, ``"loralib"``, ``"peft"``. From the weight: ``"principal"``,
         ``"minor"``. From ``init_tensors``: ``"from_delta"``, ``"from_gradient"``, ``"from_moments"``, ``"context"``.
@@ -246,7 +260,7 @@ def attach(
 
     References
     ----------
-    FLoRA, arXiv 2405.14739.
+    FLoRA, arXiv 2405.14739; DoRA, arXiv 2402.09353, for the magnitude; rsLoRA, arXiv 2312.03732, for the scale.
 
     Examples
     --------
@@ -256,7 +270,9 @@ def attach(
     [('0.weight', (4, 3, 3, 3)), ('2.weight', (8, 2, 2, 2))]
     """
     targets, skipped = choose(model, target_modules, exclude_modules, target_parameters)
-    options = _AttachOptions(ranks, scale, alpha, dropout, init, init_tensors or {}, arrangement, dtype, generator)
+    chances = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
+    options = _AttachOptions(ranks, scale, alpha, init, init_tensors or {}, arrangement, dtype, generator)
+    options.scaling, options.chances, options.magnitude = scaling, chances, magnitude
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
         options.check_used(targets)
@@ -280,7 +296,6 @@ class _AttachOptions:
         ranks: Any,
         scale: Any,
         alpha: float | None,
-        dropout: float,
         init: str,
         tensors: Mapping[str, Tensor | TuckerTensor],
         arrangement: Any,
@@ -290,7 +305,10 @@ class _AttachOptions:
         self.ranks: PerName[Any] = PerName("ranks", ranks)
         self.scale: PerName[float] = PerName("scale", scale, 1.0)
         self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None)
-        self.alpha, self.dropout, self.init, self.tensors = alpha, dropout, init, tensors
+        self.alpha, self.init, self.tensors = alpha, init, tensors
+        self.scaling: Scaling = "init"
+        self.chances: dict[str, float] = {}
+        self.magnitude = False
         self.dtype, self.generator = dtype, generator
         if alpha is not None and (isinstance(scale, Mapping) or scale != 1.0):
             raise TypeError("attach: got both scale and alpha; pass one of them")
@@ -298,14 +316,14 @@ class _AttachOptions:
     def plan(self, site: Site) -> Plan:
         """Build the update of one weight."""
         holder = site.holders[0]
-        weight = adaptable(f"attach: {site.name}", holder.module, holder.parameter, values=needs_values(self.init))
+        weight = adaptable(
+            f"attach: {site.name}", holder.module, holder.parameter, values=self.magnitude or needs_values(self.init)
+        )
         arranged = self._arrangement_of(site, weight)
         shape = arranged.shape(tuple(weight.shape))
         asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"attach: {site.name}")
-        scale = self.scale.of(site)
-        if self.alpha is not None:
-            scale = preset_scale(self.init, self.alpha, max((r for r in asked if r is not None), default=max(shape)))
         try:
+            scale = self._scale_of(site, asked, given, shape)
             start = start_update(
                 weight.detach(),
                 given,
@@ -318,21 +336,30 @@ class _AttachOptions:
             )
         except ValueError as error:
             raise ValueError(f"attach: {site.name}: {error}") from error
-        # A parameter by name has no input that could be dropped.
-        dropout = (
-            0.0
-            if any(issubclass(wrapper_for(h.module, h.parameter), FloraParameter) for h in site.holders)
-            else self.dropout
+        # A parameter by name has no input that could be dropped, nor has a weight that its parent reads.
+        no_input = any(
+            issubclass(wrapper_for(h.module, h.parameter), FloraParameter) or is_read_by_its_parent(h.module)
+            for h in site.holders
         )
+        chances: dict[str, Any] = self.chances | ({"dropout": 0.0} if no_input else {})
         update = TuckerUpdate(
-            start.tucker,
-            tuple(weight.shape),
-            arrangement=arranged,
-            scale=scale,
-            dropout=dropout,
-            start=start.start,
+            start.tucker, tuple(weight.shape), arrangement=arranged, scale=scale, start=start.start, **chances
         )
+        if self.magnitude:
+            kind = wrapper_for(holder.module, holder.parameter)
+            update.start_magnitude(weight.detach(), kind.output_channels(f"attach: {site.name}", holder.module))
         return Plan(site, update, asked)
+
+    def _scale_of(self, site: Site, asked: Sequence[Any], given: Sequence[Any], shape: Sequence[int]) -> float:
+        if self.alpha is None:
+            if self.scaling != "init":
+                raise ValueError(f"scaling is {self.scaling!r}, but there is no alpha to scale; pass alpha")
+            return self.scale.of(site)
+        if self.scaling == "init":
+            return preset_scale(self.init, self.alpha, max((r for r in asked if r is not None), default=max(shape)))
+        # A mode of full rank has no factor, or one that spans everything: its size is no choice of ranks.
+        ranks = [r for r, n in zip(given, shape) if r is not None and r < n]
+        return resolve_scale(self.scaling, self.alpha, ranks, init=self.init)
 
     def _arrangement_of(self, site: Site, weight: Tensor) -> Arrangement:
         given = self.arrangement.of(site)

@@ -95,7 +95,8 @@ class FloraExperts(FloraParameter):
         return name in expert_weights(self.base_layer) and all(update.is_native for update in self.running(name))
 
     def _lazy(self, name: str) -> "_Stack":
-        terms = [(sign, core, factors) for u in self.running(name) for core, factors, sign in u.terms()]
+        parts = [part for update in self.running(name) for part in update.terms(drop=self.training)]
+        terms = [(sign, core, factors) for core, factors, sign in parts]
         return _Stack(getattr(self.base_layer, name), terms, lambda: self.effective(name))
 
 

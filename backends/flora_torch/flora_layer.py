@@ -1,5 +1,6 @@
 """The base of all layers with a Tucker update: the frozen module, its adapters, the effective weight and merging."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,10 @@ from flora_tensor import Arrangement
 from flora_torch.base_weight import adaptable, check_adaptable, plain_with
 from flora_torch.functional import Path
 from flora_torch.initialize import Ranks, needs_values, resolve_ranks, start_update
-from flora_torch.update import TuckerUpdate
+from flora_torch.rows import RowPlan
+from flora_torch.update import TuckerUpdate, widest_float
 
-__all__ = ["FROZEN", "FloraLayer", "freeze", "thaw"]
+__all__ = ["FROZEN", "FloraLayer", "check_adapter_name", "freeze", "thaw"]
 
 # Under this name a module notes which of its own parameters were frozen.
 FROZEN = "_flora_frozen"
@@ -41,6 +43,9 @@ class FloraLayer(nn.Module):
         The adapters that take part, in the order in which they are added up; all of them unless changed.
     enabled : bool
         With ``False`` the layer is its base. Neither a parameter nor saved.
+    merged_adapters : tuple of str
+        Those of the active adapters that `flora_torch.merge_` has added to the weight itself. The state dict is that of
+        the layer with nothing merged.
 
     Raises
     ------
@@ -78,8 +83,12 @@ class FloraLayer(nn.Module):
             raise ValueError(f"{type(self).__name__}: path is {path!r}; pass one of {', '.join(_PATHS)}")
         self.base_layer = base_layer
         self.tucker_update = nn.ModuleDict()
-        self.active_adapters: list[str] = []
-        self.enabled = True
+        self._active_adapters: list[str] = []
+        self._enabled = True
+        self.merged_adapters: tuple[str, ...] = ()
+        # What merged weights were before, by the parameter's name.
+        self.originals: dict[str, Tensor] = {}
+        self.row_plan: RowPlan | None = None
         self.path: Path = path
         # A model in evaluation stays in evaluation: a new module would be in training, and would drop its input.
         self.training = base_layer.training
@@ -94,6 +103,56 @@ class FloraLayer(nn.Module):
             if "_modules" not in self.__dict__ or name == "base_layer" or hasattr(type(self), name):
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that take part, in the order in which they are added up."""
+        return self._active_adapters
+
+    @active_adapters.setter
+    def active_adapters(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.check_active(names)
+        self._active_adapters = names
+
+    def check_active(self, names: list[str]) -> None:
+        """Refuse a choice of adapters that what is merged in place does not allow.
+
+        Parameters
+        ----------
+        names : list of str
+            The adapters that would be active.
+
+        Raises
+        ------
+        ValueError
+            If one that is merged is not among them, or one that is not merged has a magnitude.
+        """
+        for merged in self.merged_adapters:
+            if merged not in names:
+                raise ValueError(
+                    f"{type(self).__name__}: adapter {merged!r} is merged into the weight; call unmerge_ first"
+                )
+        added = [name for name in names if self.merged_adapters and name not in self.merged_adapters]
+        if any(update.magnitude is not None for name in added for update in self.updates(name).values()):
+            raise ValueError(
+                f"{type(self).__name__}: a magnitude rescales the layer's own weight, and adapter "
+                f"{self.merged_adapters[0]!r} is merged into it; call unmerge_ first"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapters take part at all."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if self.merged_adapters and not value:
+            raise ValueError(
+                f"{type(self).__name__}: adapter {self.merged_adapters[0]!r} is merged into the weight and cannot be "
+                "switched off; call unmerge_ first"
+            )
+        self._enabled = value
 
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
         """Return an adapter's updates by the name of the parameter they change; empty where it has none.
@@ -135,6 +194,9 @@ class FloraLayer(nn.Module):
         parameter: str = "weight",
         scale: float = 1.0,
         dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        magnitude: bool = False,
         init: str = "orthonormal",
         arrangement: Arrangement | str | None = None,
         dtype: torch.dtype | None = None,
@@ -151,8 +213,10 @@ class FloraLayer(nn.Module):
             See `flora_torch.initialize.resolve_ranks`; lowered to what is feasible.
         parameter : str
             The parameter of the base layer.
-        scale, dropout
+        scale, dropout, rank_dropout, module_dropout
             See `TuckerUpdate`.
+        magnitude : bool
+            Whether each output channel also gets a trained magnitude; see `TuckerUpdate`.
         init, dtype, generator
             See `flora_torch.initialize.start_update`.
         arrangement : Arrangement or str, optional
@@ -177,7 +241,7 @@ class FloraLayer(nn.Module):
         >>> layer.add_adapter("style", 2).ranks
         (2, 2)
         """
-        weight = adaptable(type(self).__name__, self.base_layer, parameter, values=needs_values(init))
+        weight = adaptable(type(self).__name__, self.base_layer, parameter, values=magnitude or needs_values(init))
         arranged = Arrangement(arrangement) if isinstance(arrangement, str) else arrangement
         arranged = arranged or Arrangement.native(weight.dim())
         shape = arranged.shape(tuple(weight.shape))
@@ -190,8 +254,12 @@ class FloraLayer(nn.Module):
             arrangement=arranged,
             scale=scale,
             dropout=dropout,
+            rank_dropout=rank_dropout,
+            module_dropout=module_dropout,
             start=start.start,
         )
+        if magnitude:
+            update.start_magnitude(weight.detach(), self.output_channels(type(self).__name__, self.base_layer))
         self.install(adapter_name, update, parameter=parameter)
         return update
 
@@ -219,8 +287,7 @@ class FloraLayer(nn.Module):
         >>> layer.check_update("default", FloraLinear(nn.Linear(4, 3), ranks=1).tucker_update["default"])
         """
         where, weight = type(self).__name__, check_adaptable(type(self).__name__, self.base_layer, parameter)
-        if not adapter_name or "." in adapter_name or "lora_" in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-            raise ValueError(f"{where}: an adapter cannot be named {adapter_name!r}; choose another name")
+        check_adapter_name(where, adapter_name)
         if parameter in self.updates(adapter_name):
             raise ValueError(
                 f"{where}: there is an adapter {adapter_name!r} for {parameter!r} already; "
@@ -230,6 +297,16 @@ class FloraLayer(nn.Module):
             raise ValueError(
                 f"{where}: an update of shape {update.shape} for {parameter!r} of shape {tuple(weight.shape)}; "
                 "pass one of the same shape"
+            )
+        if self.merged_adapters and (update.magnitude is not None or adapter_name in self.merged_adapters):
+            raise ValueError(
+                f"{where}: adapter {self.merged_adapters[0]!r} is merged into the weight that the update belongs to; "
+                "call unmerge_ first"
+            )
+        if update.magnitude is not None and update.channels != self.output_channels(where, self.base_layer):
+            raise ValueError(
+                f"{where}: a magnitude for the output channels {update.channels} (axis, groups), but those of "
+                f"{type(self.base_layer).__name__} are {self.output_channels(where, self.base_layer)}"
             )
         if self.path == "factored" and not self._has_factored(update):
             raise ValueError(
@@ -289,8 +366,80 @@ class FloraLayer(nn.Module):
         if adapter_name not in self.tucker_update:
             known = ", ".join(self.tucker_update) or "none"
             raise ValueError(f"{type(self).__name__}: there is no adapter {adapter_name!r}; it has {known}")
-        del self.tucker_update[adapter_name]
+        # The setter refuses where it is merged.
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        del self.tucker_update[adapter_name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name; its place in the order, its parameters and its switches stay.
+
+        Parameters
+        ----------
+        old, new : str
+            The names.
+
+        Raises
+        ------
+        ValueError
+            If there is no adapter of the old name, or the new one is taken or impossible.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
+        >>> layer.rename_adapter("default", "style")
+        >>> list(layer.tucker_update), layer.active_adapters
+        (['style'], ['style'])
+        """
+        where = type(self).__name__
+        if old not in self.tucker_update:
+            known = ", ".join(self.tucker_update) or "none"
+            raise ValueError(f"{where}: there is no adapter {old!r}; it has {known}")
+        if new != old:
+            check_adapter_name(where, new)
+            if new in self.tucker_update:
+                raise ValueError(
+                    f"{where}: there is an adapter {new!r} already; remove it first, or choose another name"
+                )
+        modules = [(new if name == old else name, module) for name, module in self.tucker_update.items()]
+        # Kept as one object: an optimizer, a compiled graph or a hook may hold it.
+        self.tucker_update.clear()
+        for name, module in modules:
+            self.tucker_update[name] = module
+        self._active_adapters = [new if name == old else name for name in self._active_adapters]
+        self.merged_adapters = tuple(new if name == old else name for name in self.merged_adapters)
+
+    @classmethod
+    def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:
+        """Return where the output channels of a base's weight are: its axis, and the groups that share it.
+
+        Parameters
+        ----------
+        where : str
+            Whose error it would be.
+        module : nn.Module
+            The base.
+
+        Returns
+        -------
+        tuple of two int
+            The axis, and the groups.
+
+        Raises
+        ------
+        ValueError
+            If this kind of layer knows nothing of output channels.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> FloraLinear.output_channels("here", nn.Linear(4, 3))
+        (0, 1)
+        """
+        raise ValueError(
+            f"{where}: a magnitude needs a weight with output channels, and {cls.__name__} knows none of "
+            f"{type(module).__name__}; pass magnitude=False"
+        )
 
     def running(self, parameter: str = "weight") -> list[TuckerUpdate]:
         """Return the updates of a parameter that take part in the output now.
@@ -313,13 +462,30 @@ class FloraLayer(nn.Module):
         >>> layer.running()
         []
         """
-        if not self.enabled:
+        if not self._enabled:
             return []
-        found = [self.updates(adapter).get(parameter) for adapter in self.active_adapters]
+        if self.merged_adapters:
+            self._check_not_training()
+        active = [adapter for adapter in self._active_adapters if adapter not in self.merged_adapters]
+        found = [self.updates(adapter).get(parameter) for adapter in active]
         return [update for update in found if update is not None]
+
+    def _check_not_training(self) -> None:
+        """Refuse a step of training that would pass a merged adapter by."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for adapter in self.merged_adapters:
+            if any(p.requires_grad for update in self.updates(adapter).values() for p in update.parameters()):
+                raise RuntimeError(
+                    f"{type(self).__name__}: adapter {adapter!r} is merged into the weight and would not be trained; "
+                    "call unmerge_ first, or put the model in evaluation"
+                )
 
     def effective(self, parameter: str = "weight", updates: Iterable[TuckerUpdate] | None = None) -> Tensor:
         """Return W + Σ s·ΔW in W's type, added up in the wider one; gradients flow to the updates.
+
+        In training, rank and module dropouts are drawn, as they are in a call; an input that could be dropped there is
+        not.
 
         Parameters
         ----------
@@ -343,7 +509,7 @@ class FloraLayer(nn.Module):
         weight = self._base_value(parameter)
         total: Tensor = weight
         for update in self.running(parameter) if updates is None else updates:
-            total = total + update.delta()
+            total = total + update.change(weight, drop=self.training)
         return total if total is weight else total.to(weight.dtype)
 
     def _base_value(self, parameter: str) -> Tensor:
@@ -377,16 +543,70 @@ class FloraLayer(nn.Module):
                 f"merge: the forward of this {type(self.base_layer).__name__} was set on the object itself and would "
                 "go on with the weights of the base; delete that attribute first"
             )
-        values = {name: self._merged_value(name) for name in self.parameter_names}
+        values = {name: self.merged_value(name, self.active_adapters) for name in self.parameter_names}
         return plain_with(self.base_layer, values)
 
-    def _merged_value(self, parameter: str) -> Tensor:
+    def original(self, parameter: str) -> Tensor:
+        """Return a parameter of the base as it is with nothing merged, without its gradient.
+
+        Parameters
+        ----------
+        parameter : str
+            The parameter.
+
+        Returns
+        -------
+        Tensor, of the parameter's shape
+            W.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> FloraLinear(nn.Linear(4, 3)).original("weight").shape
+        torch.Size([3, 4])
+        """
         weight = adaptable("merge", self.base_layer, parameter).detach()
-        total = weight.to(torch.float64)
-        for adapter in self.active_adapters:
-            update = self.updates(adapter).get(parameter)
-            total = total if update is None else total + update.delta(torch.float64).detach()
-        result = total.to(weight.dtype)
+        return self.originals[parameter].to(weight.device) if parameter in self.originals else weight
+
+    @torch.no_grad()
+    def merged_value(self, parameter: str, adapters: Iterable[str]) -> Tensor:
+        """Return W + Σ s·ΔW over some adapters, summed in float64 and rounded once to W's type.
+
+        Parameters
+        ----------
+        parameter : str
+            The parameter W of the base layer.
+        adapters : iterable of str
+            The adapters; those without an update of it count nothing.
+
+        Returns
+        -------
+        Tensor, of the parameter's shape
+            The sum.
+
+        Raises
+        ------
+        ValueError
+            If an entry of it is not finite.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
+        >>> bool((layer.merged_value("weight", ["default"]) == layer.base_layer.weight).all())
+        True
+        """
+        weight = self.original(parameter)
+        found = [self.updates(adapter).get(parameter) for adapter in adapters]
+        updates = [update for update in found if update is not None]
+        base = weight
+        if widest_float(weight.device) != torch.float64:
+            # The device cannot sum in float64, but the host can.
+            base, updates = weight.cpu(), [copy.deepcopy(update).cpu() for update in updates]
+        total = base.to(torch.float64)
+        for update in updates:
+            total = total + update.change(base, torch.float64)
+        result = total.to(weight.dtype).to(weight.device)
         bad = int((~torch.isfinite(result)).sum())
         if bad:
             raise ValueError(
@@ -402,13 +622,62 @@ class FloraLayer(nn.Module):
         del update
         return False
 
+    def takes_rows(self) -> bool:
+        """Return whether each row of a batch can have adapters of its own."""
+        return False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What a merged weight was before moves and changes its type together with the weight.
+        super()._apply(fn, recurse)
+        self.originals = {name: fn(value) for name, value in self.originals.items()}
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state with nothing merged, whatever is: the adapters would count twice where it is loaded.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As for `torch.nn.Module.state_dict`.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The state.
+        """
+        result = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self.originals:
+            result[f"{prefix}base_layer.{name}"] = self.original(name)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged_adapters:
+            raise ValueError(
+                f"{type(self).__name__}: a state dict cannot be loaded while adapter {self.merged_adapters[0]!r} is "
+                "merged into the weight; call unmerge_ first, then load it again"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
         shown = [] if self.path == "auto" else [f"path={self.path!r}"]
         shown += [] if self.enabled else ["enabled=False"]
         if self.active_adapters != list(self.tucker_update):
             shown.append(f"active_adapters={self.active_adapters}")
+        shown += [f"merged_adapters={list(self.merged_adapters)}"] if self.merged_adapters else []
         return ", ".join(shown)
+
+
+def check_adapter_name(where: str, name: str) -> None:
+    """Refuse a name that an adapter cannot have.
+
+    Examples
+    --------
+    >>> check_adapter_name("here", "style")
+    """
+    if not name or "." in name or "lora_" in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{where}: an adapter cannot be named {name!r}; choose another name")
 
 
 def freeze(module: nn.Module) -> None:

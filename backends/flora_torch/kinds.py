@@ -6,7 +6,7 @@ from flora_torch.base_weight import check_adaptable, is_packed_for_inference
 from flora_torch.experts import FloraExperts, expert_weights
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear, FloraParameter
-from flora_torch.weight_layer import WeightLayer
+from flora_torch.weight_layer import WeightLayer, is_read_by_its_parent
 
 __all__ = ["drops_input", "layer_weights", "refusal", "wrapper_for"]
 
@@ -50,7 +50,7 @@ def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
     (True, False)
     """
     kind = wrapper_for(module, parameter)
-    return issubclass(kind, WeightLayer) and kind.knows_forward_of(module)
+    return issubclass(kind, WeightLayer) and kind.knows_forward_of(module) and not is_read_by_its_parent(module)
 
 
 def layer_weights(module: nn.Module) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
+from flora_tensor.magnitudes import channel_ratio
 from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
-from flora_torch.flora_layer import FROZEN, FloraLayer, freeze, thaw
+from flora_torch.flora_layer import FROZEN, FloraLayer, check_adapter_name, freeze, thaw
 from flora_torch.functional import (
     ConvGeometry,
     Factors,
@@ -26,7 +27,8 @@ from flora_torch.functional import (
     tucker_linear,
 )
 from flora_torch.initialize import Ranks
-from flora_torch.update import TuckerUpdate
+from flora_torch.rows import RowPlan
+from flora_torch.update import TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "FloraLinear",
     "FloraParameter",
     "adaptable",
+    "check_adapter_name",
     "freeze",
     "thaw",
 ]
@@ -83,6 +86,11 @@ class FloraLinear(WeightLayer):
     @override
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, cls._known) or is_conv1d_of_transformers(module) or is_unpacked_linear(module)
+
+    @classmethod
+    @override
+    def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:
+        return (1, 1) if is_conv1d_of_transformers(module) else (0, 1)
 
     @property
     def _transposed(self) -> bool:
@@ -142,9 +150,25 @@ class FloraConv(WeightLayer):
 
     _known = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
-        super().__init__(base_layer, *args, **options)
-        self._geometry = _geometry_of(base_layer)
+    @classmethod
+    @override
+    def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:
+        return (0, 1)
+
+    @property
+    def _geometry(self) -> ConvGeometry:
+        # Read at every use: a base may be given another stride or padding after it was wrapped.
+        return _geometry_of(self.base_layer)
+
+    @property
+    @override
+    def _n_unbatched_axes(self) -> int:
+        return len(self._geometry.kernel) + 1
+
+    @property
+    @override
+    def _channel_axis(self) -> int:
+        return -1 - len(self._geometry.kernel)
 
     @override
     def _has_factored(self, update: TuckerUpdate) -> bool:
@@ -195,6 +219,11 @@ class FloraConvTranspose(FloraConv):
     """
 
     _known = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @classmethod
+    @override
+    def output_channels(cls, where: str, module: Any) -> tuple[int, int]:
+        return (1, int(module.groups))
 
     @override
     def _product(
@@ -288,6 +317,24 @@ class FloraEmbedding(WeightLayer):
                 "set max_norm to None first"
             )
 
+    @classmethod
+    @override
+    def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:
+        # One magnitude a row: a tied linear layer has its output channels there too.
+        return (0, 1)
+
+    @override
+    def _checked_rows(self, plan: RowPlan, input: Tensor) -> Tensor:
+        if input.dim() > 1 and input.shape[0] == 1:
+            # Positions that are looked up once for the whole batch.
+            input = input.expand(plan.n_rows, *input.shape[1:])
+        return super()._checked_rows(plan, input)
+
+    @property
+    @override
+    def _n_unbatched_axes(self) -> int:
+        return 0
+
     @override
     def _has_factored(self, update: TuckerUpdate) -> bool:
         return super()._has_factored(update) and not self.base_layer.scale_grad_by_freq
@@ -309,11 +356,27 @@ class FloraEmbedding(WeightLayer):
             padding: Any = self.base_layer.padding_idx
             result = self._sum(update, lambda g, u: tucker_embedding(input, g, u, padding_idx=padding))
         else:
-            result = self._look_up(input, update.delta())
+            result = self._look_up(input, update.delta(drop=self.training))
         if not self._drops(update):
             return result
         kept = nnf.dropout(torch.ones(input.shape, dtype=result.dtype, device=result.device), update.dropout)
         return result * kept.unsqueeze(-1)
+
+    @override
+    def _rescaled(self, update: TuckerUpdate, base: Tensor, input: Tensor, change: Tensor) -> Tensor:
+        # Each row that is looked up is a channel, so only their norms are needed; of the whole rows, nothing dropped.
+        assert update.magnitude is not None
+        with torch.no_grad():
+            if self._has_factored(update):
+                total = base.to(update.core.dtype)
+                for core, factors, sign in update.terms():
+                    total = total + sign * tucker_embedding(input, core, factors)
+            else:
+                total = base.to(update.core.dtype) + nnf.embedding(input, update.delta())
+            norms = torch.linalg.vector_norm(total, dim=-1, dtype=widest_float(total.device))
+        magnitude = self._look_up(input, update.magnitude.unsqueeze(-1)).squeeze(-1)
+        ratio = channel_ratio(magnitude, norms).unsqueeze(-1)
+        return update.rescale(base.to(change.dtype), change, ratio, drop=self.training)
 
     @override
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:

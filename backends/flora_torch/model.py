@@ -3,7 +3,8 @@
 Attaching itself is in `flora_torch.attachment`, and files are in `flora_torch.storage`.
 """
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import nn
 
 from flora_torch.attachment import AttachReport, LayerReport, attach
 from flora_torch.base_weight import identity, own_parameter
+from flora_torch.hot_swap import hotswap_adapter
+from flora_torch.in_place import merge_, refuse_merged, unmerge_
 from flora_torch.inventory import WHOLE, check_known, forget, layers_of, swap, whole_of
-from flora_torch.layers import FloraLayer, thaw
+from flora_torch.layers import FloraLayer, check_adapter_name, thaw
+from flora_torch.row_adapters import adapters_for_rows
 from flora_torch.selection import Place, places
 from flora_torch.storage import attach_adapter, load_adapter, save_adapter
 from flora_torch.update import TuckerUpdate
@@ -22,13 +26,18 @@ __all__ = [
     "LayerReport",
     "activate",
     "adapter_parameters",
+    "adapters_for_rows",
     "attach",
     "attach_adapter",
     "detach",
     "disabled",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
+    "merge_",
+    "rename_adapter",
     "save_adapter",
+    "unmerge_",
 ]
 
 
@@ -73,22 +82,25 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
     return list(found.values())
 
 
-def activate(model: nn.Module, *adapter_names: str) -> None:
-    """Choose the adapters that take part in the output; they add up. Without a name, none does.
+def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
+    """Choose the adapters that take part in the output; they add up, each times its weight. Without a name, none does.
 
-    A tensor that an adapter replaced has the adapter's value while that adapter takes part, and the model's otherwise.
+    Like the choice itself, the weights are a switch of the moment: `merge` and `merge_` use them, `save_adapter` and
+    state dicts do not hold them. A tensor that an adapter replaced has the adapter's value while that adapter takes
+    part, and the model's otherwise.
 
     Parameters
     ----------
     model : nn.Module
         A model with adapters.
-    *adapter_names : str
-        The adapters, in the order in which they are added.
+    *adapters : str, or mapping of str to float
+        The adapters, in the order in which they are added; in a mapping with their weights, which are 1 otherwise.
 
     Raises
     ------
     ValueError
-        If the model has no adapter of such a name.
+        If the model has no adapter of such a name, a weight is not a finite number, an adapter with another weight than
+        1 replaces tensors whole, or something is merged in place that would change.
 
     References
     ----------
@@ -102,13 +114,44 @@ def activate(model: nn.Module, *adapter_names: str) -> None:
     >>> activate(model, "b")
     >>> model[0].active_adapters
     ['b']
+    >>> activate(model, {"a": 0.7, "b": 0.3})
+    >>> model[0].tucker_update["a"].multiplier
+    0.7
     """
+    weights: dict[str, float] = {}
+    for given in adapters:
+        weights |= {given: 1.0} if isinstance(given, str) else given
+    adapter_names = list(weights)
     check_known(model, "activate", adapter_names)
-    for layer in layers_of(model, "activate"):
+    layers = layers_of(model, "activate")
+    _check_weights(model, layers, weights)
+    for layer in layers:
         layer.active_adapters = [name for name in adapter_names if name in layer.tucker_update]
+        for name in layer.tucker_update:
+            for update in layer.updates(name).values():
+                update.multiplier = weights.get(name, 1.0)
     for place, local, note in whole_of(model):
         if note.active != (note.adapter_name in adapter_names):
             note.other, note.active = swap(place.module, local, note.other), not note.active
+
+
+def _check_weights(model: nn.Module, layers: list[FloraLayer], weights: dict[str, float]) -> None:
+    """Refuse weights and choices that cannot be, before any layer is switched."""
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"activate: the weight of adapter {name!r} is {weight!r}; pass a finite number")
+        if weight != 1.0 and any(note.adapter_name == name for _, _, note in whole_of(model)):
+            raise ValueError(
+                f"activate: adapter {name!r} replaces tensors whole, which cannot be done in part; pass weight 1"
+            )
+    for layer in layers:
+        chosen = [name for name in weights if name in layer.tucker_update]
+        for name in layer.merged_adapters:
+            same = all(update.multiplier == weights.get(name) for update in layer.updates(name).values())
+            if name not in chosen or not same:
+                raise ValueError(f"activate: adapter {name!r} is merged into the weights as it is; call unmerge_ first")
+        if layer.merged_adapters:
+            layer.check_active(chosen)
 
 
 @contextmanager
@@ -143,6 +186,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
     False
     """
     layers = [layer for layer in layers_of(model, "disabled") if layer.enabled]
+    refuse_merged("disabled", layers)
     replaced = [(place.module, local, note) for place, local, note in whole_of(model) if note.active]
     for layer in layers:
         layer.enabled = False
@@ -191,6 +235,9 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     True
     """
     check_known(model, "detach", [] if adapter_name is None else [adapter_name])
+    if adapter_name is None:
+        unmerge_(model)
+    refuse_merged("detach", layers_of(model, "detach"))
     for layer in layers_of(model, "detach"):
         for name in list(layer.tucker_update):
             if adapter_name in (None, name):
@@ -204,6 +251,47 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     if not any(isinstance(module, FloraLayer) for module in model.modules()) and not whole_of(model):
         thaw(model)
     return model
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Give an adapter another name; its parameters, its place in the order and its switches stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with adapters.
+    old, new : str
+        The names.
+
+    Raises
+    ------
+    ValueError
+        If there is no adapter of the old name, or the new one is taken or impossible. Nothing is renamed then.
+
+    References
+    ----------
+    FLoRA, arXiv 2405.14739; a name is no part of the method, nor of the file.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> _ = attach(model, ranks=2)
+    >>> rename_adapter(model, "default", "style")
+    >>> list(model[0].tucker_update)
+    ['style']
+    """
+    check_known(model, "rename_adapter", [old])
+    check_adapter_name("rename_adapter", new)
+    layers = layers_of(model, "rename_adapter")
+    taken = {name for layer in layers for name in layer.tucker_update}
+    taken |= {note.adapter_name for _, _, note in whole_of(model)}
+    if new in taken - {old}:
+        raise ValueError(f"rename_adapter: the model has an adapter {new!r} already; detach it first")
+    for layer in layers:
+        if old in layer.tucker_update:
+            layer.rename_adapter(old, new)
+    for _, _, note in whole_of(model):
+        note.adapter_name = new if note.adapter_name == old else note.adapter_name
 
 
 def _unwrap(model: nn.Module, replacement: Any) -> nn.Module:

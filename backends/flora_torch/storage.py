@@ -18,6 +18,7 @@ from flora_tensor.adapter_file import Adapter
 from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
 from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
+from flora_torch.in_place import refuse_merged
 from flora_torch.initialize import default_dtype
 from flora_torch.inventory import (
     WHOLE,
@@ -33,9 +34,9 @@ from flora_torch.inventory import (
 )
 from flora_torch.kinds import drops_input
 from flora_torch.selection import Site, near, places, sites
-from flora_torch.update import TuckerUpdate
+from flora_torch.update import DROPOUTS, TuckerUpdate
 
-__all__ = ["attach_adapter", "load_adapter", "save_adapter"]
+__all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of", "save_adapter"]
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
@@ -95,11 +96,11 @@ def attach_adapter(
     >>> model[0].tucker_update["default"].delta().tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    adapter = _as_adapter(source)
+    adapter = as_adapter(source)
     table = sites(model)
     whole = {name: _whole_target(model, name, array) for name, array in _distinct(table, adapter.whole).items()}
     with all_or_nothing(model):
-        plans = [_plan_of(adapter, name, table, dtype, dropout) for name in adapter]
+        plans = [plan_of(adapter, name, table, dtype, dropout) for name in adapter]
         twice = {site.name for site in (p.site for p in plans)}
         if len(twice) < len(plans):
             raise ValueError("attach_adapter: two entries of the adapter are for one tied weight; keep one of them")
@@ -109,13 +110,14 @@ def attach_adapter(
     return report
 
 
-def _as_adapter(source: Any) -> Adapter:
+def as_adapter(source: Any) -> Adapter:
+    """Return an adapter from its directory, from a mapping of Tucker tensors, or as it is."""
     if isinstance(source, Adapter):
         return source
     return Adapter(dict(source)) if isinstance(source, Mapping) else ft.load_adapter(source)
 
 
-def _plan_of(
+def plan_of(
     adapter: Adapter, name: str, table: Mapping[str, Site], dtype: torch.dtype | None, dropout: float | None
 ) -> Plan:
     """Build the update of one entry of an adapter."""
@@ -133,15 +135,19 @@ def _plan_of(
             raise ValueError(f"attach_adapter: {name!r} belongs to the model itself; put it into an nn.Sequential")
     trained = _DTYPE_NAMES.get(_hint(adapter, "adapter_dtypes", name, ""))
     chosen = dtype or trained or default_dtype(weight.dtype)
-    tucker = adapter[name].map(lambda array: _as_torch(array, name).to(device=weight.device, dtype=chosen))
+    tucker = adapter[name].map(lambda array: as_torch(array, name).to(device=weight.device, dtype=chosen))
     start = None
     if _hint(adapter, "start_pattern", name, False):
         tucker, start = TuckerUpdate.split(tucker)
-    rate = _hint(adapter, "dropout_pattern", name, 0.0) if dropout is None else dropout
+    chances = {key: _hint(adapter, f"{key}_pattern", name, 0.0) for key in DROPOUTS}
+    chances |= {} if dropout is None else {"dropout": dropout}
     if not all(drops_input(h.module, h.parameter) for h in site.holders):
-        rate = 0.0
-    arrangement, scale = adapter.arrangements[name], adapter.scales[name]
-    update = TuckerUpdate(tucker, tuple(weight.shape), arrangement=arrangement, scale=scale, dropout=rate, start=start)
+        chances["dropout"] = 0.0
+    options: dict[str, Any] = {"arrangement": adapter.arrangements[name], "scale": adapter.scales[name], "start": start}
+    if name in adapter.magnitudes:
+        magnitude = as_torch(adapter.magnitudes[name], name).to(device=weight.device, dtype=chosen)
+        options |= {"magnitude": magnitude, "channels": adapter.channels[name]}
+    update = TuckerUpdate(tucker, tuple(weight.shape), **options, **chances)
     return Plan(site, update, update.ranks)
 
 
@@ -152,7 +158,8 @@ def _hint(adapter: Adapter, key: str, name: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def _as_torch(array: Any, name: str) -> Tensor:
+def as_torch(array: Any, name: str) -> Tensor:
+    """Return a copy of an array of any library as a tensor; what is not finite is refused."""
     if isinstance(array, Tensor):
         tensor = array.detach().clone()
     else:
@@ -172,7 +179,7 @@ def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, 
         known = first.setdefault(table[name].name, name) if name in table else name
         if known == name:
             kept[name] = array
-        elif not torch.equal(_as_torch(kept[known], known), _as_torch(array, name)):
+        elif not torch.equal(as_torch(kept[known], known), as_torch(array, name)):
             raise ValueError(
                 f"attach_adapter: {known!r} and {name!r} are one tied tensor of the model, and the adapter has two "
                 "values for it; keep one of them"
@@ -192,7 +199,7 @@ def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, s
     owner, local, current = known[name]
     if current.is_meta:
         raise ValueError(f"attach_adapter: {name!r} is on the meta device and has no values; load the model first")
-    value = _as_torch(array, name)
+    value = as_torch(array, name)
     if value.shape != current.shape:
         raise ValueError(
             f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
@@ -268,8 +275,11 @@ def save_adapter(
         "base_model_name_or_path": base_model_name_or_path,
         "adapter_dtypes": {weight: str(dtype).removeprefix("torch.") for weight, dtype in dtypes.items()},
         "start_pattern": {weight: True for weight, update in updates.items() if update.start is not None},
-        "dropout_pattern": {weight: update.dropout for weight, update in updates.items() if update.dropout},
     }
+    for key in DROPOUTS:
+        chances = {weight: getattr(update, key) for weight, update in updates.items()}
+        config[f"{key}_pattern"] = {weight: chance for weight, chance in chances.items() if chance}
+    magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
     stored = {weight: _DTYPES[dtype] for weight, dtype in dtypes.items() if dtype in _DTYPES}
     stored |= {weight: _DTYPES[value.dtype] for weight, value in whole.items() if value.dtype in _DTYPES}
     adapter = Adapter(
@@ -280,6 +290,8 @@ def save_adapter(
         {weight: _as_numpy(value) for weight, value in whole.items()},
         config,
         stored,
+        magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
+        channels={weight: updates[weight].channels for weight in magnitudes},
     )
     return ft.save_adapter(path, adapter, overwrite=overwrite)
 
@@ -359,13 +371,14 @@ def load_adapter(
     present = updates_by_weight(model, adapter_name)
     if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
         return attach_adapter(model, adapter, adapter_name=adapter_name, freeze_model=freeze_model)
+    refuse_merged("load_adapter", layers_of(model, "load_adapter"))
     if differing := set(present) ^ set(adapter):
         raise ValueError(
             f"load_adapter: {min(differing)!r} is in only one of the file and the model's adapter {adapter_name!r}; "
             "load under another adapter_name"
         )
     table = sites(model)
-    plans = [_plan_of(adapter, name, table, None, None) for name in adapter]
+    plans = [plan_of(adapter, name, table, None, None) for name in adapter]
     distinct = _distinct(table, adapter.whole)
     whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
     for name, plan in zip(adapter, plans):
@@ -390,13 +403,14 @@ def _check_same_form(name: str, there: TuckerUpdate, given: TuckerUpdate) -> Non
             [None if u is None else tuple(u.shape) for u in (update.core, *update.factors)],
             str(update.core.dtype),
             update.start is not None,
+            None if update.magnitude is None else tuple(update.magnitude.shape),
         )
         for update in (there, given)
     )
     if mine != theirs:
         raise ValueError(
-            f"load_adapter: {name!r} has core, factors, type and start {mine} in the model and {theirs} in the file; "
-            "detach the adapter first, or load under another adapter_name"
+            f"load_adapter: {name!r} has core, factors, type, start and magnitude {mine} in the model and {theirs} in "
+            "the file; detach the adapter first, or load under another adapter_name"
         )
 
 
@@ -404,7 +418,7 @@ def _whole_again(model: nn.Module, name: str, array: Any, adapter_name: str) -> 
     """Find the tensor that a stored one replaces; one that this adapter replaced before is only given its new value."""
     for place, local, note in whole_of(model):
         if note.adapter_name == adapter_name and name == (f"{place.name}.{local}" if place.name else local):
-            value, current = _as_torch(array, name), current_value(place.module, local)
+            value, current = as_torch(array, name), current_value(place.module, local)
             if value.shape != current.shape:
                 raise ValueError(f"load_adapter: {name!r} is of shape {tuple(current.shape)}, not {tuple(value.shape)}")
             return place.module, local, value, False

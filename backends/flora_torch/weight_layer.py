@@ -13,15 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from flora_torch.base_weight import call_with, dense_value, is_quantized
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, Work, forming_work, prefers_dense
 from flora_torch.initialize import Ranks
+from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate
 
-__all__ = ["WeightLayer", "is_conv1d_of_transformers"]
+__all__ = ["WeightLayer", "is_conv1d_of_transformers", "is_read_by_its_parent"]
 
 
 class WeightLayer(FloraLayer):
@@ -76,6 +78,11 @@ class WeightLayer(FloraLayer):
                 f"{type(self).__name__}: dropout on an update's input needs a base whose product is known, and "
                 f"{type(self.base_layer).__name__} has a forward of its own; pass dropout=0"
             )
+        if update.dropout and is_read_by_its_parent(self.base_layer):
+            raise ValueError(
+                f"{type(self).__name__}: dropout on an update's input would have no effect: nn.MultiheadAttention "
+                "reads the weight of its output projection instead of calling it; pass dropout=0, or rank_dropout"
+            )
         super().check_update(adapter_name, update, parameter=parameter)
 
     @override
@@ -108,14 +115,51 @@ class WeightLayer(FloraLayer):
         Tensor
             As the base layer gives it, in its type.
         """
+        if self.row_plan is not None and self.enabled:
+            return self._forward_rows(self.row_plan, input, *args, **kwargs)
         formed: list[TuckerUpdate] = []
         added: list[TuckerUpdate] = []
         for update in self.running():
             (formed if self._forms_delta(update, input) else added).append(update)
-        result = self._run_base(formed, input, *args, **kwargs)
+        if formed and any(update.magnitude is not None for update in added):
+            # What a magnitude rescales is the product with W alone, so the base runs with nothing formed.
+            formed, added = [], formed + added
+        result = base = self._run_base(formed, input, *args, **kwargs)
         for update in added:
-            result = (result + self._change(update, input, *args, **kwargs)).to(result.dtype)
+            result = (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
         return result
+
+    def _forward_rows(self, plan: RowPlan, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base once, and add to each row what its own adapters change."""
+        input = self._checked_rows(plan, input)
+        base = result = self.base_layer(input, *args, **kwargs)
+        for adapter in plan.rows:
+            update = self.updates(adapter).get("weight")
+            if update is None:
+                continue
+            rows = plan.index(adapter, input.device)
+            if rows is None:
+                result = (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
+                continue
+            mine = base.index_select(0, rows), input.index_select(0, rows)
+            change = self._contribution(update, *mine, *args, **kwargs)
+            # Added in the wider type and rounded once, as for a batch of its own.
+            result = result.index_copy(0, rows, (result.index_select(0, rows) + change).to(result.dtype))
+        return result
+
+    def _checked_rows(self, plan: RowPlan, input: Tensor) -> Tensor:
+        """Return the input, its first axis proved to be the rows of a plan."""
+        plan.check(self, tuple(input.shape), self._n_unbatched_axes)
+        return input
+
+    @property
+    def _n_unbatched_axes(self) -> int:
+        """How many axes an input without a batch has."""
+        return 1
+
+    @override
+    def takes_rows(self) -> bool:
+        return self._is_plain
 
     def _run_base(self, formed: list[TuckerUpdate], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not formed:
@@ -132,16 +176,38 @@ class WeightLayer(FloraLayer):
             return False
         if self.path != "auto" or not self._has_factored(update):
             return self.path != "factored"
+        if update.magnitude is not None and not torch.is_grad_enabled():
+            return True  # its norms need ΔW formed in any case
         factored, base = self._work(update, input)
         shapes = [None if u is None else (u.shape[0], u.shape[1]) for u in update.factors]
         training = torch.is_grad_enabled() and update.core.requires_grad
         return prefers_dense(factored, forming_work(update.core.shape, shapes), base, math.prod(update.shape), training)
 
+    def _contribution(self, update: TuckerUpdate, base: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what an update adds to the output of the base."""
+        change = self._change(update, input, *args, **kwargs)
+        return change if update.magnitude is None else self._rescaled(update, base, input, change)
+
+    def _rescaled(self, update: TuckerUpdate, base: Tensor, input: Tensor, change: Tensor) -> Tensor:
+        """Turn ΔW·x into c · (W + ΔW)·x − W·x, given the base's output, from which its bias is taken off again."""
+        del input
+        with torch.no_grad():
+            norms = update.norms(self._base_value("weight").to(update.core.dtype) + update.delta())
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        axes = (-1, *[1] * (-1 - self._channel_axis))
+        product = base.to(change.dtype)
+        if bias is not None:
+            product = product - bias.to(change.dtype).reshape(axes)
+        return update.rescale(product, change, update.ratio(norms).reshape(axes), drop=self.training)
+
+    # The axis of the output's channels, counted from the end.
+    _channel_axis = -1
+
     def _change(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute s·ΔW·x on its own."""
         x = nnf.dropout(input, update.dropout) if self._drops(update) else input
         if not self._has_factored(update) or self.path == "dense":
-            return self._change_by(update.delta(), x, *args, **kwargs)
+            return self._change_by(update.delta(drop=self.training), x, *args, **kwargs)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(update.core.dtype)
         return self._sum(update, lambda core, factors: self._product(update, x, core, factors, *args, **kwargs))
@@ -153,10 +219,9 @@ class WeightLayer(FloraLayer):
         parts |= {} if getattr(base, "bias", None) is None else {"bias": torch.zeros_like(base.bias)}
         return call_with(base, parts, (x, *args), kwargs)
 
-    @staticmethod
-    def _sum(update: TuckerUpdate, product: Any) -> Tensor:
+    def _sum(self, update: TuckerUpdate, product: Any) -> Tensor:
         total: Tensor | None = None
-        for core, factors, sign in update.terms():
+        for core, factors, sign in update.terms(drop=self.training):
             term = product(core, factors)
             total = term if total is None else total + sign * term
         assert total is not None
@@ -180,6 +245,11 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
     # The class can only exist once its module is loaded; importing it here would load all of transformers.
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def is_read_by_its_parent(module: nn.Module) -> bool:
+    """Tell whether a module is never called: nn.MultiheadAttention reads the weight of its output projection."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _has_known_forward(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
