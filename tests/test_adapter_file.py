@@ -325,7 +325,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_is_listed(written: Path
 
 def test_a_newer_minor_format_is_read_with_a_warning(written: Path):
     edit(written, format_version="1.7")
-    with pytest.warns(ft.FloraWarning, match=r"format 1.7 is newer than 1.0; what it adds is ignored"):
+    with pytest.warns(ft.FloraWarning, match=r"format 1.7 is newer than 1.1; what it adds is ignored"):
         ft.load_adapter(written)
 
 

@@ -355,6 +355,10 @@ class TestOutputProjectionOfAttention(TestLinear):
     def inputs(self):
         return (torch.randn(3, 16),)
 
+    def test_dropout_drops_the_updates_input_in_training_only(self):
+        with pytest.raises(ValueError, match=r"no effect: nn.MultiheadAttention reads the weight .* pass dropout=0"):
+            self.wrap(self.base(), dropout=0.5)
+
 
 class TestConv1DOfTransformers(TestLinear):
     def base(self):

@@ -559,6 +559,11 @@ class FloraLayer(nn.Module):
         Tensor, of the parameter's shape
             W.
 
+        Raises
+        ------
+        ValueError
+            If its values are packed in a way that nothing is known of.
+
         Examples
         --------
         >>> from flora_torch import FloraLinear
