@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, feasible_ranks
 from flora_tensor._heads import Heads, heads_beside
+from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint
 
@@ -31,6 +32,7 @@ class Settings:
     exclude: tuple[str, ...]
     arrangement: Arrangement | None
     heads: tuple[Heads, ...]
+    calibration: Calibration | None
     weights: str
     vectors: str
     on_mismatch: str
@@ -55,6 +57,11 @@ class Settings:
             "arrangements": self.arrangement.pattern if self.arrangement else "auto",
             **({"heads": [heads.query for heads in self.heads]} if self.heads else {}),
             **({"weights": self.weights} if self.weights != "norm" else {}),
+            **(
+                {"calibration": self.calibration.told, "calibration_sha256": self.calibration.digest}
+                if self.calibration
+                else {}
+            ),
             "vectors": self.vectors,
             "noise_floor": self.noise_floor,
             "dtype": {code: name for name, code in CODES.items()}[self.dtype],

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._deltas import on_device
+from flora_tensor._deltas import frobenius_norm, on_device
 from flora_tensor._files import check_free_space
 from flora_tensor._residual import residual_norm
 from flora_tensor._safetensors import BITS, SafetensorsWriter, encode, round_to
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
+from flora_tensor._weighting import Weighting
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
     METADATA,
@@ -101,7 +102,7 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
-    fitted = _fit(on_device(arranged, settings.device), weight, settings).map(to_numpy)
+    fitted, weighting = _fitted(delta, arranged, weight, settings)
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
@@ -117,8 +118,34 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
         ranks=weight.ranks,
         n_parameters=stored.n_parameters,
         relative_error=residual_norm(arranged, stored, norm) / norm,
+        weighted_error=_output_error(arranged, stored, weight, weighting),
     )
     return scale, row, parts
+
+
+def _output_error(
+    arranged: np.ndarray, stored: TuckerTensor, weight: Weight, weighting: Weighting | None
+) -> float | None:
+    """Measure the error of the layer's output, where a calibration says what that is."""
+    if weight.row.weighted_norm is None:
+        return None
+    assert weight.arrangement is not None
+    difference = stored.map(lambda array: array.astype(np.float64)).to_tensor() - arranged
+    own = weight.arrangement.restore(difference, weight.row.shape)
+    return frobenius_norm(own if weighting is None else weighting.scale(own)) / weight.row.weighted_norm
+
+
+def _fitted(
+    delta: np.ndarray, arranged: np.ndarray, weight: Weight, settings: Settings
+) -> tuple[TuckerTensor, Weighting | None]:
+    """Decompose a change, scaled by its input's second moment and back where a calibration gave one that fits."""
+    assert weight.arrangement is not None
+    if not (weight.is_weighted and settings.calibration) or weight.ranks == arranged.shape:
+        return _fit(on_device(arranged, settings.device), weight, settings).map(to_numpy), None
+    weighting = settings.calibration.weighting(weight.row.name, delta.shape)
+    assert weighting is not None
+    scaled = on_device(weight.arrangement.arrange(weighting.scale(delta)), settings.device)
+    return weighting.unscale(_fit(scaled, weight, settings).map(to_numpy), weight.arrangement), weighting
 
 
 def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flora_tensor._deltas import check_finite, check_memory, on_device, read_change
+from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
@@ -32,8 +32,9 @@ class Weight:
     frontiers: list[Frontier] = field(default_factory=list[Frontier])
     arrangement: Arrangement | None = None
     ranks: tuple[int, ...] = ()
-    predicted: float | None = None
+    predicted: float | None = None  # in the norm that the budget minimizes
     digest: str = ""  # of the bits of both sides
+    is_weighted: bool = False
 
     @property
     def arranged_shape(self) -> tuple[int, ...]:
@@ -126,10 +127,13 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
     weight = Weight(row, settings.arrangements(name, a.shape), digest=change.digest)
+    weighted = _weighted(weight, delta, settings)
     floor = change.noise if settings.caps_noise else settings.noise_floor
-    floor = floor if isinstance(floor, float) and settings.ranks is None else None
+    # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
+    applies = settings.ranks is None and not weight.is_weighted
+    floor = floor if isinstance(floor, float) and applies else None
     for arrangement in weight.arrangements if settings.ranks is None else ():
-        arranged = on_device(arrangement.arrange(delta), settings.device)
+        arranged = on_device(arrangement.arrange(weighted), settings.device)
         spectrum = cheapest_spectrum("extract", arranged)
         caps = None if floor is None else projected_edge(spectrum, floor)[0]
         weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True))
@@ -138,7 +142,7 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     if floor is not None and weight.frontiers:
         weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
-        _take_ranks(weight, delta, settings)
+        _take_ranks(weight, weighted, settings)
     return weight, delta
 
 
@@ -148,6 +152,23 @@ def _scales_beside(side: Checkpoint, name: str) -> list[str]:
         return []
     module = name.rpartition(".")[0]
     return [s for s in (f"{name}_scale", f"{name}_scale_inv", f"{module}.scale_weight") if s in side]
+
+
+def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return the change in the norm that counts: scaled by its input's second moment, where there is one that fits."""
+    if settings.calibration is None:
+        return delta
+    weighting = settings.calibration.weighting(weight.row.name, delta.shape)
+    fitting = tuple(a for a in weight.arrangements if weighting is not None and weighting.fits(a))
+    if weighting is None or not fitting:
+        why = "no moment of its input" if weighting is None else "its input is no mode of the arrangement"
+        notes = (*weight.row.notes, f"{why}: the plain error counts")
+        weight.row = replace(weight.row, notes=notes, weighted_norm=weight.row.delta_norm)
+        return delta
+    weighted = weighting.scale(delta)
+    weight.arrangements, weight.is_weighted = fitting, True
+    weight.row = replace(weight.row, weighted_norm=frobenius_norm(weighted))
+    return weighted
 
 
 def _noise_note(caps: Sequence[int]) -> str:
@@ -242,14 +263,17 @@ def predicted_row(weight: Weight) -> TensorRow:
         arrangement=weight.arrangement.pattern,
         ranks=weight.ranks,
         n_parameters=_n_parameters(weight.arranged_shape, weight.ranks),
-        relative_error=weight.predicted,
+        # In a dry run nothing is decomposed: under a calibration only the error that counts is known.
+        relative_error=None if weight.is_weighted else weight.predicted,
+        weighted_error=None if weight.row.weighted_norm is None else weight.predicted,
     )
 
 
 def rank_zero_row(weight: Weight) -> TensorRow:
     noise = any(note == _noise_note((0,)) for note in weight.row.notes)
     reason = "below the rounding noise of its storage type" if noise else "rank 0 under this budget"
-    return replace(weight.row, status="left out", reason=reason, relative_error=1.0)
+    lost = None if weight.row.weighted_norm is None else 1.0
+    return replace(weight.row, status="left out", reason=reason, relative_error=1.0, weighted_error=lost)
 
 
 def _n_parameters(shape: Sequence[int], ranks: Sequence[int]) -> int:

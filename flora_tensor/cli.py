@@ -254,7 +254,16 @@ def main(ctx: click.Context) -> None:
 @click.option(
     "--heads", type=_heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
 )
-@click.option("--weights", type=click.Choice(["norm", "uniform"]), default="norm", show_default=True)
+@click.option(
+    "--calibration", type=_EXISTING, metavar="FILE", help="Second moments of the inputs: count errors of the outputs."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["norm", "uniform"]),
+    default="norm",
+    show_default=True,
+    help="Minimize the error of all changes, or that of each relative to its size.",
+)
 @click.option("--vectors", type=click.Choice(["keep", "skip", "error"]), default="keep", show_default=True)
 @click.option("--on-mismatch", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that only one checkpoint has.")

@@ -9,7 +9,7 @@ Neither model is ever in memory.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,14 @@ from flora_tensor._settings import (
     silent,
 )
 from flora_tensor._storing import Stored, check_space, write_adapter
-from flora_tensor._survey import choose, expected_weights, predicted_row, rank_zero_row, survey
+from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, survey
 from flora_tensor._tasks import Job, Outcome, Task
 from flora_tensor._warnings import FloraWarning
+from flora_tensor._weighting import Calibration
 from flora_tensor.adapter_file import OWNED_NAMES, REPORT_NAME
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.moments import Moments
 from flora_tensor.report import ExtractionReport, TensorRow
 
 __all__ = ["extract"]
@@ -60,6 +62,7 @@ def extract(
     exclude: str | Sequence[str] | None = None,
     arrangements: str | Arrangement = "auto",
     heads: int | Literal["auto"] | None = "auto",
+    calibration: PathLike | Moments | None = None,
     weights: Literal["norm", "uniform"] = "norm",
     vectors: Literal["keep", "skip", "error"] = "keep",
     on_mismatch: Literal["error", "skip"] = "error",
@@ -105,6 +108,12 @@ def extract(
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
         reads the numbers from the `config.json` beside a checkpoint; ``None`` leaves heads alone.
+    calibration : path or Moments, optional
+        The second moments of the weights' inputs, from `flora_torch.collect_moments`. The error that is minimized,
+        and that budget and tolerance refer to, is then that of the layers' *outputs*, ‖(ΔW − stored) C^½‖. The moment
+        of a convolution's channels (axes ``i``) goes with every arrangement; that of whole patches (``i h w``) needs
+        ``o (i h w)``, which is taken. Weights without a moment count by their plain error. Eigenvalues of C below a
+        thousandth of their mean are raised to that. The cap of ``noise_floor`` does not apply to calibrated weights.
     weights : {"norm", "uniform"}
         What a budget minimizes: the summed squared error of all changes, or the sum of their squared *relative* errors,
         so that weights that changed little are kept as well as others.
@@ -190,6 +199,7 @@ def extract(
         globs(exclude),
         arrangement_option(arrangements),
         (),
+        None if calibration is None else Calibration.of(calibration),
         choice("weights", weights, ("norm", "uniform")),
         choice("vectors", vectors, ("keep", "skip", "error")),
         choice("on_mismatch", on_mismatch, ("error", "skip")),
@@ -205,8 +215,9 @@ def extract(
     settings = replace(settings, heads=heads_option(heads, before, after))
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
     report = _begun(run, out, resume=resume, overwrite=overwrite)
-    if rtol is not None and weights == "norm" and report.relative_error > rtol + 1e-5:
-        message = f"extract: stored as {dtype} the error is {report.relative_error:.3g}, above rtol {rtol}"
+    reached = report.relative_error if report.weighted_error is None else report.weighted_error
+    if rtol is not None and weights == "norm" and reached > rtol + 1e-5:
+        message = f"extract: stored as {dtype} the error is {reached:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
     return report
 
@@ -239,6 +250,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
             f"extract: nothing to extract: no selected tensor differs between {base.path} and {tuned.path}"
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
+    _check_calibration(settings, weights.values())
     whole = [name for name, row in rows.items() if row.status == "whole"]
     lower_bound = choose(weights, settings, keep_going=bool(whole))
     if target is None:
@@ -260,6 +272,14 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     return report
 
 
+def _check_calibration(settings: Settings, weights: Iterable[Weight]) -> None:
+    if settings.calibration and weights and not any(weight.is_weighted for weight in weights):
+        raise InputError(
+            f"extract: the calibration ({settings.calibration.told}) has no moment that fits a changed weight; collect "
+            "the moments of this model, with patches=False if the arrangement is not o (i h w)"
+        )
+
+
 def _stored(run: Run, task: Task, outcome: Outcome) -> Stored:
     """Describe a weight for the writer, which asks for its parts when their turn comes."""
     assert outcome.weight is not None
@@ -274,19 +294,26 @@ def _totals(
     settings: Settings,
 ) -> ExtractionReport:
     rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
-    # Norms are scaled by the largest one, so that squares neither overflow nor vanish.
     decomposed = [row for row in rows if row.delta_norm is not None]
-    largest = max((row.delta_norm or 0.0 for row in decomposed), default=0.0) or 1.0
-    total = sum(((row.delta_norm or 0.0) / largest) ** 2 for row in decomposed)
-    left = sum(((row.delta_norm or 0.0) / largest * (row.relative_error or 0.0)) ** 2 for row in decomposed)
+    weighted = [(row.weighted_norm or 0.0, row.weighted_error) for row in decomposed]
     aliases = {**base.aliases, **tuned.aliases}
     return ExtractionReport(
         rows=rows,
         dense_parameters=sum(math.prod(row.shape) for row in decomposed),
         n_parameters=sum(row.n_parameters for row in rows if row.status == "tucker"),
         whole_parameters=sum(row.n_parameters for row in rows if row.status == "whole"),
-        relative_error=math.sqrt(left / total) if total else 0.0,
+        relative_error=_combined([(row.delta_norm or 0.0, row.relative_error) for row in decomposed]),
         lower_bound=lower_bound,
         options=settings.options() | ({"aliases": aliases} if aliases else {}),
         dry_run=settings.dry_run,
+        weighted_error=_combined(weighted) if settings.calibration else None,
     )
+
+
+def _combined(parts: Sequence[tuple[float, float | None]]) -> float:
+    """Return √(Σ norm² error² / Σ norm²); not a number where an error is not known."""
+    # Norms are scaled by the largest one, so that squares neither overflow nor vanish.
+    largest = max((norm for norm, _ in parts), default=0.0) or 1.0
+    total = sum((norm / largest) ** 2 for norm, _ in parts)
+    left = sum((norm / largest * (math.nan if error is None else error)) ** 2 for norm, error in parts)
+    return math.sqrt(left / total) if total else 0.0

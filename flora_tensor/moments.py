@@ -175,13 +175,15 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, *, overwrite: b
     return Path(path)
 
 
-def load_moments(path: str | os.PathLike[str]) -> Moments:
+def load_moments(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> Moments:
     """Read a file of moments, everything that it claims checked.
 
     Parameters
     ----------
     path : path
         A file that `save_moments` or `flora_torch.collect_moments` wrote.
+    names : iterable of str, optional
+        Read these weights alone, called by any of their names; those that the file lacks are left out.
 
     Returns
     -------
@@ -215,7 +217,10 @@ def load_moments(path: str | os.PathLike[str]) -> Moments:
         if set(weights) != set(header.tensors):
             name = min(set(weights) ^ set(header.tensors))
             raise InputError(f"{path}: {name!r} is in only one of the metadata and the tensors; the file is damaged")
-        arrays = {name: _read(fd, info, path) for name, info in header.tensors.items()}
+        if names is not None:
+            asked = set(names)
+            weights = {name: entry for name, entry in weights.items() if asked & {name, *entry["aliases"]}}
+        arrays = {name: _read(fd, header.tensors[name], path) for name in weights}
     finally:
         os.close(fd)
     try:

@@ -46,6 +46,12 @@ class TensorRow:
         ‖ΔW − what is stored‖ / ‖ΔW‖, measured on the stored bits (predicted from the spectrum in a dry run).
     delta_norm : float or None
         ‖ΔW‖, of changed weights with two axes or more.
+    weighted_error : float or None
+        ‖(ΔW − what is stored) C^½‖ / ‖ΔW C^½‖, the relative error of the layer's output, where a calibration gave the
+        second moment C of its input. Where it gave none, the relative error.
+    weighted_norm : float or None
+        ‖ΔW C^½‖, the root mean square of the change of the layer's output; ‖ΔW‖ where C was not known. ``None`` without
+        a calibration.
     notes : tuple of str
         What else a reader should know.
     """
@@ -61,11 +67,15 @@ class TensorRow:
     n_parameters: int = 0
     relative_error: float | None = None
     delta_norm: float | None = None
+    weighted_error: float | None = None
+    weighted_norm: float | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, ready for JSON."""
         row = {**vars(self), "shape": list(self.shape), "ranks": list(self.ranks), "notes": list(self.notes)}
+        if self.weighted_norm is None:
+            del row["weighted_error"], row["weighted_norm"]
         return {key: _finite(value) for key, value in row.items()}
 
 
@@ -89,14 +99,17 @@ class ExtractionReport:
     whole_parameters : int
         Numbers stored whole.
     relative_error : float
-        √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights.
+        √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights; not a number in a dry run with a calibration.
     lower_bound : float or None
         What no other choice of ranks could beat: an error for a budget, a number of parameters for a tolerance;
-        ``None`` where the ranks were given.
+        ``None`` where the ranks were given. With a calibration it bounds the weighted error.
     options : mapping of str to Any
         The options of the run.
     dry_run : bool
         Whether nothing was written; the errors are then those that the spectra promise.
+    weighted_error : float or None
+        √(Σ ‖(ΔW − stored) C^½‖² / Σ ‖ΔW C^½‖²), which a calibrated extraction minimizes: the relative error of the
+        layers' outputs. ``None`` without a calibration.
 
     References
     ----------
@@ -111,6 +124,7 @@ class ExtractionReport:
     lower_bound: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     dry_run: bool = False
+    weighted_error: float | None = None
 
     def __getitem__(self, name: str) -> TensorRow:
         for row in self.rows:
@@ -155,6 +169,7 @@ class ExtractionReport:
                 "whole_parameters": self.whole_parameters,
                 "ratio": self.ratio,
                 "relative_error": _finite(self.relative_error),
+                **({} if self.weighted_error is None else {"weighted_error": _finite(self.weighted_error)}),
                 "lower_bound": _finite(self.lower_bound),
             },
             "tensors": [row.to_dict() for row in self.rows],
@@ -173,7 +188,8 @@ class ExtractionReport:
             f"{self.count('tucker')} decomposed, {self.count('whole')} whole, {self.count('left out')} left out; "
             f"{what} {self.n_parameters:,} of {self.dense_parameters:,} numbers ({100 * self.ratio:.3g} %)"
             f"{f' and {self.whole_parameters:,} whole' if self.whole_parameters else ''}, "
-            f"relative error {self.relative_error:.4g}"
+            f"relative error {'not measured' if math.isnan(self.relative_error) else f'{self.relative_error:.4g}'}"
+            f"{'' if self.weighted_error is None else f', {self.weighted_error:.4g} in the outputs'}"
         )
         return f"{table}\n{totals}"
 
