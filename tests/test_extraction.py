@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from checkpoints import bits, load, save, save_sharded
+from checkpoints import bits, load, raw, save, save_sharded
 from flora_tensor import _deltas
 from flora_tensor._deltas import read_change
 from flora_tensor.checkpoint import open_checkpoint
@@ -563,23 +563,42 @@ def test_a_whole_network_computes_the_same_after_extract_and_merge(tmp_path: Pat
 MEASURED = """
 import resource, sys
 import flora_tensor as ft
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ft.extract(sys.argv[1], sys.argv[2], sys.argv[3], ranks=4)
-ft.merge_checkpoint(sys.argv[1], sys.argv[3], sys.argv[4])
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+criterion = {"ranks": 2} if sys.argv[5] == "ranks" else {"max_ratio": 0.01}
+ft.extract(sys.argv[1], sys.argv[2], sys.argv[3], **criterion)
+ft.merge_checkpoint(sys.argv[1], sys.argv[3], sys.argv[4], max_shard_size=10**8)
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_memory_is_a_few_tensors_and_not_a_model(tmp_path: Path):
-    names = [f"layers.{k}.weight" for k in range(24)]
-    x = normal((1024, 512), 0)
-    one = x.numel() * x.element_size()
-    base = save(tmp_path / "b.safetensors", {n: x.clone() for n in names})
-    tuned = save(tmp_path / "t.safetensors", {n: x + (k + 1) for k, n in enumerate(names)})
-    command = [sys.executable, "-c", MEASURED, str(base), str(tuned), str(tmp_path / "a"), str(tmp_path / "m")]
+def sparse_file(path: Path, shapes: dict[str, tuple[int, int]], corner: float) -> Path:
+    """Write float32 tensors that are zero but for a corner; zeros take no room on the disk and none in the cache."""
+    header, position = {}, 0
+    for name, (rows, columns) in shapes.items():
+        header[name] = {"dtype": "F32", "shape": [rows, columns]}
+        header[name]["data_offsets"] = [position, position + 4 * rows * columns]
+        position += 4 * rows * columns
+    with path.open("wb") as file:
+        file.write(raw(header))
+        start = file.tell()
+        for name, (_, columns) in shapes.items():
+            for row in range(8):
+                file.seek(start + header[name]["data_offsets"][0] + 4 * row * columns)
+                file.write(np.full(8, corner + row, np.float32).tobytes())
+        file.truncate(start + position)
+    return path
+
+
+@pytest.mark.parametrize("criterion", ["ranks", "ratio"])
+def test_memory_is_that_of_one_tensor_whatever_the_model(criterion: str, tmp_path: Path):
+    largest = (16384, 512)
+    shapes = {f"layers.{k}.weight": (8192, 256) for k in range(36)} | {"embedding.weight": largest}
+    paths = [sparse_file(tmp_path / f"{n}.safetensors", shapes, c) for n, c in (("base", 1.0), ("tuned", 2.5))]
+    command = [sys.executable, "-c", MEASURED, *map(str, paths), str(tmp_path / "a"), str(tmp_path / "m"), criterion]
     used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    # Both models are 48 tensors. What is needed is two sides, an unfolding, and float64 for the sum and the error.
-    assert used < 16 * one
+    model = sum(4 * rows * columns for rows, columns in shapes.values())
+    limit = 4 * 4 * math.prod(largest) + 300 * 10**6
+    assert 2 * model > 1.5 * limit  # a run that held both models would be found out
+    assert used < limit
 
 
 def test_a_report_answers_by_name_and_writes_no_infinities():
