@@ -115,6 +115,7 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     row = replace(
         weight.row,
         arrangement=weight.arrangement.pattern,
+        modes=weight.arranged_shape,
         ranks=weight.ranks,
         n_parameters=stored.n_parameters,
         relative_error=residual_norm(arranged, stored, norm) / norm,

@@ -13,7 +13,7 @@ from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
-from flora_tensor.allocation import allocate_ranks
+from flora_tensor.allocation import allocate_ranks, budget_curve
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.noise import projected_edge, worth_storing
@@ -226,10 +226,15 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
         weight.predicted = hosvd_spectrum(arranged).error(weight.ranks)
 
 
-def choose(weights: dict[str, Weight], settings: Settings, *, keep_going: bool) -> float | None:
-    """Spread the budget over the weights and free their frontiers; return what no other choice could beat."""
+def choose(
+    weights: dict[str, Weight], settings: Settings, *, keep_going: bool
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Spread the budget over the weights and free their frontiers.
+
+    Return what no other choice could beat, and what other budgets would buy.
+    """
     if settings.ranks is not None or not weights:
-        return None
+        return None, ()
     frontiers = {name: weight.frontiers for name, weight in weights.items()}
     allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.budget)
     if not allocation.n_parameters and not keep_going:
@@ -243,6 +248,7 @@ def choose(weights: dict[str, Weight], settings: Settings, *, keep_going: bool) 
         raise ValueError(
             f"extract: the budget {settings.budget} holds nothing: the smallest tensor takes {least} numbers; raise it"
         )
+    curve = budget_curve(frontiers, weights=settings.weights)
     for name, choice in allocation.choices.items():
         weight = weights[name]
         weight.arrangement = weight.arrangements[choice.option]
@@ -250,7 +256,7 @@ def choose(weights: dict[str, Weight], settings: Settings, *, keep_going: bool) 
         total = weight.frontiers[choice.option].norm_squared
         weight.predicted = math.sqrt(choice.error_squared / total) if total else 0.0
         weight.frontiers = []
-    return allocation.lower_bound
+    return allocation.lower_bound, curve
 
 
 def predicted_row(weight: Weight) -> TensorRow:
@@ -261,6 +267,7 @@ def predicted_row(weight: Weight) -> TensorRow:
     return replace(
         weight.row,
         arrangement=weight.arrangement.pattern,
+        modes=weight.arranged_shape,
         ranks=weight.ranks,
         n_parameters=_n_parameters(weight.arranged_shape, weight.ranks),
         # In a dry run nothing is decomposed: under a calibration only the error that counts is known.

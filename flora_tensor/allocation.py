@@ -159,6 +159,57 @@ def allocate_ranks(
     return Allocation(choices, stored, error, bound, gap)
 
 
+def budget_curve(
+    spectra: Mapping[str, Sequence[Frontier]], *, weights: Mapping[str, float] | str | None = None, most: int = 64
+) -> tuple[tuple[int, float], ...]:
+    """List what growing budgets buy: (numbers stored in all, relative error), from nothing stored to all that can be.
+
+    Parameters
+    ----------
+    spectra : mapping of str to sequence of Frontier
+        For each weight its frontiers, as for `allocate_ranks`.
+    weights : mapping of str to float, "norm", "uniform", or None
+        As for `allocate_ranks`.
+    most : int
+        About how many points to list.
+
+    Returns
+    -------
+    tuple of (int, float)
+        Budgets at which the relaxation is met exactly: no choice with so many numbers has a smaller error.
+
+    References
+    ----------
+    Sinha and Zoltners, *The multiple-choice knapsack problem*, Operations Research 27 (1979).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flora_tensor import hosvd_spectrum
+    >>> budget_curve({"a": [hosvd_spectrum(np.diag([4.0, 3.0])).frontier()]})
+    ((0, 1.0), (5, 0.6), (12, 0.0))
+    """
+    options = {name: list(given) for name, given in spectra.items()}
+    scales = _scales("budget_curve", options, weights)
+    curves = [_Options.of(options[name], scales[name]).curve for name in options]
+    total = math.fsum(float(c.errors[0]) for c in curves)
+    if total == 0.0:
+        return ()
+    slope, owner, end = segments(curves)
+    # Where a segment begins is where the one before it on its curve ends; the first begins at nothing stored.
+    start = np.zeros_like(end)
+    for k, c in enumerate(curves):
+        start[owner == k] = c.hull[:-1]
+    cost = np.array([c_p[e] - c_p[s] for c_p, e, s in zip((curves[k].parameters for k in owner), end, start)])
+    stored = np.concatenate([[0], np.cumsum(cost)])
+    # Summed from the end: small errors keep their digits.
+    last = math.fsum(float(c.errors[-1]) for c in curves)
+    errors = last + np.append(np.cumsum((slope * cost)[::-1])[::-1], 0.0)
+    wanted = np.geomspace(1, max(len(errors) - 1, 1), most).round().astype(np.int64)
+    kept = np.unique(np.concatenate([[0, len(errors) - 1], np.minimum(wanted, len(errors) - 1)]))
+    return tuple((int(stored[i]), math.sqrt(max(0.0, float(errors[i])) / total)) for i in kept)
+
+
 @dataclass(frozen=True, eq=False)
 class _Options:
     """A weight's frontiers as one curve, with the weighted errors, and where each of its points comes from."""

@@ -231,6 +231,32 @@ def _selection(command: _Command) -> _Command:
     return include(exclude(command))
 
 
+def _in_a_directory(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before hours of work and not after them."""
+    if value is not None and (value.is_dir() or not value.absolute().parent.is_dir()):
+        raise click.BadParameter(f"{str(value)!r} is a directory or lies in none", ctx, parameter)
+    return value
+
+
+def _picture(what: str) -> Callable[[_Command], _Command]:
+    text = f"Draw {what} into this file (PNG, PDF, SVG)."
+    return click.option("--plot", type=click.Path(path_type=Path), callback=_in_a_directory, metavar="FILE", help=text)
+
+
+def _page(command: _Command) -> _Command:
+    text = "Write the report as one HTML page, complete in itself."
+    kind = click.Path(path_type=Path)
+    return click.option("--html", "page", type=kind, callback=_in_a_directory, metavar="FILE", help=text)(command)
+
+
+def _write_page(path: Path, text: str) -> None:
+    """Write a page whole or not at all."""
+    from flora_tensor._files import staged_file, write_file
+
+    with staged_file("html", path, overwrite=True) as stage:
+        write_file(stage, text.encode())
+
+
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flora-tensor")
 @click.pass_context
@@ -286,6 +312,8 @@ def main(ctx: click.Context) -> None:
 @click.option("--workers", type=int, metavar="N", help="Share the tensors among N processes.")
 @click.option("--executor", "address", metavar="ADDRESS", help="Or among a cluster: dask://host:port.")
 @click.option("--progress/--no-progress", "wanted", default=None, help="Show progress; by default on a terminal.")
+@_picture("what other budgets would buy, and the ranks")
+@_page
 @_selection
 @_pickle
 @_common
@@ -298,6 +326,8 @@ def extract(
     workers: int | None,
     address: str | None,
     wanted: bool | None,
+    page: Path | None,
+    plot: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -310,6 +340,14 @@ def extract(
     with show as progress, _executor(workers, address) as executor:
         ways = {"progress": progress, "executor": executor}
         report = run(base, tuned, out, arrangements=arrangement, dry_run=dry_run, **ways, **options)
+    if page is not None:
+        from flora_tensor.html_report import report_html
+
+        _write_page(page, report_html(report, title=f"{tuned.name} − {base.name}"))
+    if plot is not None:
+        from flora_tensor.plots import plot_report, save_figure
+
+        save_figure(plot_report(report, title=f"{tuned.name} − {base.name}"), plot)
     click.echo(report.to_json() if as_json else report.to_table())
 
 
@@ -353,15 +391,20 @@ def inspect(adapter: Path, as_json: bool) -> None:
 @click.option(
     "--budget", "budgets", type=_share, metavar="SHARE", multiple=True, help="A budget to try, such as 5%; repeatable."
 )
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the singular values into this file (PNG, PDF, SVG)."
-)
+@_picture("the singular values")
+@_page
 @click.option("--max-memory", type=_size, metavar="SIZE", help="The most memory for one tensor's work.")
 @_selection
 @_pickle
 @_common
 def ranks(
-    base: Path, tuned: Path, budgets: tuple[float, ...], plot: Path | None, as_json: bool, **options: Any
+    base: Path,
+    tuned: Path,
+    budgets: tuple[float, ...],
+    page: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Show the spectra of every weight's change, and what each budget would buy."""
     from flora_tensor.plots import plot_spectra, save_figure
@@ -371,6 +414,10 @@ def ranks(
         study = study_ranks(base, tuned, budgets=budgets or BUDGETS, progress=progress, **options)
     if plot is not None:
         save_figure(plot_spectra(study.spectra, title=f"Singular values of {tuned.name} − {base.name}"), plot)
+    if page is not None:
+        from flora_tensor.html_report import study_html
+
+        _write_page(page, study_html(study, title=f"Ranks of {tuned.name} − {base.name}"))
     click.echo(study.to_json() if as_json else study.to_table())
 
 

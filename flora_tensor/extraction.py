@@ -252,17 +252,17 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
     whole = [name for name, row in rows.items() if row.status == "whole"]
-    lower_bound = choose(weights, settings, keep_going=bool(whole))
+    lower_bound, curve = choose(weights, settings, keep_going=bool(whole))
     if target is None:
         rows |= {name: predicted_row(weight) for name, weight in weights.items()}
-        return _totals(rows, base, tuned, lower_bound, settings)
+        return _totals(rows, base, tuned, settings, lower_bound, curve)
     if not settings.in_one_pass:
         tasks = [Task(name, weight) for name, weight in weights.items() if any(weight.ranks)]
         check_space(target, tuned, [task.weight for task in tasks if task.weight], whole, settings.dtype)
         rows |= {name: rank_zero_row(weight) for name, weight in weights.items() if not any(weight.ranks)}
         found = run.do("decomposing", tasks)
         rows |= {name: outcome.row for name, outcome in found.items()}
-    report = _totals(rows, base, tuned, lower_bound, settings)
+    report = _totals(rows, base, tuned, settings, lower_bound, curve)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     with staged_directory("extract", target, overwrite=overwrite, owned=OWNED_NAMES, lock=False) as stage:
         write_adapter(base, tuned, stage, stored, whole, settings.dtype)
@@ -290,8 +290,9 @@ def _totals(
     found: Mapping[str, TensorRow],
     base: Checkpoint,
     tuned: Checkpoint,
-    lower_bound: float | None,
     settings: Settings,
+    lower_bound: float | None,
+    curve: tuple[tuple[int, float], ...],
 ) -> ExtractionReport:
     rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
     decomposed = [row for row in rows if row.delta_norm is not None]
@@ -307,6 +308,7 @@ def _totals(
         options=settings.options() | ({"aliases": aliases} if aliases else {}),
         dry_run=settings.dry_run,
         weighted_error=_combined(weighted) if settings.calibration else None,
+        curve=curve,
     )
 
 

@@ -13,7 +13,7 @@ from flora_tensor._checks import check_fraction
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
 from flora_tensor._settings import matches
-from flora_tensor.allocation import allocate_ranks
+from flora_tensor.allocation import allocate_ranks, budget_curve
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.report import format_table
@@ -62,6 +62,8 @@ class RankStudy:
         What each number of parameters buys, for every arrangement that extraction would try.
     budgets : tuple of BudgetRow
         What each budget would give, all weights together.
+    curve : tuple of (int, float)
+        The same for growing numbers of stored numbers, and the relative error that each gives.
 
     References
     ----------
@@ -71,6 +73,7 @@ class RankStudy:
     spectra: dict[str, ModeSpectra]
     frontiers: dict[str, list[Frontier]]
     budgets: tuple[BudgetRow, ...]
+    curve: tuple[tuple[int, float], ...] = ()
 
     def energy_ranks(self, name: str, energy: float) -> tuple[int, ...]:
         """Return for each mode of a weight how many singular values hold this share of ‖ΔW‖².
@@ -118,7 +121,11 @@ class RankStudy:
             }
             for name, s in self.spectra.items()
         ]
-        return {"weights": weights, "budgets": [vars(row) for row in self.budgets]}
+        return {
+            "weights": weights,
+            "budgets": [vars(row) for row in self.budgets],
+            "curve": list(map(list, self.curve)),
+        }
 
     def to_json(self) -> str:
         """Return the study as JSON text."""
@@ -221,7 +228,8 @@ def study_ranks(
     after.check_unchanged()
     if not spectra:
         raise InputError(f"ranks: no selected weight differs between {before.path} and {after.path}")
-    return RankStudy(spectra, frontiers, tuple(_budget_row(frontiers, share) for share in shares))
+    rows = tuple(_budget_row(frontiers, share) for share in shares)
+    return RankStudy(spectra, frontiers, rows, budget_curve(frontiers))
 
 
 def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

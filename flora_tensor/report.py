@@ -40,6 +40,8 @@ class TensorRow:
         The pattern whose modes were decomposed.
     ranks : tuple of int
         The ranks, one a mode.
+    modes : tuple of int
+        The sizes of the modes that the ranks belong to.
     n_parameters : int
         How many numbers are stored for it.
     relative_error : float or None
@@ -64,6 +66,7 @@ class TensorRow:
     dtype: str = ""
     arrangement: str = ""
     ranks: tuple[int, ...] = ()
+    modes: tuple[int, ...] = ()
     n_parameters: int = 0
     relative_error: float | None = None
     delta_norm: float | None = None
@@ -73,7 +76,7 @@ class TensorRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, ready for JSON."""
-        row = {**vars(self), "shape": list(self.shape), "ranks": list(self.ranks), "notes": list(self.notes)}
+        row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         if self.weighted_norm is None:
             del row["weighted_error"], row["weighted_norm"]
         return {key: _finite(value) for key, value in row.items()}
@@ -110,6 +113,9 @@ class ExtractionReport:
     weighted_error : float or None
         √(Σ ‖(ΔW − stored) C^½‖² / Σ ‖ΔW C^½‖²), which a calibrated extraction minimizes: the relative error of the
         layers' outputs. ``None`` without a calibration.
+    curve : tuple of (int, float)
+        What other budgets would buy: numbers stored in all, and the relative error that counts. Empty where the ranks
+        were given.
 
     References
     ----------
@@ -125,6 +131,7 @@ class ExtractionReport:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     dry_run: bool = False
     weighted_error: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
 
     def __getitem__(self, name: str) -> TensorRow:
         for row in self.rows:
@@ -172,6 +179,7 @@ class ExtractionReport:
                 **({} if self.weighted_error is None else {"weighted_error": _finite(self.weighted_error)}),
                 "lower_bound": _finite(self.lower_bound),
             },
+            "curve": [list(point) for point in self.curve],
             "tensors": [row.to_dict() for row in self.rows],
         }
 
@@ -239,7 +247,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
     a      10
     bcdef   9
     """
-    cells = [[_printable(cell) for cell in row] for row in (header, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     lines = (
@@ -249,7 +257,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
     return "\n".join(lines)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return a text with its control characters as escapes, so that a file's names can steer nothing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 

@@ -55,6 +55,7 @@ FLOORS = {
     "flora_tensor.merging": 4,
     "flora_tensor.rank_study": 4,
     "flora_tensor.report": 4,
+    "flora_tensor.html_report": 4,
     "flora_tensor.plots": 4,
     "flora_tensor.checkpoint": 3,
     "flora_tensor.adapter_file": 3,
