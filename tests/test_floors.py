@@ -48,6 +48,11 @@ FLOORS = {
     "flora_torch.rows": 11,
     "flora_torch.scaling": 11,
     "flora_torch.functional": 10,
+    "flora_torch.chain": 10,
+    "flora_torch.cost": 10,
+    "flora_torch.plans": 10,
+    "flora_torch.rebuild": 10,
+    "flora_torch.geometry": 10,
     # torch above this line, never below
     "flora_tensor.cli": 5,
     "flora_tensor.extraction": 4,

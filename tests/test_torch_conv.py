@@ -12,14 +12,10 @@ from torch.func import functional_call, vmap
 
 from flora_tensor import Arrangement, TuckerTensor
 from flora_torch import FloraConv, FloraConvTranspose, TuckerUpdate
+from flora_torch.cost import Work, conv_work, forming_work, linear_work, prefers_dense
 from flora_torch.functional import (
     ConvGeometry,
-    Work,
-    conv_work,
     dense_delta,
-    forming_work,
-    linear_work,
-    prefers_dense,
     split_of,
     tucker_conv,
     tucker_conv_transpose,
@@ -243,11 +239,11 @@ def test_output_sizes_are_torchs_own():
 
 def test_the_cost_rule_picks_the_path_that_measures_faster():
     """Few numbers, far from the break-even point: wide layers run factored, depthwise kernels and tiny inputs dense."""
-    wide = linear_work(512, (8, 8), (1024, 1024), (False, False))
+    wide = linear_work(512, ((8, 8), ((1024, 8), (1024, 8))), ((0,), (1,)))
     forming = forming_work((8, 8), [(1024, 8), (1024, 8)])
     assert not prefers_dense(wide, forming, 512 * 1024**2, 1024**2, training=True)
     assert not prefers_dense(wide, forming, 512 * 1024**2, 1024**2, training=False)
-    full = linear_work(100_000, (64, 64), (64, 64), (False, False))
+    full = linear_work(100_000, ((64, 64), ((64, 64), (64, 64))), ((0,), (1,)))
     assert prefers_dense(full, forming_work((64, 64), [(64, 64)] * 2), 100_000 * 64**2, 64**2, training=True)
     depthwise = FloraConv(nn.Conv2d(64, 64, 7, padding=3, groups=64), ranks=16)
     update, x = depthwise.tucker_update["default"], torch.zeros(8, 64, 14, 14)

@@ -1,16 +1,19 @@
 """The base of all layers with a Tucker update: the frozen module, its adapters, the effective weight and merging."""
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement
-from flora_torch.base_weight import adaptable, check_adaptable, plain_with
+from flora_torch.base_weight import adaptable, check_adaptable, own_parameter, plain_with
+from flora_torch.chain import MEMORIES, Memory
 from flora_torch.functional import Path
 from flora_torch.initialize import Ranks, needs_values, resolve_ranks, start_update
+from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate, widest_float
 
@@ -32,6 +35,9 @@ class FloraLayer(nn.Module):
         The layer to adapt. It is used as it is, not copied; its parameters no longer require gradients.
     path : {"auto", "factored", "dense"}
         How the output is computed.
+    memory : {"normal", "low"}
+        What is kept for the backward pass: beside the input and the parameters, the thin results of a factored product,
+        or nothing. Both are attributes too, and may be changed.
 
     Attributes
     ----------
@@ -52,7 +58,7 @@ class FloraLayer(nn.Module):
     TypeError
         If the base is wrapped already.
     ValueError
-        If there is no such path.
+        If there is no such path or memory.
 
     Notes
     -----
@@ -73,7 +79,7 @@ class FloraLayer(nn.Module):
     base_layer: nn.Module
     tucker_update: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module, *, path: Path = "auto") -> None:
+    def __init__(self, base_layer: nn.Module, *, path: Path = "auto", memory: Memory = "normal") -> None:
         super().__init__()
         if isinstance(base_layer, FloraLayer):
             raise TypeError(
@@ -81,6 +87,8 @@ class FloraLayer(nn.Module):
             )
         if path not in _PATHS:
             raise ValueError(f"{type(self).__name__}: path is {path!r}; pass one of {', '.join(_PATHS)}")
+        if memory not in MEMORIES:
+            raise ValueError(f"{type(self).__name__}: memory is {memory!r}; pass one of {', '.join(MEMORIES)}")
         self.base_layer = base_layer
         self.tucker_update = nn.ModuleDict()
         self._active_adapters: list[str] = []
@@ -90,6 +98,7 @@ class FloraLayer(nn.Module):
         self.originals: dict[str, Tensor] = {}
         self.row_plan: RowPlan | None = None
         self.path: Path = path
+        self.memory: Memory = memory
         # A model in evaluation stays in evaluation: a new module would be in training, and would drop its input.
         self.training = base_layer.training
         freeze(base_layer)
@@ -512,6 +521,43 @@ class FloraLayer(nn.Module):
             total = total + update.change(weight, drop=self.training)
         return total if total is weight else total.to(weight.dtype)
 
+    def rebuilt(
+        self, parameter: str, updates: Sequence[TuckerUpdate]
+    ) -> contextlib.AbstractContextManager[Tensor, bool | None]:
+        """Make the effective parameter for what runs inside the block, which does not store it for the backward pass.
+
+        Parameters
+        ----------
+        parameter : str
+            The parameter W of the base layer.
+        updates : sequence of TuckerUpdate
+            The updates to add.
+
+        Returns
+        -------
+        context manager of Tensor
+            W + Σ s·ΔW; see `flora_torch.rebuild.rebuilding`.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
+        >>> with layer.rebuilt("weight", layer.running()) as weight:
+        ...     weight.shape
+        torch.Size([3, 4])
+        """
+        weight = own_parameter(self.base_layer, parameter)
+        drawn = self.training and any(update.rank_dropout or update.module_dropout for update in updates)
+        if weight is None or drawn:
+            # A computed weight need not be the same a second time, and what is drawn is not.
+            return contextlib.nullcontext(self.effective(parameter, updates))
+        sources = [weight, *(p for update in updates for p in update.parameters())]
+        return rebuilding(lambda: self._as_used(self.effective(parameter, updates)), sources)
+
+    def _as_used(self, weight: Tensor) -> Tensor:
+        """Cast an effective weight to the type that the base computes in, if that is known."""
+        return weight
+
     def _base_value(self, parameter: str) -> Tensor:
         return getattr(self.base_layer, parameter)
 
@@ -667,6 +713,7 @@ class FloraLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
         shown = [] if self.path == "auto" else [f"path={self.path!r}"]
+        shown += [] if self.memory == "normal" else [f"memory={self.memory!r}"]
         shown += [] if self.enabled else ["enabled=False"]
         if self.active_adapters != list(self.tucker_update):
             shown.append(f"active_adapters={self.active_adapters}")

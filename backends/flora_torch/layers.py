@@ -4,6 +4,7 @@ One class for each kind of product that is known, and `FloraParameter` for every
 `flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,18 +16,13 @@ from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
 from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
+from flora_torch.chain import run_chain
+from flora_torch.cost import Work, conv_work, linear_work
 from flora_torch.flora_layer import FROZEN, FloraLayer, check_adapter_name, freeze, thaw
-from flora_torch.functional import (
-    ConvGeometry,
-    Factors,
-    Work,
-    apply_conv,
-    conv_work,
-    linear_work,
-    tucker_embedding,
-    tucker_linear,
-)
+from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
+from flora_torch.geometry import ConvGeometry
 from flora_torch.initialize import Ranks
+from flora_torch.plans import Sides, conv_chain, embedding_chain, linear_chain
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
@@ -59,6 +55,8 @@ class FloraLinear(WeightLayer):
         The first adapter's name.
     path : {"auto", "factored", "dense"}
         How the output is computed.
+    memory : {"normal", "low"}
+        What is kept for the backward pass; see `FloraLayer`.
     **options
         Everything else that `FloraLayer.add_adapter` takes.
 
@@ -102,17 +100,35 @@ class FloraLinear(WeightLayer):
         return nnf.linear(x, delta.to(x.dtype)) if self._is_quantized else super()._change_by(delta, x, *args, **kwargs)
 
     @override
+    def _has_factored(self, update: TuckerUpdate) -> bool:
+        return self._is_plain and update.sides is not None
+
+    def _sides(self, update: TuckerUpdate) -> Sides:
+        # The output's side first; a transposed weight is (in, out).
+        assert update.sides is not None
+        first, second = update.sides
+        return (second, first) if self._transposed else (first, second)
+
+    @override
     def _product(
-        self, update: TuckerUpdate, x: Tensor, core: Tensor, factors: Factors, *args: Any, **kwargs: Any
+        self,
+        update: TuckerUpdate,
+        x: Tensor,
+        parameters: Factors,
+        weight: float,
+        out: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        return tucker_linear(x, core, factors, transposed=self._transposed)
+        core, *factors = parameters
+        assert core is not None
+        chain = linear_chain(shapes_of(core, factors), self._sides(update))
+        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
 
     @override
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
-        order = (1, 0) if self._transposed else (0, 1)
-        core, shape = [update.core.shape[k] for k in order], [update.shape[k] for k in order]
-        factors, tokens = update.factors, math.prod(input.shape[:-1])
-        return linear_work(tokens, core, shape, [factors[k] is None for k in order]), tokens * math.prod(shape)
+        tokens, sides = math.prod(input.shape[:-1]), self._sides(update)
+        return linear_work(tokens, shapes_of(update.core, update.factors), sides), tokens * math.prod(update.shape)
 
 
 class FloraConv(WeightLayer):
@@ -176,10 +192,26 @@ class FloraConv(WeightLayer):
 
     @override
     def _product(
-        self, update: TuckerUpdate, x: Tensor, core: Tensor, factors: Factors, *args: Any, **kwargs: Any
+        self,
+        update: TuckerUpdate,
+        x: Tensor,
+        parameters: Factors,
+        weight: float,
+        out: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         split = None if update.is_native else update.split_axes
-        return apply_conv(x, core, factors, self._geometry, split, update.shape)
+        core, *factors = parameters
+        assert core is not None
+        geometry = self._geometry_for(x, *args, **kwargs)
+        chain = conv_chain(shapes_of(core, factors), geometry, split, update.shape)
+        return run_conv(chain, x, parameters, geometry, scale=weight, memory=self.memory, out=out)
+
+    def _geometry_for(self, x: Tensor, *args: Any, **kwargs: Any) -> ConvGeometry:
+        """Return the geometry of a call."""
+        del x, args, kwargs
+        return self._geometry
 
     @override
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
@@ -226,12 +258,8 @@ class FloraConvTranspose(FloraConv):
         return (1, int(module.groups))
 
     @override
-    def _product(
-        self, update: TuckerUpdate, x: Tensor, core: Tensor, factors: Factors, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        split = None if update.is_native else update.split_axes
-        geometry = _with_output_size(self._geometry, x, *args, **kwargs)
-        return apply_conv(x, core, factors, geometry, split, update.shape)
+    def _geometry_for(self, x: Tensor, *args: Any, **kwargs: Any) -> ConvGeometry:
+        return _with_output_size(self._geometry, x, *args, **kwargs)
 
 
 def _geometry_of(layer: Any) -> ConvGeometry:
@@ -343,7 +371,8 @@ class FloraEmbedding(WeightLayer):
     def _run_base(self, formed: list[TuckerUpdate], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not formed or not self._is_plain:
             return super()._run_base(formed, input, *args, **kwargs)
-        return self._look_up(input, self.effective("weight", formed))
+        with self.rebuilt("weight", formed) as weight:
+            return self._look_up(input, weight)
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         # Dense gradients, whatever the base's `sparse` says: a sparse one cannot flow into W + s·ΔW.
@@ -352,15 +381,39 @@ class FloraEmbedding(WeightLayer):
 
     @override
     def _change(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._has_factored(update) and self.path != "dense":
-            padding: Any = self.base_layer.padding_idx
-            result = self._sum(update, lambda g, u: tucker_embedding(input, g, u, padding_idx=padding))
-        else:
-            result = self._look_up(input, update.delta(drop=self.training))
+        result = super()._change(update, input, *args, **kwargs)
         if not self._drops(update):
             return result
         kept = nnf.dropout(torch.ones(input.shape, dtype=result.dtype, device=result.device), update.dropout)
         return result * kept.unsqueeze(-1)
+
+    @override
+    def _adds_in_place(self, update: TuckerUpdate) -> bool:
+        return super()._adds_in_place(update) and not self._drops(update)
+
+    @override
+    def _dropped(self, update: TuckerUpdate, input: Tensor) -> Tensor:
+        return input
+
+    @override
+    def _dense_change(self, update: TuckerUpdate, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._look_up(x, update.delta(drop=self.training))
+
+    @override
+    def _product(
+        self,
+        update: TuckerUpdate,
+        x: Tensor,
+        parameters: Factors,
+        weight: float,
+        out: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        core, *factors = parameters
+        assert core is not None
+        chain = embedding_chain(shapes_of(core, factors), self.base_layer.padding_idx)  # type: ignore[arg-type]
+        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
 
     @override
     def _rescaled(self, update: TuckerUpdate, base: Tensor, input: Tensor, change: Tensor) -> Tensor:
@@ -369,8 +422,8 @@ class FloraEmbedding(WeightLayer):
         with torch.no_grad():
             if self._has_factored(update):
                 total = base.to(update.core.dtype)
-                for core, factors, sign in update.terms():
-                    total = total + sign * tucker_embedding(input, core, factors)
+                for core, factors, weight in update.terms():
+                    total = total + weight * tucker_embedding(input, core, factors)
             else:
                 total = base.to(update.core.dtype) + nnf.embedding(input, update.delta())
             norms = torch.linalg.vector_norm(total, dim=-1, dtype=widest_float(total.device))
@@ -491,5 +544,7 @@ class FloraParameter(FloraLayer):
         """
         if not (self.enabled and self.active_adapters):
             return self.base_layer(*args, **kwargs)
-        effective = {name: self.effective(name) for name in self.parameter_names}
-        return call_with(self.base_layer, effective, args, kwargs)
+        with contextlib.ExitStack() as stack:
+            names = self.parameter_names
+            effective = {name: stack.enter_context(self.rebuilt(name, self.running(name))) for name in names}
+            return call_with(self.base_layer, effective, args, kwargs)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from flora_tensor import Arrangement, TuckerTensor
 from flora_tensor.magnitudes import by_channel, channel_count, channel_ratio, spread_over_channels
-from flora_torch.functional import dense_delta, split_of
+from flora_torch.functional import dense_delta, sides_of, split_of
 
 __all__ = ["DROPOUTS", "TuckerUpdate", "register_with_torch", "widest_float"]
 
@@ -216,9 +216,10 @@ class TuckerUpdate(nn.Module):
         return channel_ratio(self.magnitude, norms)
 
     def _arrange(self, arrangement: Arrangement) -> None:
-        # The forward pass asks for these two, and reading a pattern takes longer than a small product.
+        # The forward pass asks for these, and reading a pattern takes longer than a small product.
         self.arrangement = arrangement
         self.is_native, self.split_axes = arrangement.is_native, split_of(arrangement)
+        self.sides = sides_of(arrangement)
 
     @property
     def factors(self) -> tuple[Tensor | None, ...]:
@@ -250,7 +251,7 @@ class TuckerUpdate(nn.Module):
     def terms(
         self, dtype: torch.dtype | None = None, *, drop: bool = False
     ) -> list[tuple[Tensor, tuple[Tensor | None, ...], float]]:
-        """Return ΔW as a sum of (core, factors, sign), the scale and the multiplier applied to the cores.
+        """Return ΔW as a sum of terms w · T: the trained one with w = s times the multiplier, the start with −w.
 
         The start is a term of its own, computed in the same way as the trained one, so that both cancel bit for bit as
         long as nothing has been trained.
@@ -266,13 +267,13 @@ class TuckerUpdate(nn.Module):
         Returns
         -------
         list of (Tensor, tuple of (Tensor or None), float)
-            One or two terms: a core of shape (r_0, …), factors of shapes (I_n, r_n), and 1 or -1.
+            One or two terms: a core of shape (r_0, …), factors of shapes (I_n, r_n), and w.
 
         Examples
         --------
         >>> update = TuckerUpdate(TuckerTensor(torch.ones(1, 1), [None, None]), scale=3.0)
-        >>> [(core.item(), sign) for core, _, sign in update.terms()]
-        [(3.0, 1.0)]
+        >>> [(core.item(), weight) for core, _, weight in update.terms()]
+        [(1.0, 3.0)]
         """
 
         def cast(x: Tensor | None) -> Any:
@@ -283,17 +284,18 @@ class TuckerUpdate(nn.Module):
             scale = scale * self.outer_factor(drop=drop)
         masks = self._direction_masks() if drop and self.rank_dropout else []
 
-        def scaled(core: Tensor) -> Tensor:
-            core = cast(core) * scale
+        def term(core: Tensor, factors: Sequence[Tensor | None], sign: float) -> Any:
+            core = cast(core)
             for mask in masks:
                 core = core * mask.to(core.dtype)
-            return core
+            core, weight = (core * scale, sign) if isinstance(scale, Tensor) else (core, sign * scale)
+            return core, tuple(cast(u) for u in factors), weight
 
-        terms = [(scaled(self.core), tuple(cast(u) for u in self.factors), 1.0)]
+        terms = [term(self.core, self.factors, 1.0)]
         if self.start_core is not None:
             # The start loses the same directions, so that what is not trained yet still cancels.
-            start = tuple(cast(getattr(self, f"start_factor_{m}")) for m in range(self.core.dim()))
-            terms.append((scaled(self.start_core), start, -1.0))
+            start = [getattr(self, f"start_factor_{m}") for m in range(self.core.dim())]
+            terms.append(term(self.start_core, start, -1.0))
         return terms
 
     def _direction_masks(self) -> list[Tensor]:
@@ -419,9 +421,9 @@ class TuckerUpdate(nn.Module):
         torch.float64
         """
         total: Tensor | None = None
-        for core, factors, sign in self.terms(dtype, drop=drop):
-            term = dense_delta(core, factors, arrangement=self.arrangement, shape=self.shape)
-            total = term if total is None else total + sign * term
+        for core, factors, weight in self.terms(dtype, drop=drop):
+            term = dense_delta(core, factors, arrangement=self.arrangement, shape=self.shape, scale=weight)
+            total = term if total is None else total + term
         assert total is not None
         return total
 

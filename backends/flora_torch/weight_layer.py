@@ -2,7 +2,7 @@
 
 Two ways lead there. *Factored*: add the product ΔW·x, computed without forming ΔW. *Dense*: form ΔW and run the base
 once with the effective weight. With ``path="auto"`` the cheaper of the two runs, by the rule in
-`flora_torch.functional.Work`; depthwise kernels and tiny inputs are cheaper dense. A base whose class, or which itself,
+`flora_torch.cost.Work`; depthwise kernels and tiny inputs are cheaper dense. A base whose class, or which itself,
 has a `forward` of its own always runs dense, since nothing is known of what it does with its weight.
 """
 
@@ -17,9 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from flora_torch.base_weight import call_with, dense_value, is_quantized
+from flora_torch.chain import Memory
+from flora_torch.cost import Work, forming_work, prefers_dense
 from flora_torch.flora_layer import FloraLayer
-from flora_torch.functional import Factors, Path, Work, forming_work, prefers_dense
+from flora_torch.functional import Factors, Path
 from flora_torch.initialize import Ranks
+from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate
 
@@ -39,12 +42,13 @@ class WeightLayer(FloraLayer):
         *,
         adapter_name: str = "default",
         path: Path = "auto",
+        memory: Memory = "normal",
         **options: Any,
     ) -> None:
         if not self.accepts(base_layer):
             known = ", ".join(kind.__name__ for kind in self._known)
             raise TypeError(f"{type(self).__name__}: the base is a {type(base_layer).__name__}; pass one of {known}")
-        super().__init__(base_layer, path=path)
+        super().__init__(base_layer, path=path, memory=memory)
         # A class that overrides `forward` may do anything with its weight: such a base only ever runs as a whole.
         # A quantized one is known to give the product with the weight that it stands for, whatever its class.
         self._is_quantized = is_quantized(base_layer)
@@ -125,8 +129,10 @@ class WeightLayer(FloraLayer):
             # What a magnitude rescales is the product with W alone, so the base runs with nothing formed.
             formed, added = [], formed + added
         result = base = self._run_base(formed, input, *args, **kwargs)
+        # The base's output can be written to where nobody else holds it.
+        alone = not _is_watched(self.base_layer) and all(update.magnitude is None for update in added)
         for update in added:
-            result = (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
+            result = self._added(result, update, base, input, alone, *args, **kwargs)
         return result
 
     def _forward_rows(self, plan: RowPlan, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -164,7 +170,15 @@ class WeightLayer(FloraLayer):
     def _run_base(self, formed: list[TuckerUpdate], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not formed:
             return self.base_layer(input, *args, **kwargs)
-        return call_with(self.base_layer, {"weight": self.effective("weight", formed)}, (input, *args), kwargs)
+        with self.rebuilt("weight", formed) as weight:
+            return call_with(self.base_layer, {"weight": weight}, (input, *args), kwargs)
+
+    @override
+    def _as_used(self, weight: Tensor) -> Tensor:
+        # Autocast would make a copy of its own, and the operation would keep that.
+        kind = weight.device.type
+        narrow = self._is_plain and torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+        return weight.to(torch.get_autocast_dtype(kind)) if narrow else weight
 
     def _drops(self, update: TuckerUpdate) -> bool:
         return self.training and update.dropout > 0.0
@@ -182,6 +196,23 @@ class WeightLayer(FloraLayer):
         shapes = [None if u is None else (u.shape[0], u.shape[1]) for u in update.factors]
         training = torch.is_grad_enabled() and update.core.requires_grad
         return prefers_dense(factored, forming_work(update.core.shape, shapes), base, math.prod(update.shape), training)
+
+    def _added(
+        self, result: Tensor, update: TuckerUpdate, base: Tensor, input: Tensor, alone: bool, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Add what an update changes to ``result``, in place if that is ``alone`` and the update allows it."""
+        if alone and self._adds_in_place(update):
+            ((core, factors, weight),) = update.terms(drop=self.training)
+            x = self._dropped(update, input)
+            return self._product(update, x, (core, *factors), weight, result, *args, **kwargs)
+        return (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
+
+    def _adds_in_place(self, update: TuckerUpdate) -> bool:
+        """Tell whether an update is one factored product, whose last step can add to what is there."""
+        return self._runs_factored(update) and update.start_core is None and not self._is_quantized
+
+    def _runs_factored(self, update: TuckerUpdate) -> bool:
+        return self.path != "dense" and self._has_factored(update)
 
     def _contribution(self, update: TuckerUpdate, base: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what an update adds to the output of the base."""
@@ -205,39 +236,63 @@ class WeightLayer(FloraLayer):
 
     def _change(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute s·ΔW·x on its own."""
-        x = nnf.dropout(input, update.dropout) if self._drops(update) else input
-        if not self._has_factored(update) or self.path == "dense":
-            return self._change_by(update.delta(drop=self.training), x, *args, **kwargs)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(update.core.dtype)
-        return self._sum(update, lambda core, factors: self._product(update, x, core, factors, *args, **kwargs))
+        x = self._dropped(update, input)
+        if not self._runs_factored(update):
+            return self._dense_change(update, x, *args, **kwargs)
+        # A trained term and its start are summed before anything else, so that they cancel bit for bit.
+        total: Tensor | None = None
+        for core, factors, weight in update.terms(drop=self.training):
+            term = self._product(update, x, (core, *factors), weight, None, *args, **kwargs)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def _dropped(self, update: TuckerUpdate, input: Tensor) -> Tensor:
+        """Return the update's input, with dropout where it has any."""
+        return nnf.dropout(input, update.dropout) if self._drops(update) else input
+
+    def _dense_change(self, update: TuckerUpdate, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute s·ΔW·x on its own, by the base with ΔW as its weight."""
+        dtype: torch.dtype = x.dtype if self._is_quantized else self.base_layer.weight.dtype  # type: ignore[assignment]
+        if self.training and (update.rank_dropout or update.module_dropout):
+            return self._change_by(update.delta(drop=True).to(dtype), x, *args, **kwargs)
+        with rebuilding(lambda: update.delta().to(dtype), [*update.parameters()]) as delta:
+            return self._change_by(delta, x, *args, **kwargs)
 
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute ΔW·x by the base itself: without its bias, it is the product with its weight."""
         base: Any = self.base_layer
-        parts = {"weight": delta.to(x.dtype if self._is_quantized else base.weight.dtype)}
+        parts = {"weight": delta}
         parts |= {} if getattr(base, "bias", None) is None else {"bias": torch.zeros_like(base.bias)}
         return call_with(base, parts, (x, *args), kwargs)
-
-    def _sum(self, update: TuckerUpdate, product: Any) -> Tensor:
-        total: Tensor | None = None
-        for core, factors, sign in update.terms(drop=self.training):
-            term = product(core, factors)
-            total = term if total is None else total + sign * term
-        assert total is not None
-        return total
 
     @override
     def _has_factored(self, update: TuckerUpdate) -> bool:
         return self._is_plain and update.is_native
 
     def _product(
-        self, update: TuckerUpdate, x: Tensor, core: Tensor, factors: Factors, *args: Any, **kwargs: Any
+        self,
+        update: TuckerUpdate,
+        x: Tensor,
+        parameters: Factors,
+        weight: float,
+        out: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
+        """Return weight · T·x without forming T, added to ``out`` if that is given, with T's core and factors."""
         raise NotImplementedError
 
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
         raise NotImplementedError
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Tell whether a hook may hold the module's output, which then must not be written to."""
+    own, everywhere = vars(module), vars(nn.modules.module)
+    hooks = [own.get(name) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")]
+    hooks += [everywhere.get(f"_global{name}") for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")]
+    return any(hooks)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:

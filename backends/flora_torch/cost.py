@@ -1,0 +1,126 @@
+"""What the two ways to apply a change cost, and which of them is cheaper."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flora_tensor.algebra import contraction_order
+from flora_torch.geometry import ConvGeometry
+from flora_torch.plans import Shapes, Sides, Split
+
+__all__ = ["Work", "conv_work", "forming_work", "linear_work", "prefers_dense"]
+
+# What writing one element of a fresh tensor costs, in multiply-adds of a large product: the same figure as in
+# flora_tensor.algebra, where it orders the mode products.
+_WRITE_COST = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a way of computing costs: multiply-adds, and elements written to fresh memory.
+
+    The two ways to apply a change are compared by ``cost`` = multiply-adds + 32 · elements written, where 32 is what
+    one written element takes in multiply-adds of a large product. With gradients, each product of the chain is taken
+    three times (forward, for its input, for its kernel), and forming ΔW also takes the gradient of the whole weight,
+    which is one more run of the base.
+
+    Parameters
+    ----------
+    multiplications : float
+        Multiply-adds.
+    written : float
+        Elements of intermediate results.
+
+    Examples
+    --------
+    >>> (Work(100, 2) + Work(10, 1)).cost
+    206
+    """
+
+    multiplications: float
+    written: float
+
+    @property
+    def cost(self) -> float:
+        """The two numbers as one, in multiply-adds."""
+        return self.multiplications + _WRITE_COST * self.written
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.multiplications + other.multiplications, self.written + other.written)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.multiplications * times, self.written * times)
+
+
+def prefers_dense(factored: Work, forming: Work, base: float, size: int, training: bool) -> bool:
+    """Tell whether forming ΔW and running one operation with W + s·ΔW costs less than the factored products.
+
+    ``base`` is the multiply-adds of the base operation, ``size`` the number of the weight's entries. See `Work`.
+    """
+    if not training:
+        return (forming + Work(0, size)).cost < factored.cost
+    return (forming * 3 + Work(base, 3 * size)).cost < (factored * 3).cost
+
+
+def forming_work(core_shape: Sequence[int], factor_shapes: Sequence[tuple[int, int] | None]) -> Work:
+    """Count what forming ΔW takes, in the order of mode products that `flora_tensor.reconstruct` chooses."""
+    sizes = [shape for shape in factor_shapes if shape is not None]
+    elements, total = math.prod(core_shape), Work(0, 0)
+    for k in contraction_order([r for _, r in sizes], [n for n, _ in sizes]):
+        size, rank = sizes[k]
+        product = elements * size
+        elements = product // rank
+        total = total + Work(product, elements)
+    return total
+
+
+def linear_work(tokens: int, shapes: Shapes, sides: Sides) -> Work:
+    """Count what the steps of `flora_torch.plans.linear_chain` take."""
+    core, factors = shapes
+    (*out_rest, out_last), (*in_rest, in_last) = sides
+    full = [r if f is None else f[0] for r, f in zip(core, factors)]
+    outer, inner = math.prod([full[k] for k in out_rest]), math.prod([full[k] for k in in_rest])
+    rows, columns = outer * core[out_last], inner * core[in_last]
+    first = 0 if factors[in_last] is None else columns * full[in_last]
+    last = 0 if factors[out_last] is None else rows * full[out_last]
+    written = columns * bool(first) + rows * bool(last) + outer * full[out_last]
+    return Work(tokens * (first + rows * columns + last), tokens * written)
+
+
+def conv_work(
+    x_shape: Sequence[int],
+    core_shape: Sequence[int],
+    shape: Sequence[int],
+    geometry: ConvGeometry,
+    split: Split | None,
+    whole: Sequence[bool],
+) -> tuple[Work, float]:
+    """Count what the steps of `flora_torch.plans.conv_chain` take, and the multiply-adds of the base itself."""
+    n, g = len(geometry.kernel), geometry.groups
+    batch = x_shape[0] if len(x_shape) == n + 2 else 1
+    sizes = tuple(x_shape[-n:])
+    outer = geometry.output_sizes(sizes)
+    # A transposed convolution does its products at the input's positions, an ordinary one at the output's.
+    walked = math.prod(sizes if geometry.transposed else outer)
+    base = float(batch * walked * math.prod(shape))
+    before, after = math.prod(sizes), math.prod(outer)
+    channels = (shape[0], g * shape[1])
+    if split is None:
+        r0, r1 = core_shape[0], core_shape[1]
+        near0, near1 = (before, after) if geometry.transposed else (after, before)
+        kernel = walked * r1 * math.prod(geometry.kernel) * (r0 if whole[0] else g * r0)
+        products = (
+            kernel + near0 * channels[0] * (0 if whole[0] else r0) + near1 * channels[1] * (0 if whole[1] else r1)
+        )
+        written = after * (g * r0 + channels[0] if not geometry.transposed else g * r1 + channels[1])
+        return Work(batch * products, batch * (written + before * g * (r0 if geometry.transposed else r1))), base
+    rank = min(core_shape)
+    ours = [a - 2 for a in split[0] if a >= 2]
+    # Between the two steps, an axis is walked already if the step taken first holds it.
+    middle = math.prod([outer[a] if (a in ours) == geometry.transposed else sizes[a] for a in range(n)])
+    at0, at1 = (before, middle) if geometry.transposed else (after, middle)
+    taps0 = math.prod([geometry.kernel[a] for a in ours])
+    taps1 = math.prod(geometry.kernel) // max(taps0, 1)
+    products = at0 * channels[0] * rank * taps0 + at1 * channels[1] * rank * taps1
+    written = middle * g * rank + after * channels[1 if geometry.transposed else 0]
+    return Work(batch * products, batch * written), base

@@ -1,0 +1,207 @@
+"""Plans of the products with Tucker tensors: which thin steps a layer takes, and what their weights are made of.
+
+A convolution with weight W = G ×_0 U_out ×_1 U_in ×_2 V_1 … is three convolutions in a row: 1×1 by U_in, one of the
+kernel's size by the core times its kernel factors, 1×1 by U_out. With groups, U_in and the core are the same for every
+group, so the groups are folded into the batch, and U_out is cut by groups. A weight arranged as a matrix, such as
+``o (i h w)`` or ``(o h) (i w)``, is two convolutions in a row, each over the kernel axes that its mode holds. All of
+it is exact: the small convolutions have no bias, so padding (which copies or zeroes positions, channel by channel)
+commutes with the 1×1 products and acts on each spatial axis on its own.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeAlias
+
+import torch
+
+from flora_torch.chain import Chain, Channels, Convolve, Lookup, Made, Rows, Step
+from flora_torch.geometry import ConvGeometry
+
+__all__ = ["Shapes", "Sides", "Split", "conv_chain", "embedding_chain", "linear_chain"]
+
+# The weight's axes in each of the two modes of a separable kernel.
+Split: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+# The modes of a matrix that lie on the output's side and on the input's, slowest first.
+Sides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+# The core's shape, and each factor's; None for a mode that is left whole.
+Shapes: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, int] | None, ...]]
+
+P = ParamSpec("P")
+
+
+def _cached(plan: Callable[P, Chain]) -> Callable[P, Chain]:
+    """Keep plans: making one takes longer than running it on a small input."""
+    kept = functools.lru_cache(maxsize=4096)(plan)
+
+    @functools.wraps(plan)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Chain:
+        # A compiler traces through the plan itself and warns of caches.
+        if torch.compiler.is_compiling():
+            return plan(*args, **kwargs)
+        return kept(*args, **kwargs)  # type: ignore[arg-type]
+
+    return wrapper
+
+
+@_cached
+def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
+    """Plan y = x ΔWᵀ for a matrix whose rows and columns may be split into several modes, such as heads.
+
+    With one mode a side: by U_1, by the core, by U_0.
+
+    The last mode of each side is the one that runs fastest in memory, so its factor multiplies rows. The core times
+    all other factors is a small matrix between the two: as many rows as there are heads, times a rank.
+    """
+    outer, inner = sides
+    core, factors = shapes
+    full = [r if f is None else f[0] for r, f in zip(core, factors)]
+    steps: list[Step] = []
+    made: list[Made] = []
+    last_out, last_in = factors[outer[-1]], factors[inner[-1]]
+    if last_in is not None:
+        n, r = last_in
+        steps.append(Rows(math.prod([full[k] for k in inner[:-1]])))
+        made.append(Made(1 + inner[-1], (), (n, r), (1, 0), (r, n)))
+    rest = (*outer[:-1], *inner[:-1])
+    sizes = tuple(full[k] if k in rest else core[k] for k in range(len(core)))
+    modes = tuple(k for k in rest if factors[k] is not None)
+    rows, columns = (math.prod([sizes[k] for k in side]) for side in sides)
+    steps.append(Rows())
+    made.append(Made(0, modes, sizes, (*outer, *inner), (rows, columns)))
+    if last_out is not None:
+        n, r = last_out
+        steps.append(Rows(math.prod([full[k] for k in outer[:-1]])))
+        made.append(Made(1 + outer[-1], (), (n, r), (0, 1), (n, r)))
+    return Chain(tuple(steps), tuple(made))
+
+
+@_cached
+def embedding_chain(shapes: Shapes, padding_idx: int | None) -> Chain:
+    """Plan a look-up in U_0, then the core and U_1."""
+    core, (table, dim) = shapes
+    r0, r1 = core
+    steps: list[Step] = [Lookup()]
+    if table is None:
+        made = [Made(0, (), (r0, r1), (0, 1), (r0, r1))]
+    else:
+        steps.append(Rows())
+        made = [Made(1, (), table, (0, 1), table), Made(0, (), (r0, r1), (1, 0), (r1, r0))]
+    if dim is not None:
+        steps.append(Rows())
+        made.append(Made(2, (), dim, (0, 1), dim))
+    rows = r0 if table is None else table[0]
+    return Chain(tuple(steps), tuple(made), None if padding_idx is None else padding_idx % rows)
+
+
+@_cached
+def conv_chain(shapes: Shapes, geometry: ConvGeometry, split: Split | None, shape: tuple[int, ...]) -> Chain:
+    """Plan the convolution of `tucker_conv` or `tucker_conv_transpose`."""
+    links = _native_links(shapes, geometry) if split is None else _separable_links(shapes, geometry, split, shape)
+    if geometry.transposed:
+        links.reverse()
+    return Chain(tuple(step for step, _ in links), tuple(made for _, made in links))
+
+
+def _native_links(shapes: Shapes, geometry: ConvGeometry) -> list[tuple[Step, Made]]:
+    """List 1×1 by U_1, the kernel, 1×1 by U_0, in the order of an ordinary convolution."""
+    core, factors = shapes
+    first, second = factors[0], factors[1]
+    modes = tuple(k for k in range(2, len(core)) if factors[k] is not None)
+    kernel = (*core[:2], *geometry.kernel)
+    links: list[tuple[Step, Made]] = []
+    if second is not None:
+        links.append(_small(second, 2, geometry, shared=True, by_rank=True))
+    # Without U_0 the kernel itself has one part per group.
+    step = _convolve(geometry, geometry.axes, per_group=first is None)
+    links.append((step, Made(0, modes, kernel, tuple(range(len(kernel))), kernel)))
+    if first is not None:
+        links.append(_small(first, 1, geometry, shared=False, by_rank=False))
+    return links
+
+
+def _small(
+    factor: tuple[int, int], source: int, geometry: ConvGeometry, *, shared: bool, by_rank: bool
+) -> tuple[Step, Made]:
+    """Plan the 1×1 convolution by a factor (channels, rank); ``by_rank`` puts the rank on the kernel's first axis."""
+    n, r = factor
+    order, matrix = ((1, 0), (r, n)) if by_rank else ((0, 1), (n, r))
+    if shared or geometry.groups == 1:
+        # As a matrix it is (out, in); a transposed kernel is (in, out).
+        if geometry.transposed:
+            order, matrix = order[::-1], matrix[::-1]
+        return Channels(geometry.groups), Made(source, (), factor, order, matrix)
+    ones = (1,) * len(geometry.kernel)
+    return _convolve(geometry, (), per_group=True), Made(source, (), factor, order, (*matrix, *ones))
+
+
+def _separable_links(
+    shapes: Shapes, geometry: ConvGeometry, split: Split, shape: Sequence[int]
+) -> list[tuple[Step, Made]]:
+    """List the two convolutions of a matrix W[(o, a), (i, b)] = Σ A[(o, a), r] B[(i, b), r], that by B first.
+
+    The core goes to the side where it lowers the rank in between.
+    """
+    (r0, r1), (first, second) = shapes
+    with_second = first is not None and (second is None or r0 <= r1)
+    if with_second:
+        ours = _Side(1, (), first is not None, r0)
+        theirs = _Side(0, () if second is None else (1,), False, r0)
+    else:
+        ours = _Side(0, () if first is None else (0,), True, r1)
+        theirs = _Side(-1 if second is None else 2, (), True, r1)
+    b = _side_link(theirs, split[1], geometry, shape, second=True)
+    a = _side_link(ours, split[0], geometry, shape, second=False)
+    return [b, a]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One matrix of a separable kernel: what it is made of, and whether its rank is its last axis or its first."""
+
+    source: int
+    modes: tuple[int, ...]
+    rank_last: bool
+    rank: int
+
+
+def _side_link(
+    side: _Side, axes: tuple[int, ...], geometry: ConvGeometry, shape: Sequence[int], *, second: bool
+) -> tuple[Step, Made]:
+    """Plan a convolution along the kernel axes of one side, with a kernel (channels, rank, *sizes) or its transpose."""
+    sizes = tuple(shape[axis] for axis in axes)
+    split = (*sizes, side.rank) if side.rank_last else (side.rank, *sizes)
+    offset, rank_axis = (0, len(sizes)) if side.rank_last else (1, 0)
+    channel, *rest = sorted(axes)
+    position = {axis: offset + axes.index(axis) for axis in axes}
+    head = [rank_axis, position[channel]] if second else [position[channel], rank_axis]
+    matrix = (side.rank, shape[channel]) if second else (shape[channel], side.rank)
+    spatial = tuple(sorted(axis - 2 for axis in rest))
+    if not spatial and (second or geometry.groups == 1):
+        if geometry.transposed:
+            head, matrix = head[::-1], matrix[::-1]
+        return Channels(geometry.groups), Made(side.source, side.modes, split, tuple(head), matrix)
+    order = (*head, *(position[axis] for axis in rest))
+    kernel = (*matrix, *(shape[a] if a in rest else 1 for a in range(2, len(shape))))
+    return _convolve(geometry, spatial, per_group=not second), Made(side.source, side.modes, split, order, kernel)
+
+
+def _convolve(geometry: ConvGeometry, axes: Sequence[int], *, per_group: bool) -> Convolve:
+    """Plan one convolution of the chain, which walks along ``axes`` only."""
+    n, pads, padding_mode = len(geometry.kernel), geometry.pads, geometry.padding_mode
+    mine = tuple(pads[a] if a in axes else (0, 0) for a in range(n))
+    # Symmetric zeros are left to the convolution itself.
+    inside = geometry.transposed or (padding_mode == "zeros" and all(before == after for before, after in mine))
+    written = not inside and any(before or after for before, after in mine)
+    return Convolve(
+        stride=tuple(geometry.stride[a] if a in axes else 1 for a in range(n)),
+        dilation=tuple(geometry.dilation[a] if a in axes else 1 for a in range(n)),
+        padding=tuple(before if inside else 0 for before, _ in mine),
+        output_padding=tuple(geometry.output_padding[a] if a in axes and geometry.transposed else 0 for a in range(n)),
+        transposed=geometry.transposed,
+        groups=geometry.groups if per_group else 1,
+        folded=1 if per_group else geometry.groups,
+        pads=mine if written else (),
+        padding_mode=padding_mode,
+    )
