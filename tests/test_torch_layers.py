@@ -366,12 +366,26 @@ class TestConv1DOfTransformers(TestLinear):
 
 
 class TestHeads(TestLinear):
-    """An arrangement without a factored form."""
+    """Heads as a mode of their own, on the side of the output."""
+
+    def wrap(self, base, **options):
+        arrangement = Arrangement("(heads d) i -> heads d i", {"heads": 4})
+        return FloraLinear(base, ranks=(2, 3, 4), arrangement=arrangement, **options)
+
+
+class TestMixedSides(TestLinear):
+    """An arrangement without a factored form: a mode that holds axes of both sides."""
 
     paths = ("auto", "dense")
 
     def wrap(self, base, **options):
-        arrangement = Arrangement("(heads d) i -> heads d i", {"heads": 4})
+        arrangement = Arrangement("(a b) (c d) -> (a c) b d", {"a": 4, "c": 2})
+        return FloraLinear(base, ranks=(2, 3, 4), arrangement=arrangement, **options)
+
+
+class TestHeadsOfTheInput(TestLinear):
+    def wrap(self, base, **options):
+        arrangement = Arrangement("o (heads d) -> heads o d", {"heads": 4})
         return FloraLinear(base, ranks=(2, 3, 4), arrangement=arrangement, **options)
 
 

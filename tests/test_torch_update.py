@@ -310,7 +310,7 @@ class TestLayerRefusals:
             FloraLinear(nn.Linear(2, 2)).install("x", TuckerUpdate(low_rank((2, 2), (1, 1))), parameter="bias")
         with pytest.raises(ValueError, match=r"'bias' of Linear has shape \(2,\); an update needs two axes or more"):
             FloraParameter(nn.Linear(2, 2), "bias", 1)
-        arrangement = Arrangement("(h d) i -> h d i", {"h": 2})
+        arrangement = Arrangement("(h d) (g e) -> (h g) d e", {"h": 2, "g": 2})
         with pytest.raises(
             ValueError, match=r"path is 'factored', but Linear with arrangement .* has no factored form"
         ):

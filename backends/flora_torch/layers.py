@@ -374,6 +374,10 @@ class FloraEmbedding(WeightLayer):
         with self.rebuilt("weight", formed) as weight:
             return self._look_up(input, weight)
 
+    @override
+    def _as_used(self, weight: Tensor) -> Tensor:
+        return weight  # autocast leaves look-ups alone
+
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         # Dense gradients, whatever the base's `sparse` says: a sparse one cannot flow into W + s·ΔW.
         base: Any = self.base_layer
