@@ -385,8 +385,8 @@ class TestMixedSides(TestLinear):
 
 class TestHeadsOfTheInput(TestLinear):
     def wrap(self, base, **options):
-        arrangement = Arrangement("o (heads d) -> heads o d", {"heads": 4})
-        return FloraLinear(base, ranks=(2, 3, 4), arrangement=arrangement, **options)
+        arrangement = Arrangement("o (heads d) -> o heads d", {"heads": 4})
+        return FloraLinear(base, ranks=(4, 4, 3), arrangement=arrangement, **options)
 
 
 class ScaledLinear(nn.Linear):

@@ -535,7 +535,7 @@ class FloraLayer(nn.Module):
 
         Returns
         -------
-        context manager of Tensor
+        context manager of a Tensor of the parameter's shape
             W + Σ s·ΔW; see `flora_torch.rebuild.rebuilding`.
 
         Examples

@@ -142,7 +142,7 @@ class FloraConv(WeightLayer):
         The layer to adapt; subclasses too.
     ranks : int, float, or sequence of (int, float or None), optional
         One a mode of the weight (out, in/groups, *kernel) as it is arranged; see `FloraLayer.add_adapter`.
-    adapter_name, path, **options
+    adapter_name, path, memory, **options
         As for `FloraLinear`.
 
     Raises
@@ -229,7 +229,7 @@ class FloraConvTranspose(FloraConv):
     ----------
     base_layer : nn.ConvTranspose1d, nn.ConvTranspose2d or nn.ConvTranspose3d
         The layer to adapt; subclasses too. Its weight is (in, out/groups, *kernel), and so is its update.
-    ranks, adapter_name, path, **options
+    ranks, adapter_name, path, memory, **options
         As for `FloraConv`.
 
     Raises
@@ -297,7 +297,7 @@ class FloraEmbedding(WeightLayer):
     ----------
     base_layer : nn.Embedding
         The layer to adapt; subclasses too.
-    ranks, adapter_name, path, **options
+    ranks, adapter_name, path, memory, **options
         As for `FloraLinear`.
 
     Raises
