@@ -166,6 +166,9 @@ def _tensors(
         if mine is None:
             core = core if given is None else mode_dot(core, given, mode)
             continue
+        if given is not None and given.shape[1] > mine.shape[1] == mine.shape[0]:
+            # More directions than the mode has entries (a start doubles them) are multiplied out.
+            core, given = mode_dot(core, given, mode), None
         # A mode left whole is one with the identity for its factor.
         given = torch.eye(mine.shape[0]).to(mine) if given is None else given
         if given.shape[1] > mine.shape[1]:

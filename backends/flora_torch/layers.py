@@ -425,11 +425,11 @@ class FloraEmbedding(WeightLayer):
         assert update.magnitude is not None
         with torch.no_grad():
             if self._has_factored(update):
-                total = base.to(update.core.dtype)
-                for core, factors, weight in update.terms():
-                    total = total + weight * tucker_embedding(input, core, factors)
+                # Summed before the base is added: a start that nothing has moved yet cancels bit for bit.
+                whole = sum(s * tucker_embedding(input, core, factors) for core, factors, s in update.terms())
             else:
-                total = base.to(update.core.dtype) + nnf.embedding(input, update.delta())
+                whole = nnf.embedding(input, update.delta())
+            total = base.to(update.core.dtype) + whole
             norms = torch.linalg.vector_norm(total, dim=-1, dtype=widest_float(total.device))
         magnitude = self._look_up(input, update.magnitude.unsqueeze(-1)).squeeze(-1)
         ratio = channel_ratio(magnitude, norms).unsqueeze(-1)

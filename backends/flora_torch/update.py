@@ -287,7 +287,7 @@ class TuckerUpdate(nn.Module):
         def term(core: Tensor, factors: Sequence[Tensor | None], sign: float) -> Any:
             core = cast(core)
             for mask in masks:
-                core = core * mask.to(core.dtype)
+                core = core * (mask.to(core.dtype) / (1.0 - self.rank_dropout))
             core, weight = (core * scale, sign) if isinstance(scale, Tensor) else (core, sign * scale)
             return core, tuple(cast(u) for u in factors), weight
 
@@ -299,14 +299,14 @@ class TuckerUpdate(nn.Module):
         return terms
 
     def _direction_masks(self) -> list[Tensor]:
-        """Draw, for each mode that has a factor, 0 for the dropped slices of the core and 1/(1 − p) for the others."""
+        """Draw, for each mode that has a factor, which slices of the core are kept."""
         kept, core = 1.0 - self.rank_dropout, self.core
         masks: list[Tensor] = []
         for mode, factor in enumerate(self.factors):
             if factor is not None:
                 shape = [1] * core.dim()
                 shape[mode] = core.shape[mode]
-                masks.append((torch.rand(shape, device=core.device) < kept) / kept)
+                masks.append(torch.rand(shape, device=core.device) < kept)
         return masks
 
     def outer_factor(self, *, drop: bool = False) -> float | Tensor:
@@ -532,10 +532,10 @@ class TuckerUpdate(nn.Module):
                 f"shape {self.shape}; load it into a layer of the same shape"
             )
         _check_fit(self.tucker, arrangement, shape)
-        if self.magnitude is not None and channel_count(shape, axis, groups) != len(self.magnitude):
+        if self.magnitude is not None and (axis, groups) != self.channels:
             raise ValueError(
-                f"TuckerUpdate: the state dict's magnitude is for {channel_count(shape, axis, groups)} channels, and "
-                f"this one has {len(self.magnitude)}; load it into a layer of the same kind"
+                f"TuckerUpdate: the state dict's magnitude is for the output channels {(axis, groups)} (axis, groups), "
+                f"and this one's are {self.channels}; load it into a layer of the same kind"
             )
         scale, dropout = _check_scale(scale), _check_dropout("dropout", dropout)
         rank_dropout, module_dropout = (
