@@ -470,13 +470,25 @@ def _of_bitsandbytes(module: Any, weight: Any) -> BaseWeight:
             return weight.detach()
         with torch.no_grad():
             if hasattr(weight, "quant_state"):
-                return functional.dequantize_4bit(weight.data, weight.quant_state).detach()
+                return functional.dequantize_4bit(*_unpacked_4bit(functional, weight)).detach()
             # The first call moves the scales from the weight to the layer's state.
             scales = module.state.SCB if weight.SCB is None else weight.SCB
             return functional.int8_vectorwise_dequant(weight.data, scales).detach()
 
     state = getattr(weight, "quant_state", None)
-    return _described(module, weight, None if state is None else state.dtype, form)
+    dtype = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
+    return _described(module, weight, dtype, form)
+
+
+def _unpacked_4bit(functional: Any, weight: Any) -> tuple[Tensor, Any]:
+    """Return 4-bit values in the order that they are dequantized from: some processors reorder them for inference."""
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return weight.data, weight.quant_state
+    # It writes to the state that it is given, and leaves the scales as they were reordered, in 16 bits.
+    values, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, copy.deepcopy(weight.quant_state))
+    if not state.nested and state.absmax.dim() == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return values, state
 
 
 def is_unpacked_linear(module: Any) -> bool:

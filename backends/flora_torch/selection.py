@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from flora_torch.base_weight import check_adaptable, describe, identity, own_parameter, weight_names
+from flora_torch.base_weight import check_adaptable, describe, identity, is_unpacked_linear, own_parameter, weight_names
 from flora_torch.kinds import layer_weights, refusal, wrapper_for
 from flora_torch.layers import FloraLayer
 
@@ -432,7 +432,9 @@ def _everything(
         if is_excluded(place) or place.is_internal:
             continue
         of_layer = [name for name in layer_weights(place.module) if "." not in name]
-        for parameter in dict.fromkeys([*of_layer, *weight_names(place.module)]):
+        # What a quantized layer packs its weight into is no weight.
+        others = () if is_unpacked_linear(place.module) else weight_names(place.module)
+        for parameter in dict.fromkeys([*of_layer, *others]):
             name = _join(place.name, parameter)
             reason = _reason(place, parameter, name, table, of_layer, only_layers)
             if reason is None:
