@@ -3,6 +3,7 @@
 A frozen base layer and a trainable Tucker tensor ΔW: the output is the base's with W + s·ΔW. See `attach`.
 """
 
+from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.calibration import collect_moments
 from flora_torch.experts import FloraExperts
 from flora_torch.gradients import collect_gradients
@@ -37,9 +38,11 @@ from flora_torch.update import TuckerUpdate, register_with_torch
 
 __all__ = [
     "AttachReport",
+    "FloraBilinear",
     "FloraConv",
     "FloraConvTranspose",
     "FloraEmbedding",
+    "FloraEmbeddingBag",
     "FloraExperts",
     "FloraLayer",
     "FloraLinear",

@@ -16,12 +16,11 @@ from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
-from flora_torch.kinds import wrapper_for
+from flora_torch.kinds import drops_input, wrapper_for
 from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, freeze
 from flora_torch.scaling import Scaling, resolve_scale
 from flora_torch.selection import Pattern, PerName, Place, Site, SkippedWeight, choose, near, sites
 from flora_torch.update import TuckerUpdate
-from flora_torch.weight_layer import is_read_by_its_parent
 
 __all__ = [
     "AttachReport",
@@ -218,8 +217,9 @@ def attach(
         What s is made of α: what the published code of ``init`` makes of it (`flora_torch.initialize.preset_scale`),
         α over the largest rank, or the rank-stabilized α/√∏ r_n of `flora_torch.scaling`. The number is what is kept.
     dropout : float
-        The chance that an entry of an update's input is zeroed in training. Weights adapted by `FloraParameter` have
-        none, nor has the output projection of nn.MultiheadAttention, which is read instead of called.
+        The chance that an entry of an update's input is zeroed in training. Weights whose product with an input is not
+        known (`FloraParameter`, a layer with a forward of its own) have none, nor has the output projection of
+        nn.MultiheadAttention, which is read instead of called.
     rank_dropout, module_dropout : float
         The chance that a direction of the factors, or the whole update, is dropped for a step of training; see
         `TuckerUpdate`.
@@ -336,11 +336,8 @@ class _AttachOptions:
             )
         except ValueError as error:
             raise ValueError(f"attach: {site.name}: {error}") from error
-        # A parameter by name has no input that could be dropped, nor has a weight that its parent reads.
-        no_input = any(
-            issubclass(wrapper_for(h.module, h.parameter), FloraParameter) or is_read_by_its_parent(h.module)
-            for h in site.holders
-        )
+        # A weight has no input that could be dropped if its product is not known, or its parent reads it.
+        no_input = not all(drops_input(h.module, h.parameter) for h in site.holders)
         chances: dict[str, Any] = self.chances | ({"dropout": 0.0} if no_input else {})
         update = TuckerUpdate(
             start.tucker, tuple(weight.shape), arrangement=arranged, scale=scale, start=start.start, **chances

@@ -17,11 +17,13 @@ from typing_extensions import override
 
 from flora_tensor import Arrangement, FloraWarning
 from flora_tensor.moments import Moments, save_moments
+from flora_torch.base_weight import describe
 from flora_torch.functional import ConvGeometry
 from flora_torch.initialize import default_dtype
 from flora_torch.kinds import wrapper_for
-from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraParameter
+from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear
 from flora_torch.selection import Holder, Pattern, Site, select
+from flora_torch.weight_layer import is_conv1d_of_transformers
 
 __all__ = ["collect_moments"]
 
@@ -129,7 +131,8 @@ def collect_moments(
 
 
 def _has_input(site: Site) -> bool:
-    return all(not issubclass(wrapper_for(h.module, h.parameter), FloraParameter) for h in site.holders)
+    known = (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding)
+    return all(wrapper_for(h.module, h.parameter) in known for h in site.holders)
 
 
 def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
@@ -273,9 +276,10 @@ def _parts(view: Tensor) -> Iterator[Tensor]:
 
 def _sum_for(holder: Holder, patches: bool, limit: int, device: Any) -> _Sum:
     """Choose what is summed for a layer; see the table of `collect_moments`."""
-    weight: Any = holder.module.get_parameter(holder.parameter)
+    weight = describe(holder.module, holder.parameter)
+    assert weight is not None
     kind = wrapper_for(holder.module, holder.parameter)
-    first, *rest = Arrangement.native(weight.dim()).pattern.split()
+    first, *rest = Arrangement.native(len(weight.shape)).pattern.split()
     if kind is FloraEmbedding:
         return _RowCounts(holder, first, weight.shape[0], 0, device)
     if kind is FloraConvTranspose:
@@ -285,7 +289,7 @@ def _sum_for(holder: Holder, patches: bool, limit: int, device: Any) -> _Sum:
         if patches and size <= limit:
             return _Patches(holder, " ".join(rest), size, limit, device)
         return _Patches(holder, rest[0], weight.shape[1], limit, device)
-    transposed = not isinstance(holder.module, nn.Linear)
+    transposed = is_conv1d_of_transformers(holder.module)
     return _Sum(holder, first if transposed else rest[0], weight.shape[0 if transposed else 1], limit, device)
 
 

@@ -108,8 +108,9 @@ class FloraLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # While unpickling there are no modules yet. And a property that failed must not look like the base's
-            # attribute.
-            if "_modules" not in self.__dict__ or name == "base_layer" or hasattr(type(self), name):
+            # attribute. Nor are special methods for the base alone to answer: a parametrized one has a `__deepcopy__`.
+            is_own = name == "base_layer" or name.startswith("__") or hasattr(type(self), name)
+            if is_own or "_modules" not in self.__dict__:
                 raise
             return getattr(self.base_layer, name)
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from flora_torch.base_weight import check_adaptable, is_packed_for_inference
+from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.experts import FloraExperts, expert_weights
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear, FloraParameter
@@ -10,7 +11,7 @@ from flora_torch.weight_layer import WeightLayer, is_read_by_its_parent
 
 __all__ = ["drops_input", "layer_weights", "refusal", "wrapper_for"]
 
-_KINDS = (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding)
+_KINDS = (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding, FloraBilinear, FloraEmbeddingBag)
 
 
 def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer]:
@@ -26,12 +27,12 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
     Returns
     -------
     type
-        `FloraLinear`, `FloraConv`, `FloraConvTranspose` or `FloraEmbedding` for the ``weight`` of such a layer,
-        `FloraExperts` for one parameter of all experts, else `FloraParameter`.
+        `FloraLinear`, `FloraConv`, `FloraConvTranspose`, `FloraEmbedding`, `FloraBilinear` or `FloraEmbeddingBag` for
+        the ``weight`` of such a layer, `FloraExperts` for one parameter of all experts, else `FloraParameter`.
 
     Examples
     --------
-    >>> wrapper_for(nn.Conv1d(2, 2, 3)).__name__, wrapper_for(nn.Bilinear(2, 2, 2)).__name__
+    >>> wrapper_for(nn.Conv1d(2, 2, 3)).__name__, wrapper_for(nn.GRUCell(2, 2), "weight_ih").__name__
     ('FloraConv', 'FloraParameter')
     """
     if parameter == "weight":
@@ -46,11 +47,13 @@ def drops_input(module: nn.Module, parameter: str = "weight") -> bool:
 
     Examples
     --------
-    >>> drops_input(nn.Linear(2, 2)), drops_input(nn.Bilinear(2, 2, 2))
+    >>> drops_input(nn.Linear(2, 2)), drops_input(nn.GRUCell(2, 2), "weight_ih")
     (True, False)
     """
     kind = wrapper_for(module, parameter)
-    return issubclass(kind, WeightLayer) and kind.knows_forward_of(module) and not is_read_by_its_parent(module)
+    if not issubclass(kind, WeightLayer) or issubclass(kind, FloraEmbeddingBag):
+        return False
+    return kind.knows_forward_of(module) and not is_read_by_its_parent(module)
 
 
 def layer_weights(module: nn.Module) -> tuple[str, ...]:
@@ -68,8 +71,6 @@ def layer_weights(module: nn.Module) -> tuple[str, ...]:
     if issubclass(wrapper_for(module), WeightLayer) or is_packed_for_inference(module):
         return ("weight",)
     own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    if isinstance(module, nn.Bilinear | nn.EmbeddingBag):
-        return ("weight",)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return tuple(name for name in own if name.startswith("weight_"))
     if isinstance(module, nn.MultiheadAttention):
@@ -88,7 +89,7 @@ def refusal(module: nn.Module, parameter: str) -> str | None:
     try:
         check_adaptable("", module, parameter)
         kind = wrapper_for(module, parameter)
-        if issubclass(kind, FloraEmbedding):
+        if issubclass(kind, FloraEmbedding | FloraEmbeddingBag):
             kind.check_base(module)
     except ValueError as error:
         return str(error).removeprefix(": ")

@@ -1,0 +1,646 @@
+"""Bilinear forms, bags, recurrent layers, attention, computed and quantized weights, and what is left out."""
+
+import copy
+import sys
+import types
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
+from transformers.pytorch_utils import Conv1D
+
+from flora_tensor import Arrangement
+from flora_torch import (
+    FloraBilinear,
+    FloraConv,
+    FloraEmbeddingBag,
+    FloraLayer,
+    FloraLinear,
+    FloraParameter,
+    adapter_parameters,
+    attach,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    merge_,
+    save_adapter,
+)
+from flora_torch.base_weight import dense_value, describe
+from flora_torch.selection import choose
+from support import same_bits, tolerance
+from test_torch_layers import LayerCase
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def randomize(model):
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+
+
+def close(a, b, factor=1e4):
+    name = str(b.dtype).removeprefix("torch.")
+    return float((a - b).detach().norm()) <= tolerance(name, 100, norm=float(b.detach().norm()), factor=factor)
+
+
+# --- products of further kinds -----------------------------------------------------------------------
+
+
+class TestBilinear(LayerCase):
+    def base(self):
+        return nn.Bilinear(5, 4, 3)
+
+    def wrap(self, base, **options):
+        return FloraBilinear(base, ranks=(2, 3, 2), **options)
+
+    def inputs(self):
+        return torch.randn(6, 5), torch.randn(6, 4)
+
+    def test_dropout_drops_the_updates_input_in_training_only(self):
+        layer = self.made(dropout=0.5)
+        a, b = self.inputs_in(torch.float64)
+        with torch.no_grad():
+            expected = layer.eval()(a, b)
+            runs = torch.stack([layer.train()(a, b) for _ in range(4000)])
+        # Both inputs are dropped on their own, so that the form keeps its expectation.
+        error = (runs.mean(0) - expected).abs() / (runs.std(0) / 4000**0.5)
+        assert float(error.max()) < 5.5
+        assert not torch.equal(runs[0], runs[1])
+
+
+class TestBilinearWithAWholeMode(TestBilinear):
+    def wrap(self, base, **options):
+        return FloraBilinear(base, ranks=(None, 2, None), **options)
+
+
+class TestEmbeddingBag(LayerCase):
+    has_dropout: ClassVar[bool] = False
+    mode: ClassVar[str] = "mean"
+
+    def base(self):
+        return nn.EmbeddingBag(9, 6, mode=self.mode, padding_idx=2)
+
+    def wrap(self, base, **options):
+        return FloraEmbeddingBag(base, ranks=(3, 2), **options)
+
+    def inputs(self):
+        return torch.tensor([1, 2, 3, 3, 8, 0]), torch.tensor([0, 2, 5])
+
+    def test_dropout_drops_the_updates_input_in_training_only(self):
+        with pytest.raises(ValueError, match=r"dropout is 0\.5, but what is looked up is summed at once"):
+            self.made(dropout=0.5)
+
+
+class TestSumOfEmbeddings(TestEmbeddingBag):
+    mode: ClassVar[str] = "sum"
+
+
+class TestLargestOfEmbeddings(TestEmbeddingBag):
+    mode: ClassVar[str] = "max"
+    paths: ClassVar[tuple[str, ...]] = ("auto", "dense")
+
+    def test_compiles_without_a_graph_break(self):
+        pytest.skip("torch.compile does not trace the largest of embeddings")
+
+
+def test_bag_of_weighted_rows_and_refusals():
+    base = nn.EmbeddingBag(9, 6, mode="sum", sparse=True).double()
+    layer = FloraEmbeddingBag(base, ranks=3)
+    randomize(layer)
+    ids, weights = torch.tensor([[1, 2], [3, 4]]), torch.rand(2, 2).double()
+    expected = nnf.embedding_bag(ids, layer.weight, mode="sum", per_sample_weights=weights)
+    assert close(layer(ids, per_sample_weights=weights), expected)
+    with pytest.raises(ValueError, match=r"FloraEmbedding: the base has max_norm=1\.0"):
+        FloraEmbeddingBag(nn.EmbeddingBag(3, 2, max_norm=1.0))
+
+
+# --- attention and recurrent layers ------------------------------------------------------------------
+
+
+def attention(**options):
+    return nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True, **options)).double()
+
+
+class TestAttention:
+    @pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 5}, {"bias": False}, {"add_bias_kv": True}])
+    def test_every_projection_is_adapted_in_every_mode(self, options):
+        model = attention(**options)
+        attach(model, ranks=2)
+        names = {n for n, p in nn.MultiheadAttention(8, 2, **options).named_parameters() if p.dim() == 2}
+        assert set(names) == {n.removeprefix("base_layer.") for n in names_of(model[0])}
+        randomize(model)
+        q = torch.randn(2, 3, 8).double()
+        k, v = (torch.randn(2, 4, options.get(d, 8)).double() for d in ("kdim", "vdim"))
+        if not options:
+            k = v = q  # as self-attention takes the fast path
+        plain = merge(copy.deepcopy(model))[0]
+        for training in (True, False):
+            model.train(training)
+            plain.train(training)
+            for weights in (True, False):
+                expected = plain(q, k, v, need_weights=weights)
+                assert close(model[0](q, k, v, need_weights=weights)[0], expected[0])
+                with torch.no_grad():
+                    fast = model[0](q, k, v, need_weights=weights)
+                assert close(fast[0], expected[0])
+                assert (fast[1] is None) == (not weights)
+
+    def test_targets_by_name_include_the_output_projection(self):
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12))
+        assert [site.name for site in choose(model, "self_attn")[0]] == [
+            "0.self_attn.in_proj_weight",
+            "0.self_attn.out_proj.weight",
+        ]
+        excluded = choose(model, "self_attn", exclude_modules="out_proj")[0]
+        assert [site.name for site in excluded] == ["0.self_attn.in_proj_weight"]
+
+    def test_heads_are_a_mode_of_the_stacked_projections(self):
+        model = attention()
+        heads = Arrangement("(part head d) i -> part head d i", {"part": 3, "head": 2})
+        report = attach(model, ranks=2, target_parameters="in_proj_weight", arrangement=heads)
+        assert report.layers[0].ranks == (2, 2, 2, 2)
+        randomize(model)
+        x = torch.randn(2, 3, 8).double()
+        expected = model[0](x, x, x)[0]
+        assert close(merge(model)[0](x, x, x)[0], expected)
+
+    def test_switched_off_and_taken_off(self):
+        model, x = attention(), torch.randn(2, 3, 8).double()
+        expected = model[0](x, x, x)[0]
+        attach(model, ranks=2)
+        randomize(model)
+        with disabled(model):
+            assert close(model[0](x, x, x)[0], expected, 30)
+        assert not close(model[0](x, x, x)[0], expected)
+        detach(model)
+        assert torch.equal(model[0](x, x, x)[0], expected)
+
+
+def names_of(module, prefix=""):
+    """List the weights that have updates, by the names that they have in the plain module."""
+    found = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, FloraLayer):
+            owner = name.replace("base_layer.", "").removesuffix("base_layer")
+            found += [f"{owner}.{p}".strip(".") for p in layer.parameter_names]
+    return found
+
+
+class TestRecurrent:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3, dropout=0.0),
+            lambda: nn.GRU(4, 6, bidirectional=True),
+            lambda: nn.RNN(4, 6, num_layers=2),
+        ],
+    )
+    def test_packed_sequences(self, make):
+        model = nn.Sequential(make()).double()
+        report = attach(model, ranks=2)
+        assert len(report.layers) == sum(name.startswith("weight") for name in make().state_dict())
+        randomize(model)
+        packed = pack_padded_sequence(torch.randn(5, 3, 4).double(), [5, 3, 2])
+        ours = model[0](packed)
+        model[0].flatten_parameters()
+        theirs = merge(copy.deepcopy(model))[0](packed)
+        assert close(ours[0].data, theirs[0].data)
+        ours[0].data.sum().backward()
+        assert all(bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model))
+        # The list in which the layer keeps its weights for cuDNN holds the base's own again.
+        assert all(a is b for a, b in zip(model[0].base_layer._flat_weights, model[0].base_layer.parameters()))
+
+    @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+    def test_cells(self, kind):
+        model, x = nn.Sequential(kind(4, 6)).double(), torch.randn(3, 4).double()
+        assert [layer.name for layer in attach(model, ranks=2).layers] == ["0.weight_ih", "0.weight_hh"]
+        randomize(model)
+        ours, theirs = model(x), merge(copy.deepcopy(model))(x)
+        assert close(*(y[0] if isinstance(y, tuple) else y for y in (ours, theirs)))
+
+
+# --- weights that are computed -----------------------------------------------------------------------
+
+
+class OwnConv(nn.Conv1d):
+    """A convolution whose forward does something else with its weight."""
+
+    def forward(self, input):
+        return self._conv_forward(input, 2.0 * self.weight, self.bias).abs()
+
+
+class TestComputedWeights:
+    @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+    @pytest.mark.parametrize("path", ["auto", "factored", "dense"])
+    @pytest.mark.parametrize("make", [lambda: nn.Conv1d(4, 6, 3), lambda: OwnConv(4, 6, 3)])
+    def test_change_of_the_weight_that_is_used(self, norm, path, make):
+        if path == "factored" and make is not None and isinstance(make(), OwnConv):
+            pytest.skip("a forward of its own always runs dense")
+        model, x = nn.Sequential(norm(make())).double().eval(), torch.randn(2, 4, 7).double()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        weight, start = model[0].weight.detach().clone(), model(x)
+        attach(model, ranks=2, path=path)
+        assert torch.equal(model(x), start)
+        randomize(model)
+        delta = model[0].tucker_update["default"].delta().detach()
+        assert close(model[0].weight, weight + delta, 30)
+        plain = make().double()
+        plain.load_state_dict({"weight": weight + delta, "bias": model[0].bias})
+        assert close(model(x), plain(x))
+        merged = merge(copy.deepcopy(model))
+        assert close(merged(x), plain(x))
+        # What can hold any weight stays; what holds only weights of norm one cannot.
+        stays = norm is parametrizations.weight_norm
+        assert parametrize.is_parametrized(merged[0]) == stays
+        assert type(plain) is (type(merged[0]) if not stays else parametrize.type_before_parametrizations(merged[0]))
+        detach(model)
+        assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model(x), start)
+
+    def test_attaching_takes_no_step_of_the_power_iteration(self):
+        model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 6))).train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        attach(model, ranks=2, init="principal")
+        detach(model)
+        assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+        assert all(module.training for module in model.modules())
+
+    def test_two_computed_weights_of_one_module(self):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4, 5))
+
+            def forward(self, x):
+                return x @ self.up.mT @ self.down.mT
+
+        pair = parametrizations.weight_norm(parametrizations.spectral_norm(Pair(), "down"), "up")
+        model, x = nn.Sequential(pair).double().eval(), torch.randn(2, 4).double()
+        before = model(x)
+        report = attach(model, ranks=2, target_modules="all")
+        assert {layer.name for layer in report.layers} == {"0.up", "0.down"}
+        randomize(model)
+        expected = model(x)
+        assert not close(expected, before)
+        assert close(merge(copy.deepcopy(model))(x), expected)
+        with disabled(model):
+            assert torch.equal(model(x), before)
+
+    def test_parts_of_a_computed_weight_can_be_adapted_by_name(self):
+        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6))).double()
+        attach(model, ranks=2, target_parameters="original1")
+        randomize(model)
+        x = torch.randn(2, 4).double()
+        expected = model(x)
+        assert close(merge(model)(x), expected)
+
+
+# --- quantized weights -------------------------------------------------------------------------------
+
+
+class ScaledInt8(torch.Tensor):
+    """A tensor of integers and scales that stands for their product, as those of torchao and quanto do."""
+
+    @staticmethod
+    def __new__(cls, values, scales):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scales.dtype, device=values.device)
+
+    def __init__(self, values, scales):
+        self.values, self.scales = values, scales
+
+    @classmethod
+    def of(cls, weight):
+        scales = weight.abs().amax(1, keepdim=True) / 127
+        return cls((weight / scales).round().to(torch.int8), scales)
+
+    def dequantize(self, *args):
+        return self.values.to(self.scales.dtype) * self.scales
+
+    def __repr__(self, **options):
+        return "ScaledInt8()"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].values, args[0].scales)
+        plain = [a.dequantize() if isinstance(a, cls) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def quantized_tensor(linear):
+    linear.weight = nn.Parameter(ScaledInt8.of(linear.weight.detach()), requires_grad=False)
+    return linear
+
+
+class UnpackedLinear(nn.Module):
+    """A linear layer with packed values and a method that gives the weight, as that of HQQ has."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.W_q = nn.Parameter((linear.weight.detach() * 1000).round().to(torch.int16), requires_grad=False)
+        self.bias, self.compute_dtype = linear.bias, linear.weight.dtype
+
+    def dequantize(self):
+        return self.W_q.to(self.compute_dtype) / 1000
+
+    def forward(self, x):
+        return nnf.linear(x, self.dequantize(), self.bias)
+
+
+class Params4bit(nn.Parameter):
+    """Packed values with a state that describes them, as bitsandbytes has."""
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer of such a parameter: flat bytes, of another shape than the weight."""
+
+    def forward(self, input):
+        weight = bitsandbytes_stub().functional.dequantize_4bit(self.weight, self.weight.quant_state)
+        return nnf.linear(input, weight, self.bias)
+
+
+def bitsandbytes_stub():
+    def dequantize_4bit(data, state):
+        high, low = data.reshape(-1) >> 4, data.reshape(-1) & 15
+        return ((torch.stack([high, low], 1).reshape(state.shape).to(state.dtype) - 8) / 20).to(state.dtype)
+
+    return types.SimpleNamespace(functional=types.SimpleNamespace(dequantize_4bit=dequantize_4bit))
+
+
+def four_bits(linear):
+    layer = Linear4bit(linear.in_features, linear.out_features).to(linear.weight.dtype)
+    codes = (linear.weight.detach() * 20 + 8).round().clamp(0, 15).to(torch.uint8).reshape(-1, 2)
+    layer.weight = Params4bit((codes[:, 0] << 4 | codes[:, 1]).reshape(-1, 1), requires_grad=False)
+    layer.weight.quant_state = types.SimpleNamespace(shape=linear.weight.shape, dtype=linear.weight.dtype)
+    layer.bias = linear.bias
+    return layer
+
+
+class PackedLinear(nn.Linear):
+    """A quantized layer of which nothing but its product is known."""
+
+    def forward(self, input):
+        return nnf.linear(input, self.weight.to(input.dtype) / 100, self.bias)
+
+
+def packed(linear):
+    layer = PackedLinear(linear.in_features, linear.out_features).to(linear.weight.dtype)
+    values = (linear.weight.detach() * 100).round().clamp(-127, 127).to(torch.int8)
+    layer.weight, layer.bias = nn.Parameter(values, requires_grad=False), linear.bias
+    return layer
+
+
+QUANTIZED: dict[str, Any] = {"tensor": quantized_tensor, "unpacked": UnpackedLinear, "bytes": four_bits}
+
+
+def real(name):
+    """Quantize by a real library, where it is installed."""
+    if name.startswith("torchao"):
+        quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+        config = {"torchao int8": "Int8WeightOnlyConfig", "torchao fp8": "Float8WeightOnlyConfig"}[name]
+
+        def quantize(linear):
+            model = nn.Sequential(linear.float())
+            quantization.quantize_(model, getattr(quantization, config)())
+            return model[0]
+
+    else:
+        bnb: Any = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+
+        def quantize(linear):
+            sizes = linear.in_features, linear.out_features
+            if name == "bitsandbytes nf4":
+                layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+                layer.weight = bnb.nn.Params4bit(linear.weight.data.float(), requires_grad=False, quant_type="nf4")
+            else:
+                layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+                layer.weight = bnb.nn.Int8Params(linear.weight.data.float(), requires_grad=False)
+            layer.bias = nn.Parameter(linear.bias.data.float())
+            return layer.to("cpu")
+
+    return quantize
+
+
+REAL = ("torchao int8", "torchao fp8", "bitsandbytes nf4", "bitsandbytes int8")
+
+
+class TestQuantized:
+    @pytest.fixture(params=[*QUANTIZED, *REAL])
+    def quantize(self, request, monkeypatch):
+        name = request.param
+        if name == "bytes":
+            monkeypatch.setitem(sys.modules, "bitsandbytes", bitsandbytes_stub())
+        function = QUANTIZED.get(name) or real(name)
+
+        def quantize():
+            torch.manual_seed(1)
+            return nn.Sequential(function(nn.Linear(16, 12)), nn.Tanh(), function(nn.Linear(12, 16)))
+
+        return quantize
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_an_update_beside_a_base_that_stays_quantized(self, quantize, tmp_path):
+        model, x = quantize(), torch.randn(5, 16)
+        with torch.no_grad():
+            start = model(x)
+        dense = [dense_value(model[k], "weight").clone() for k in (0, 2)]
+        report = attach(model, ranks=3)
+        assert [(layer.name, layer.kind, layer.shape) for layer in report.layers] == [
+            ("0.weight", "FloraLinear", (12, 16)),
+            ("2.weight", "FloraLinear", (16, 12)),
+        ]
+        assert not report.skipped
+        with torch.no_grad():
+            assert torch.equal(model(x), start)
+        randomize(model)
+        output = model(x)
+        output.sum().backward()
+        assert all(bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model))
+        expected = x
+        for k, weight in zip((0, 2), dense):
+            change = model[k].tucker_update["default"].delta()
+            expected = nnf.linear(expected, weight + change, model[k].bias)
+            expected = expected.tanh() if k == 0 else expected
+            assert close(model[k].weight, weight + change, 30)
+        assert close(output, expected)
+        model[0].path = "dense"
+        assert close(model(x), expected)
+        with disabled(model), torch.no_grad():
+            assert torch.equal(model(x), start)
+        again = quantize()
+        load_adapter(again, save_adapter(model, tmp_path / "adapter"))
+        assert close(again(x), output, 30)
+        # The names and shapes are those of the float model.
+        load_adapter(nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16)), tmp_path / "adapter")
+        with pytest.raises(ValueError, match=r"quantized|parameter"):
+            merge_(model)
+        merged = merge(model)
+        assert [type(module) for module in merged] == [nn.Linear, nn.Tanh, nn.Linear]
+        assert close(merged(x), output)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_principal_part_and_arrangements(self, quantize):
+        model, x = quantize(), torch.randn(5, 16)
+        with torch.no_grad():
+            start = model(x)
+        pattern = Arrangement("(a b) i -> a b i", {"a": 4})
+        attach(model, ranks=2, init="principal", arrangement={"*": pattern})
+        with torch.no_grad():
+            assert torch.equal(model(x), start)
+        randomize(model)
+        expected = model(x)
+        assert close(merge(model)(x), expected)
+
+    def test_a_base_that_nothing_is_known_of_trains_but_does_not_merge(self):
+        model, x = nn.Sequential(packed(nn.Linear(16, 12))), torch.randn(3, 16)
+        with torch.no_grad():
+            start = model(x)
+        attach(model, ranks=2)
+        with torch.no_grad():
+            assert torch.equal(model(x), start)
+        randomize(model)
+        output = model(x)
+        assert close(output, start + x @ model[0].tucker_update["default"].delta().mT)
+        with pytest.raises(ValueError, match=r"merge: the weight of this PackedLinear is quantized, and no way to"):
+            merge(model)
+        assert torch.equal(model(x), output)
+        with pytest.raises(ValueError, match=r"attach: 0.weight: the weight of this PackedLinear is quantized"):
+            attach(model, ranks=2, init="principal", adapter_name="other")
+
+    def test_packed_layers_of_torch_are_refused(self):
+        with pytest.warns(UserWarning, match="deprecated"):
+            layer = torch.ao.nn.quantized.dynamic.Linear(4, 3)
+        model = nn.Sequential(layer, nn.Linear(3, 2))
+        message = "Linear of torch.ao.nn.quantized.dynamic.modules is packed for inference and passes no gradient on"
+        report = attach(model, ranks=2)
+        assert [layer.name for layer in report.layers] == ["1.weight"]
+        assert [weight.name for weight in report.skipped] == ["0.weight"]
+        assert report.skipped[0].reason.startswith(message)
+        detach(model)
+        with pytest.raises(ValueError, match=f"attach: 0.weight: {message}"):
+            attach(model, ranks=2, target_modules="0")
+
+
+# --- what is left out --------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Weights of every kind that a choice for the whole model meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(2, 3))
+        self.linear = nn.Linear(3, 3)
+        self.limited = nn.Embedding(4, 3, max_norm=1.0)
+        self.inner = nn.Sequential(nn.LayerNorm((2, 3)))
+        self.codes = nn.Linear(3, 3)
+        self.codes.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return self.inner(self.linear(x + self.token))
+
+
+class TestReport:
+    def test_layers_of_known_kinds(self):
+        report = attach(Odd(), ranks=2)
+        assert [layer.name for layer in report.layers] == ["linear.weight"]
+        reasons = {weight.name: weight.reason for weight in report.skipped}
+        unknown = "no layer of a known kind; name it in target_parameters, or pass target_modules='all'"
+        assert reasons.pop("token") == reasons.pop("inner.0.weight") == reasons.pop("inner.0.bias") == unknown
+        assert reasons.pop("limited.weight").startswith("FloraEmbedding: the base has max_norm=1.0")
+        assert reasons.pop("codes.weight").startswith("'weight' of Linear is of type torch.int8")
+        assert not reasons
+        assert f"skipped: token, inner.0.weight, inner.0.bias: {unknown}" in str(report)
+
+    def test_everything(self):
+        model, x = Odd(), torch.randn(2, 3)
+        expected = model(x)
+        report = attach(model, ranks=2, target_modules="all", exclude_modules="codes")
+        assert [layer.name for layer in report.layers] == ["linear.weight", "inner.0.weight", "inner.0.bias"]
+        reasons = {weight.name: weight.reason for weight in report.skipped}
+        assert reasons.pop("linear.bias") == "one axis"
+        assert reasons.pop("token").startswith("'token' belongs to the model itself")
+        assert set(reasons) == {"limited.weight"}
+        assert close(model(x), expected, 30)
+
+    def test_what_is_named_is_refused_and_not_skipped(self):
+        for options, message in [
+            ({"target_modules": "limited"}, r"max_norm=1.0"),
+            ({"target_modules": "codes"}, r"is of type torch.int8"),
+            ({"target_parameters": "token"}, r"'token' belongs to the model itself"),
+            ({"target_modules": "inner.0"}, r"no layers of a known kind, such as 'inner.0', a LayerNorm"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                attach(Odd(), ranks=2, **options)
+        assert not attach(Odd(), ranks=2, target_modules="linear").skipped
+
+    def test_a_tied_weight_that_one_holder_cannot_have_is_left_out(self):
+        model = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), nn.Linear(3, 4), nn.Linear(4, 2))
+        model[1].weight = model[0].weight
+        report = attach(model, ranks=2)
+        assert [layer.name for layer in report.layers] == ["2.weight"]
+        assert {weight.name for weight in report.skipped} == {"0.weight"}
+
+
+# --- subclasses --------------------------------------------------------------------------------------
+
+
+class Doubled(Conv1D):
+    """A transposed linear layer with a forward of its own."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes as its parent does."""
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Conv1D(5, 4), FloraLinear),
+        (lambda: Doubled(5, 4), FloraLinear),
+        (lambda: Renamed(4, 5), FloraLinear),
+        (lambda: OwnConv(4, 5, 1), FloraConv),
+        (lambda: nn.Bilinear(4, 4, 5), FloraBilinear),
+        (lambda: nn.LayerNorm((2, 4)), FloraParameter),
+    ],
+)
+def test_subclasses_compute_with_the_effective_weight(make, kind):
+    model = nn.Sequential(make()).double()
+    x = torch.randn(2, 4).double()
+    inputs = (x, x) if isinstance(model[0], nn.Bilinear) else (x.mT[None],) if kind is FloraConv else (x,)
+    inputs = (torch.randn(1, 4, 3).double(),) if kind is FloraConv else inputs
+    attach(model, ranks=2, target_modules="all")
+    assert type(model[0]) is kind
+    randomize(model)
+    before = model[0](*inputs)
+    plain = merge(model)[0]
+    assert close(plain(*inputs), before)
+    assert type(plain) is type(make())
+
+
+def test_descriptions_of_weights():
+    linear = nn.Linear(3, 2)
+    assert describe(linear, "weight").storage == "plain"
+    assert describe(linear, "scale") is None
+    assert describe(quantized_tensor(linear), "weight").storage == "quantized"
+    assert describe(UnpackedLinear(nn.Linear(3, 2)), "weight").shape == (2, 3)
