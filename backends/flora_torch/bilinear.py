@@ -26,6 +26,8 @@ class FloraBilinear(WeightLayer):
         The layer to adapt; subclasses too. Its weight is (out, in1, in2).
     ranks, adapter_name, path, **options
         As for `FloraLinear`, with three ranks.
+    memory : {"normal", "low"}
+        Without effect: what is kept for the backward pass is thin in any case.
 
     Raises
     ------
@@ -92,6 +94,11 @@ class FloraBilinear(WeightLayer):
     @override
     def takes_rows(self) -> bool:
         return False
+
+    @override
+    def _as_used(self, weight: Tensor) -> Tensor:
+        # Autocast leaves torch's bilinear form alone.
+        return weight
 
     @override
     def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
