@@ -36,6 +36,7 @@ class Settings:
     weights: str
     vectors: str
     on_mismatch: str
+    resized: str
     allow_missing: bool
     dtype: str
     device: Any
@@ -63,6 +64,7 @@ class Settings:
                 else {}
             ),
             "vectors": self.vectors,
+            **({"resized": self.resized} if self.resized != "error" else {}),
             "noise_floor": self.noise_floor,
             "dtype": {code: name for name, code in CODES.items()}[self.dtype],
         }

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._deltas import frobenius_norm, on_device
+from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._files import check_free_space
 from flora_tensor._residual import residual_norm
-from flora_tensor._safetensors import BITS, SafetensorsWriter, encode, round_to
+from flora_tensor._resized import NEW_ROWS, new_rows
+from flora_tensor._safetensors import BITS, SafetensorsWriter, decode, encode, round_to
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
@@ -64,25 +65,47 @@ def write_adapter(
     stored: Mapping[str, Stored],
     whole: Sequence[str],
     dtype: str,
+    resized: Mapping[str, tuple[int, int]],
 ) -> None:
     """Put the adapter's files together, in the order of the checkpoint, whatever the order of the work was."""
     weights = {name: item.weight for name, item in stored.items()}
-    with SafetensorsWriter(directory / MODEL_NAME, _layout(tuned, weights, whole, dtype), METADATA) as writer:
+    grown = new_rows(tuned, resized)
+    rows = [(whole_key(n), tuned.info(n.removesuffix(NEW_ROWS)).dtype, shape) for n, shape in grown.items()]
+    layout = [*_layout(tuned, weights, whole, dtype), *rows]
+    with SafetensorsWriter(directory / MODEL_NAME, layout, METADATA) as writer:
         for name, item in stored.items():
             for part, content in item.parts().items():
                 writer.write(tensor_key(name, part), content.data)
         for name in whole:
             writer.write(whole_key(name), tuned.read_raw(name))
+        for name in grown:
+            writer.write(whole_key(name), _read_new_rows(tuned, name.removesuffix(NEW_ROWS)))
         writer.finish()
     config = config_of(
         ranks={name: weight.ranks for name, weight in weights.items()},
         scales={name: item.scale for name, item in stored.items()},
         arrangements={name: weight.arrangement for name, weight in weights.items() if weight.arrangement},
         shapes={name: weight.row.shape for name, weight in weights.items()},
-        whole=whole,
-        extra={"base_model_name_or_path": str(base.path), "base_fingerprint": base.fingerprint()},
+        whole=[*whole, *grown],
+        extra={
+            "base_model_name_or_path": str(base.path),
+            "base_fingerprint": base.original.fingerprint(),
+            **({"resized": {name: list(sizes) for name, sizes in resized.items()}} if resized else {}),
+        },
     )
     write_config(directory / CONFIG_NAME, config)
+
+
+def _read_new_rows(tuned: Checkpoint, name: str) -> np.ndarray:
+    """Read the bytes of the rows that the base does not have."""
+    full, common = tuned.original.info(name), tuned.info(name)
+    data = np.empty(full.n_bytes - common.n_bytes, np.uint8)
+    with tuned.original.reader(name) as read:
+        read(common.n_bytes, data)
+    check_finite(
+        tuned.path, f"{name}{NEW_ROWS}", decode(data, full.dtype, (full.shape[0] - common.shape[0], *full.shape[1:]))
+    )
+    return data
 
 
 def _layout(

@@ -11,6 +11,7 @@ import numpy as np
 
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
+from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
 from flora_tensor.allocation import allocate_ranks, budget_curve
@@ -59,7 +60,8 @@ def survey(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> tuple[dic
             missing.append(name)
             rows[name] = replace(row, reason=f"missing in {'tuned' if name in base else 'base'}")
         elif base.info(name).shape != tuned.info(name).shape:
-            mismatched.append(name)
+            if settings.resized != "skip" or not is_resized(base, tuned, name):
+                mismatched.append(name)
             rows[name] = replace(row, reason=f"shape differs: {row.shape} and {tuned.info(name).shape}", changed=True)
         elif 0 in row.shape:
             rows[name] = replace(row, reason="zero-size", changed=False)
@@ -90,11 +92,14 @@ def _missing_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> s
 def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:
     name = names[0]
     a, b = base.info(name).shape, tuned.info(name).shape
-    hint = "; has the vocabulary been resized? " if len(a) == len(b) == 2 and a[1] == b[1] else "; "
+    skip = "pass on_mismatch='skip' (--on-mismatch skip)"
+    if is_resized(base, tuned, name):
+        pad = "has the vocabulary been resized? pass resized='pad' (--resized pad) to keep its new rows"
+        skip = f"{pad}, or on_mismatch='skip'"
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return (
-        f"extract: {name!r} has shape {a} in {base.path} and {b} in {tuned.path}{more}{hint}"
-        "pass on_mismatch='skip' (--on-mismatch skip) to leave such tensors out"
+        f"extract: {name!r} has shape {a} in {base.path} and {b} in {tuned.path}{more}; "
+        f"{skip} to leave such tensors out"
     )
 
 

@@ -59,17 +59,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint by its path, so that a worker can open it, and the sizes and times that its files must have."""
+    """A checkpoint by its path, so that a worker can open it, and the sizes and times that its files must have.
+
+    ``rows`` lists tensors that are cropped.
+    """
 
     path: str
     allow_pickle: bool
     files: tuple[tuple[str, int, int], ...]
+    rows: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, *, allow_pickle: bool) -> "Source":
         """Describe a checkpoint that is open."""
         files = tuple((str(f.path), f.identity[0], f.identity[1]) for f in checkpoint.files)
-        return cls(str(checkpoint.path), allow_pickle, files)
+        whole = checkpoint.original
+        shapes = ((n, checkpoint.info(n).shape) for n in (checkpoint.names() if whole is not checkpoint else ()))
+        rows = tuple((n, shape[0]) for n, shape in shapes if shape != whole.info(n).shape)
+        return cls(str(checkpoint.path), allow_pickle, files, rows)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Job:
 @functools.lru_cache(maxsize=4)
 def _opened(source: Source) -> Checkpoint:
     checkpoint = open_checkpoint(source.path, allow_pickle=source.allow_pickle)
+    if all(name in checkpoint for name, _ in source.rows):
+        checkpoint = checkpoint.cropped(dict(source.rows))
     if Source.of(checkpoint, allow_pickle=source.allow_pickle) != source:
         raise InputError(f"{source.path}: a worker does not find the files that the run began with")
     return checkpoint

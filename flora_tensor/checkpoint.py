@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
@@ -68,6 +68,7 @@ class Checkpoint:
     files: "tuple[_File, ...]"
     aliases: Mapping[str, str]
     _home: "Mapping[str, _File]" = field(repr=False)
+    _original: "Checkpoint | None" = field(default=None, repr=False)
 
     @classmethod
     def of(cls, path: Path, files: "Sequence[_File]") -> "Checkpoint":
@@ -103,6 +104,36 @@ class Checkpoint:
             if name in file.tensors and alias not in home
         }
         return cls(path, tuple(files), aliases, home)
+
+    @property
+    def original(self) -> "Checkpoint":
+        """The checkpoint as it is on the disk, where this one is a part of it (see `cropped`)."""
+        return self._original or self
+
+    def cropped(self, rows: Mapping[str, int]) -> "Checkpoint":
+        """Leave out the last rows of some tensors, as if they were not in the file.
+
+        Parameters
+        ----------
+        rows : mapping of str to int
+            How many entries of the first axis a tensor keeps, at most as many as it has.
+
+        Returns
+        -------
+        Checkpoint
+            The same files, read as if these tensors were shorter.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        """
+        for name in rows:
+            self.info(name)
+        files = [
+            replace(file, tensors={n: _cropped(i, rows.get(n)) for n, i in file.tensors.items()}) for file in self.files
+        ]
+        return replace(Checkpoint.of(self.path, files), _original=self.original)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors that are stored, in file order."""
@@ -276,6 +307,12 @@ class Checkpoint:
             raise KeyError(f"{self.path}: no tensor {name!r}") from None
 
 
+def _cropped(info: TensorInfo, rows: int | None) -> TensorInfo:
+    if rows is None or rows == info.shape[0]:
+        return info
+    return replace(info, shape=(rows, *info.shape[1:]), stop=info.start + info.n_bytes // info.shape[0] * rows)
+
+
 def _sampled(file: "_File", info: TensorInfo) -> Iterator[np.ndarray]:
     if not isinstance(file, _SafetensorsFile):
         data = file.raw(info.name)
@@ -392,7 +429,8 @@ class _PickleFile:
         import torch
 
         tensor = self.values[name].detach().contiguous().reshape(-1)
-        return tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+        data = tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+        return data[: self.tensors[name].n_bytes]
 
     @contextmanager
     def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:

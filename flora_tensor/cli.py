@@ -292,6 +292,7 @@ def main(ctx: click.Context) -> None:
 )
 @click.option("--vectors", type=click.Choice(["keep", "skip", "error"]), default="keep", show_default=True)
 @click.option("--on-mismatch", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@click.option("--resized", type=click.Choice(["error", "pad", "skip"]), default="error", show_default=True)
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that only one checkpoint has.")
 @click.option(
     "--noise-floor",

@@ -21,6 +21,7 @@ from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
 from flora_tensor._files import check_target, locked, staged_directory, write_file
 from flora_tensor._journal import Journal
+from flora_tensor._resized import NEW_ROWS, crop, new_rows, resized_between, with_resized
 from flora_tensor._settings import (
     CODES,
     PathLike,
@@ -66,6 +67,7 @@ def extract(
     weights: Literal["norm", "uniform"] = "norm",
     vectors: Literal["keep", "skip", "error"] = "keep",
     on_mismatch: Literal["error", "skip"] = "error",
+    resized: Literal["error", "pad", "skip"] = "error",
     allow_missing: bool = False,
     noise_floor: float | Literal["auto"] | None = "auto",
     device: Any = None,
@@ -121,6 +123,9 @@ def extract(
         Changed tensors of at most one axis (biases, norms): store them whole, leave them out, or refuse.
     on_mismatch : {"error", "skip"}
         What to do about a tensor whose shape differs.
+    resized : {"error", "pad", "skip"}
+        What to do about one whose first axis only differs, such as the embedding of a vocabulary that grew: with
+        ``"pad"`` the rows in common are compared, new rows are stored whole, and merging gives the tuned shape.
     allow_missing : bool, default False
         Whether tensors that only one checkpoint has are left out; the default refuses.
     noise_floor : "auto", float or None
@@ -203,6 +208,7 @@ def extract(
         choice("weights", weights, ("norm", "uniform")),
         choice("vectors", vectors, ("keep", "skip", "error")),
         choice("on_mismatch", on_mismatch, ("error", "skip")),
+        choice("resized", resized, ("error", "pad", "skip")),
         allow_missing,
         CODES[choice("dtype", dtype, tuple(CODES))],
         device,
@@ -210,16 +216,22 @@ def extract(
         noise_option(noise_floor),
         dry_run,
     )
-    before = open_checkpoint(base, allow_pickle=allow_pickle)
-    after = open_checkpoint(tuned, allow_pickle=allow_pickle)
+    before, after = (open_checkpoint(path, allow_pickle=allow_pickle) for path in (base, tuned))
     settings = replace(settings, heads=heads_option(heads, before, after))
+    before, after = crop(before, after, settings)
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
     report = _begun(run, out, resume=resume, overwrite=overwrite)
-    reached = report.relative_error if report.weighted_error is None else report.weighted_error
-    if rtol is not None and weights == "norm" and reached > rtol + 1e-5:
-        message = f"extract: stored as {dtype} the error is {reached:.3g}, above rtol {rtol}"
-        warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 2)
+    _warn_above(rtol, report, settings)
     return report
+
+
+def _warn_above(rtol: float | None, report: ExtractionReport, settings: Settings) -> None:
+    """Say so where rounding to the stored type broke the promise of a tolerance."""
+    reached = report.relative_error if report.weighted_error is None else report.weighted_error
+    if rtol is not None and settings.weights == "norm" and reached > rtol + 1e-5:
+        stored = settings.options()["dtype"]
+        message = f"extract: stored as {stored} the error is {reached:.3g}, above rtol {rtol}"
+        warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 3)
 
 
 def _begun(run: Run, out: PathLike | None, *, resume: bool, overwrite: bool) -> ExtractionReport:
@@ -245,27 +257,31 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     tasks = [Task(name) for name in candidates]
     found = run.do("decomposing" if settings.in_one_pass else "reading", tasks)
     rows |= {name: outcome.row for name, outcome in found.items()}
+    whole = [name for name, row in rows.items() if row.status == "whole"]
+    resized = resized_between(base, tuned)
+    rows = with_resized(rows, tuned, resized)
     if not any(row.changed for row in rows.values()):
         raise InputError(
             f"extract: nothing to extract: no selected tensor differs between {base.path} and {tuned.path}"
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
-    whole = [name for name, row in rows.items() if row.status == "whole"]
-    lower_bound, curve = choose(weights, settings, keep_going=bool(whole))
+    lower_bound, curve = choose(weights, settings, keep_going=bool(whole or resized))
     if target is None:
         rows |= {name: predicted_row(weight) for name, weight in weights.items()}
-        return _totals(rows, base, tuned, settings, lower_bound, curve)
+        return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     if not settings.in_one_pass:
         tasks = [Task(name, weight) for name, weight in weights.items() if any(weight.ranks)]
         check_space(target, tuned, [task.weight for task in tasks if task.weight], whole, settings.dtype)
         rows |= {name: rank_zero_row(weight) for name, weight in weights.items() if not any(weight.ranks)}
         found = run.do("decomposing", tasks)
         rows |= {name: outcome.row for name, outcome in found.items()}
-    report = _totals(rows, base, tuned, settings, lower_bound, curve)
+    report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
+    if not (stored or whole or new_rows(tuned, resized)):
+        raise InputError("extract: nothing to extract: no tensor that changed can be stored; see a dry run for why")
     with staged_directory("extract", target, overwrite=overwrite, owned=OWNED_NAMES, lock=False) as stage:
-        write_adapter(base, tuned, stage, stored, whole, settings.dtype)
+        write_adapter(base, tuned, stage, stored, whole, settings.dtype, resized)
         write_file(stage / REPORT_NAME, (report.to_json() + "\n").encode())
         base.check_unchanged()
         tuned.check_unchanged()
@@ -296,13 +312,15 @@ def _totals(
 ) -> ExtractionReport:
     rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
     decomposed = [row for row in rows if row.delta_norm is not None]
+    grown = {n.removesuffix(NEW_ROWS): s for n, s in new_rows(tuned, resized_between(base, tuned)).items()}
     weighted = [(row.weighted_norm or 0.0, row.weighted_error) for row in decomposed]
     aliases = {**base.aliases, **tuned.aliases}
     return ExtractionReport(
         rows=rows,
         dense_parameters=sum(math.prod(row.shape) for row in decomposed),
         n_parameters=sum(row.n_parameters for row in rows if row.status == "tucker"),
-        whole_parameters=sum(row.n_parameters for row in rows if row.status == "whole"),
+        whole_parameters=sum(row.n_parameters for row in rows if row.status == "whole")
+        + sum(math.prod(shape) for name, shape in grown.items() if found[name].status == "tucker"),
         relative_error=_combined([(row.delta_norm or 0.0, row.relative_error) for row in decomposed]),
         lower_bound=lower_bound,
         options=settings.options() | ({"aliases": aliases} if aliases else {}),

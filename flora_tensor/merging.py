@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from warnings import warn
@@ -15,6 +15,7 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
+from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
@@ -139,12 +140,14 @@ def merge_checkpoint(
     source = open_checkpoint(base, allow_pickle=allow_pickle)
     check_distinct("merge", out, source)
     change = as_adapter(adapter)
-    _check_fit(source, change)
-    _check_base(source, change, verify_base)
-    infos = [source.info(name) for name in source.names()]
+    resized = read_resized(change.config, source, change.whole, "merge")
+    source = source.cropped({name: min(sizes) for name, sizes in resized.items()})
+    _check_fit(source, change, resized)
+    _check_base(source.original, change, verify_base)
+    infos = [_info(source, name, resized) for name in source.names()]
     single = Path(out).suffix == ".safetensors" and max_shard_size is None
     layout = plan_shards(infos, like=None if single else source, max_shard_size=max_shard_size)
-    check_free_space("merge", Path(out), source.n_bytes)
+    check_free_space("merge", Path(out), sum(info.n_bytes for info in infos))
     metadata = source.metadata or {"format": "pt"}
     with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite) as writer:
         for done, info in enumerate(infos):
@@ -154,15 +157,25 @@ def merge_checkpoint(
         source.check_unchanged()
     return MergeReport(
         tuple(i.name for i in infos if i.name in change),
-        tuple(i.name for i in infos if i.name in change.whole),
-        tuple(i.name for i in infos if i.name not in change and i.name not in change.whole),
+        tuple(i.name for i in infos if i.name in change.whole or (i.name in resized and i.name not in change)),
+        tuple(i.name for i in infos if not {i.name, f"{i.name}{NEW_ROWS}"} & {*change, *change.whole}),
         (Path(out).name,) if Path(out).suffix == ".safetensors" else tuple(layout),
     )
 
 
-def _check_fit(base: Checkpoint, adapter: Adapter) -> None:
+def _info(base: Checkpoint, name: str, resized: Mapping[str, tuple[int, int]]) -> TensorInfo:
+    """Return what a tensor of the result is: as in the base, but for its number of rows."""
+    info = base.info(name)
+    if name not in resized:
+        return info
+    rows = resized[name][1]
+    return TensorInfo(name, info.dtype, (rows, *info.shape[1:]), 0, info.n_bytes // info.shape[0] * rows)
+
+
+def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[int, int]]) -> None:
     """Refuse an adapter that does not fit, before anything is written."""
-    names = [*adapter, *adapter.whole]
+    new = {f"{name}{NEW_ROWS}" for name, (before, after) in resized.items() if after > before}
+    names = [*adapter, *(name for name in adapter.whole if name not in new)]
     stored = set(base.names())
     if missing := [name for name in names if name not in stored]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -193,8 +206,18 @@ def _check_base(base: Checkpoint, adapter: Adapter, verify: str) -> None:
     warn(f"{message}; the result is W + s·ΔW with other weights W", FloraWarning, 3)
 
 
-def _merged(base: Checkpoint, info: TensorInfo, adapter: Adapter) -> np.ndarray:
-    """Return the bytes of one tensor of the result."""
+def _merged(base: Checkpoint, result: TensorInfo, adapter: Adapter) -> np.ndarray:
+    """Return the bytes of one tensor of the result, rows that the base did not have at its end."""
+    info = base.info(result.name)
+    common = _summed(base, info, adapter)
+    if result.n_bytes <= common.nbytes:
+        return common
+    rows = to_numpy(adapter.whole[f"{result.name}{NEW_ROWS}"])
+    return np.concatenate([common, _rounded(base, replace(info, shape=rows.shape), rows, "the new rows")])
+
+
+def _summed(base: Checkpoint, info: TensorInfo, adapter: Adapter) -> np.ndarray:
+    """Return the bytes of the rows that the base has."""
     name = info.name
     raw = base.read_raw(name)
     if name in adapter.whole:
