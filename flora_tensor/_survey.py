@@ -141,7 +141,7 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
         arranged = on_device(arrangement.arrange(weighted), settings.device)
         spectrum = cheapest_spectrum("extract", arranged)
         caps = None if floor is None else projected_edge(spectrum, floor)[0]
-        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True))
+        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True, one_whole=True))
         if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:
             weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
     if floor is not None and weight.frontiers:

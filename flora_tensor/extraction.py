@@ -192,7 +192,7 @@ def extract(
     >>> save_file({"fc.weight": weight + step}, here / "tuned.safetensors")
     >>> report = extract(here / "base.safetensors", here / "tuned.safetensors", here / "adapter", rtol=1e-3)
     >>> report["fc.weight"].ranks, report.n_parameters, report.dense_parameters
-    ((1, 1), 17, 64)
+    ((1, 8), 16, 64)
     """
     if out is None and not dry_run:
         raise ValueError("extract: out is None; pass a directory, or dry_run=True")

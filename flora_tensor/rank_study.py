@@ -208,9 +208,9 @@ def study_ranks(
     >>> here = pathlib.Path(tempfile.mkdtemp())
     >>> save_file({"fc.weight": np.zeros((8, 8), np.float32)}, here / "a.safetensors")
     >>> save_file({"fc.weight": np.ones((8, 8), np.float32)}, here / "b.safetensors")
-    >>> study = study_ranks(here / "a.safetensors", here / "b.safetensors", budgets=[0.5])
+    >>> study = study_ranks(here / "a.safetensors", here / "b.safetensors", budgets=[0.25])
     >>> study.energy_ranks("fc.weight", 0.99), study.budgets[0].n_parameters
-    ((1, 1), 17)
+    ((1, 1), 16)
     """
     shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
@@ -245,7 +245,7 @@ def _study(delta: np.ndarray) -> tuple[ModeSpectra, list[Frontier]]:
     rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
     # Only values are kept: cores and factors of all weights together are as large as the model.
     spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
-    return spectra, [spectrum.frontier(partial=True) for spectrum in (native, *rest)]
+    return spectra, [spectrum.frontier(partial=True, one_whole=True) for spectrum in (native, *rest)]
 
 
 def _budget_row(frontiers: Mapping[str, list[Frontier]], share: float) -> BudgetRow:

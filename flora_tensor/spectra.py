@@ -254,7 +254,9 @@ class Spectrum:
         """
         return self._bound(ranks, sum)
 
-    def frontier(self, *, max_ranks: Sequence[int] | None = None, partial: bool = False) -> Frontier:
+    def frontier(
+        self, *, max_ranks: Sequence[int] | None = None, partial: bool = False, one_whole: bool = False
+    ) -> Frontier:
         """List the rank tuples that no other beats in both parameters and error.
 
         Parameters
@@ -264,6 +266,9 @@ class Spectrum:
         partial : bool
             Count a mode of full rank as stored whole, without its factor (see `TuckerTensor`), and list the dense
             tensor itself as the last point, all modes whole, in place of what would store more.
+        one_whole : bool
+            With ``partial``: list also tuples that leave one mode whole though the other ranks could not carry so
+            many directions. A matrix of rank r then stores r (m + n) numbers, as a truncated SVD does.
 
         Returns
         -------
@@ -289,12 +294,48 @@ class Spectrum:
         ranks, errors = self.feasible_errors()
         if partial:
             ranks, errors = np.vstack([ranks, self.shape]), np.append(errors, 0.0)
-        if max_ranks is not None:
+        if one_whole:
+            ranks, errors = self._with_one_whole(ranks, errors)
+        if max_ranks is not None and one_whole:
+            # A whole mode has no more directions than the others carry: that is its rank.
+            carried = np.stack([np.delete(ranks, k, axis=1).prod(axis=1) for k in range(len(self.shape))], axis=1)
+            allowed = (np.minimum(ranks, np.maximum(carried, 1)) <= np.asarray(max_ranks)).all(axis=1)
+            allowed |= (ranks == self.shape).all(axis=1) & (tuple(max_ranks) == self.max_ranks)
+            ranks, errors = ranks[allowed], errors[allowed]
+        elif max_ranks is not None:
             bounds = [n if r == m else r for r, m, n in zip(max_ranks, self.max_ranks, self.shape)]
             allowed = (ranks <= np.asarray(bounds)).all(axis=1)
             ranks, errors = ranks[allowed], errors[allowed]
         parameters = np.where(ranks.any(axis=1), n_parameters_of(list(ranks.T), self.shape, partial=partial), 0)
         return _frontier_of(ranks, parameters, errors, unit=2.0 ** (2 * self.exponent), n_entries=entries)
+
+    @cached_property
+    def _frontier_table(self) -> "ErrorTable":
+        return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER))
+
+    def _with_one_whole(self, ranks: IntArray, errors: FloatArray) -> tuple[IntArray, FloatArray]:
+        """Add the tuples that leave one mode whole, more directions than the other ranks could carry.
+
+        A whole mode stores no factor, so that this is less: a matrix of rank r then takes r (m + n) numbers, as in a
+        truncated SVD, and no core between its factors.
+        """
+        listed, lost = [ranks], [errors]
+        if len(self.shape) == 2:
+            one = np.arange(1, self.max_ranks[0] + 1)
+            listed.append(np.stack([one, np.full_like(one, self.shape[1])], axis=1))
+            lost.append(self.squared_tails[0][1:])
+        else:
+            table = self._frontier_table
+            for mode, size in enumerate(self.shape):
+                others = [g for k, g in enumerate(table.grid) if k != mode]
+                found = np.stack([g.ravel() for g in np.meshgrid(*others, indexing="ij")], axis=1)
+                error = np.take(table.errors, -1, axis=mode).ravel()
+                kept = found.min(axis=1) > 0
+                for k in range(found.shape[1]):  # with the whole mode the others must still be feasible
+                    kept &= found[:, k] <= np.delete(found, k, axis=1).prod(axis=1) * size
+                listed.append(np.insert(found[kept], mode, size, axis=1))
+                lost.append(error[kept])
+        return np.vstack(listed), np.concatenate(lost)
 
     def feasible_errors(self) -> tuple[IntArray, FloatArray]:
         """List the rank tuples that `frontier` compares, and their squared errors.
@@ -313,7 +354,7 @@ class Spectrum:
         if len(self.shape) <= 2:
             one = np.arange(self.max_ranks[0] + 1)  # the core is diagonal, so only equal ranks can be best
             return np.stack([one] * len(self.shape), axis=1), self.squared_tails[0]
-        return _feasible_tuples(ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER)))
+        return _feasible_tuples(self._frontier_table)
 
     @cached_property
     def squared_tails(self) -> tuple[FloatArray, ...]:

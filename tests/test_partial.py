@@ -1,6 +1,8 @@
 """Tensors with modes left whole, stacks of equal weights, memory, and threads."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -172,3 +174,39 @@ def test_extraction_never_stores_more_than_the_dense_change(tmp_path):
     merged = load_file(tmp_path / "merged.safetensors")
     for name, weight in tuned.items():
         assert distance(merged[name], weight) <= tolerance("float32", norm=frobenius(weight), factor=1.0)
+
+
+@given(seed=seeds, shape=st.sampled_from([(6, 4), (4, 7), (5, 4, 3), (9, 2, 2), (4, 3, 2, 2)]))
+def test_a_frontier_with_one_mode_whole_is_the_best_of_all_such_tuples(seed, shape):
+    """Against brute force: any ranks with at most one mode whole beyond what the others carry, or the dense tensor."""
+    x = np.random.default_rng(seed).standard_normal(shape)
+    spectrum = ft.hosvd_spectrum(x)
+    frontier = spectrum.frontier(partial=True, one_whole=True)
+    bases = [np.linalg.svd(ft.unfold(x, k), full_matrices=False)[0] for k in range(len(shape))]
+    points = [(x.size, 0.0), (0, float(np.linalg.norm(x) ** 2))]
+    for ranks in itertools.product(*(range(1, n + 1) for n in shape)):
+        if sum(r > math.prod(ranks[:k] + ranks[k + 1 :]) for k, r in enumerate(ranks)) > sum(
+            r > math.prod(ranks[:k] + ranks[k + 1 :]) and r == n for k, (r, n) in enumerate(zip(ranks, shape))
+        ):
+            continue  # a factor that no decomposition fills
+        projected = x
+        for mode, (rank, u) in enumerate(zip(ranks, bases)):
+            if rank < shape[mode]:
+                projected = ft.mode_dot(projected, u[:, :rank] @ u[:, :rank].T, mode)
+        cost = math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks) if r < n)
+        points.append((cost, float(np.linalg.norm(x - projected) ** 2)))
+    for cost, error in zip(frontier.n_parameters, frontier.error_squared):
+        best = min(e for c, e in points if c <= cost)
+        assert error == pytest.approx(best, rel=1e-9, abs=1e-20 * x.size)
+
+
+@given(seed=seeds, rank=st.integers(1, 5))
+def test_a_matrix_takes_no_more_numbers_than_its_truncated_svd(seed, rank):
+    x = np.random.default_rng(seed).standard_normal((9, 14))
+    frontier = ft.hosvd_spectrum(x).frontier(partial=True, one_whole=True)
+    at = int(np.searchsorted(frontier.n_parameters, rank * (9 + 14)))
+    assert frontier.n_parameters[at] == rank * (9 + 14)
+    tail = float(np.sum(np.linalg.svd(x, compute_uv=False)[rank:] ** 2))
+    assert frontier.error_squared[at] == pytest.approx(tail, rel=1e-9)
+    capped = ft.hosvd_spectrum(x).frontier(max_ranks=(rank, rank), partial=True, one_whole=True)
+    assert capped.ranks[-1].tolist() == [rank, 14]
