@@ -35,6 +35,7 @@ FLOORS = {
     "flora_torch.calibration": 12,
     "flora_torch.kinds": 11,
     "flora_torch.bilinear": 11,
+    "flora_torch.containers": 11,
     "flora_torch.experts": 11,
     "flora_torch.layers": 11,
     "flora_torch.weight_layer": 11,

@@ -5,9 +5,21 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from families import FAMILIES, IDS, gpt_oss, mixtral, wav2vec2
-from flora_torch import FloraLayer, adapter_parameters, attach, detach, disabled, load_adapter, merge, save_adapter
+from flora_torch import (
+    FloraLayer,
+    adapter_parameters,
+    attach,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    merge_,
+    save_adapter,
+    unmerge_,
+)
 from support import same_bits, tolerance
 
 
@@ -67,6 +79,11 @@ class TestEveryFamily:
         assert not close(trained, start)
         with disabled(model), torch.no_grad():
             assert torch.equal(run(family, model), start)
+
+        if not any(parametrize.is_parametrized(module) for module in model.modules()):
+            assert close(run(family, merge_(model)), trained)
+            unmerge_(model)
+            assert torch.equal(run(family, model), trained)
 
         again = copy.deepcopy(original)
         load_adapter(again, save_adapter(model, tmp_path / "adapter"))

@@ -508,6 +508,18 @@ class TestQuantized:
         expected = model(x)
         assert close(merge(model)(x), expected)
 
+    def test_a_magnitude_of_a_quantized_weight(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", bitsandbytes_stub())
+        for quantize in QUANTIZED.values():
+            model, x = nn.Sequential(quantize(nn.Linear(16, 12))), torch.randn(5, 16)
+            start = model(x)
+            attach(model, ranks=2, magnitude=True)
+            assert close(model(x), start, 30)
+            randomize(model)
+            expected = model(x)
+            assert not close(expected, start)
+            assert close(merge(model)(x), expected)
+
     def test_a_base_that_nothing_is_known_of_trains_but_does_not_merge(self):
         model, x = nn.Sequential(packed(nn.Linear(16, 12))), torch.randn(3, 16)
         with torch.no_grad():
@@ -536,6 +548,47 @@ class TestQuantized:
         detach(model)
         with pytest.raises(ValueError, match=f"attach: 0.weight: {message}"):
             attach(model, ranks=2, target_modules="0")
+
+
+# --- collections of parameters -----------------------------------------------------------------------
+
+
+class Prompts(nn.Module):
+    """Entries that are read by index, by slice, by key and one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed = nn.ParameterList([torch.randn(3, 4), torch.randn(4, 4), torch.randn(4)])
+        self.named = nn.ParameterDict({"up": torch.randn(4, 5), "down": torch.randn(5, 4)})
+
+    def forward(self, x):
+        x = x + self.listed[0] @ self.listed[-2] + sum(entry.sum() for entry in self.listed) + self.listed[1:][1]
+        x = x @ self.named["up"] @ self.named["down"]
+        assert list(self.named) == list(self.named.keys())
+        assert "up" in self.named
+        assert len(self.named) == 2
+        return x + sum(value.mean() for value in self.named.values()) + sum(v.std() for _, v in self.named.items())
+
+
+def test_lists_and_dictionaries_of_parameters():
+    model, x = nn.Sequential(Prompts()).double(), torch.randn(3, 4).double()
+    start = model(x)
+    report = attach(model, ranks=2, target_modules="all")
+    assert {layer.name for layer in report.layers} == {"0.listed.0", "0.listed.1", "0.named.up", "0.named.down"}
+    assert {layer.kind for layer in report.layers} == {"FloraParameterCollection"}
+    assert torch.equal(model(x), start)
+    randomize(model)
+    output = model(x)
+    output.sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model))
+    with disabled(model):
+        assert torch.equal(model(x), start)
+    with pytest.raises(IndexError, match="index 3 for 3 entries"):
+        model[0].listed[3]
+    merged = merge(copy.deepcopy(model))
+    assert type(merged[0].listed) is nn.ParameterList
+    assert close(merged(x), output)
+    assert torch.equal(detach(model)(x), start)
 
 
 # --- what is left out --------------------------------------------------------------------------------

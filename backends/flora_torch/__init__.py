@@ -5,6 +5,7 @@ A frozen base layer and a trainable Tucker tensor ΔW: the output is the base's 
 
 from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.calibration import collect_moments
+from flora_torch.containers import FloraParameterCollection
 from flora_torch.experts import FloraExperts
 from flora_torch.gradients import collect_gradients
 from flora_torch.layers import (
@@ -47,6 +48,7 @@ __all__ = [
     "FloraLayer",
     "FloraLinear",
     "FloraParameter",
+    "FloraParameterCollection",
     "LayerReport",
     "TuckerUpdate",
     "activate",

@@ -1,9 +1,39 @@
-"""Which kind of layer adapts which weight, and which weights a module of a known kind has."""
+"""Which kind of layer adapts which weight, and which weights a module of a known kind has.
+
+What works for what (a test tries all of it):
+
+=========================================  =============  =============  =========  =====  ======  ==========
+weight                                     ΔW not formed  input dropout  magnitude  merge  merge_  save, load
+=========================================  =============  =============  =========  =====  ======  ==========
+nn.Linear, Conv1D of transformers          yes            yes            yes        yes    yes     yes
+nn.Conv1d, 2d, 3d                          yes            yes            yes        yes    yes     yes
+nn.ConvTranspose1d, 2d, 3d                 yes            yes            yes        yes    yes     yes
+nn.Embedding                               yes            yes            yes        yes    yes     yes
+nn.EmbeddingBag: sum, mean                 yes            no             no         yes    yes     yes
+nn.EmbeddingBag: max                       no             no             no         yes    yes     yes
+nn.Bilinear                                yes            yes            no         yes    yes     yes
+nn.LSTM, GRU, RNN and cells                no             no             no         yes    yes     yes
+nn.MultiheadAttention: in-projections      no             no             no         yes    yes     yes
+nn.MultiheadAttention: out_proj            no             no             yes        yes    yes     yes
+experts in one parameter                   yes            no             no         yes    yes     yes
+nn.ParameterList, ParameterDict            no             no             no         yes    yes     yes
+any other parameter with two axes or more  no             no             no         yes    yes     yes
+a layer with a forward of its own          no             no             yes        yes    yes     yes
+weight_norm                                yes            yes            yes        yes    no      yes
+spectral_norm and others                   yes            yes            yes        yes    no      yes
+quantized, with a way back                 yes            yes            yes        yes    no      yes
+quantized, without one                     yes            yes            no         no     no      yes
+=========================================  =============  =============  =========  =====  ======  ==========
+
+Training, switching off and taking off work for all of them. Where ΔW is formed, it is formed once in each call. In
+place (`merge_`) only a weight can be merged that the module keeps as it is used.
+"""
 
 from torch import nn
 
 from flora_torch.base_weight import check_adaptable, is_packed_for_inference
 from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
+from flora_torch.containers import FloraParameterCollection
 from flora_torch.experts import FloraExperts, expert_weights
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear, FloraParameter
@@ -28,7 +58,8 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
     -------
     type
         `FloraLinear`, `FloraConv`, `FloraConvTranspose`, `FloraEmbedding`, `FloraBilinear` or `FloraEmbeddingBag` for
-        the ``weight`` of such a layer, `FloraExperts` for one parameter of all experts, else `FloraParameter`.
+        the ``weight`` of such a layer, `FloraExperts` for one parameter of all experts,
+        `FloraParameterCollection` for an entry of a list or dictionary, else `FloraParameter`.
 
     Examples
     --------
@@ -39,6 +70,8 @@ def wrapper_for(module: nn.Module, parameter: str = "weight") -> type[FloraLayer
         for kind in _KINDS:
             if kind.accepts(module):
                 return kind
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return FloraParameterCollection
     return FloraExperts if parameter in expert_weights(module) else FloraParameter
 
 
