@@ -5,8 +5,9 @@
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,7 +29,7 @@ class Kind(NamedTuple):
 
     name: str
     make: Callable[[], nn.Module]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def wrapped(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
