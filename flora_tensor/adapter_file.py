@@ -712,7 +712,8 @@ def _stored_arrays(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, str]]]:
             if array is not None:
                 yield tensor_key(name, part), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
     for name, array in adapter.magnitudes.items():
-        yield tensor_key(name, "magnitude"), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
+        # In their own type: they change by little, which the type of the core and the factors may be too narrow for.
+        yield tensor_key(name, "magnitude"), (array, dtype_code(array.dtype))
     for name, array in adapter.whole.items():
         yield whole_key(name), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
 

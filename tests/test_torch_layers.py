@@ -263,7 +263,9 @@ class LayerCase:
             bound = tolerance("bfloat16", *self.sizes, norm=float(reference.detach().norm()))
             assert float((output.double() - reference).detach().norm()) <= bound
         narrow = self.wrap(self.base().to(torch.bfloat16), dtype=torch.bfloat16)
-        assert {p.dtype for p in narrow.tucker_update.parameters()} == {torch.bfloat16}
+        # A magnitude, where there is one, changes by too little for 16 bits.
+        own = [p for name, p in narrow.tucker_update.named_parameters() if not name.endswith("magnitude")]
+        assert {p.dtype for p in own} == {torch.bfloat16}
         assert self.result(narrow(*inputs)).dtype == torch.bfloat16
 
     def test_autocast_computes_in_its_type_and_trains_in_float32(self):

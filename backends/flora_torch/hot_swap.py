@@ -134,7 +134,7 @@ def _magnitude(there: TuckerUpdate, weight: Tensor, delta: Any) -> list[tuple[Te
     """Pair a magnitude, if there is one, with the norms of W + ΔW, which rescale nothing."""
     if there.magnitude is None:
         return []
-    norms = there.norms(weight.to(there.core.dtype) + delta)
+    norms = there.norms(weight + delta)
     return [(there.magnitude.detach(), norms.to(there.magnitude))]
 
 

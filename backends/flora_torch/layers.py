@@ -429,11 +429,11 @@ class FloraEmbedding(WeightLayer):
                 whole = sum(s * tucker_embedding(input, core, factors) for core, factors, s in update.terms())
             else:
                 whole = nnf.embedding(input, update.delta())
-            total = base.to(update.core.dtype) + whole
+            total = base + whole
             norms = torch.linalg.vector_norm(total, dim=-1, dtype=widest_float(total.device))
         magnitude = self._look_up(input, update.magnitude.unsqueeze(-1)).squeeze(-1)
         ratio = channel_ratio(magnitude, norms).unsqueeze(-1)
-        return update.rescale(base.to(change.dtype), change, ratio, drop=self.training)
+        return update.rescale(base, change, ratio, drop=self.training)
 
     @override
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:

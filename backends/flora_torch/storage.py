@@ -145,7 +145,8 @@ def plan_of(
         chances["dropout"] = 0.0
     options: dict[str, Any] = {"arrangement": adapter.arrangements[name], "scale": adapter.scales[name], "start": start}
     if name in adapter.magnitudes:
-        magnitude = as_torch(adapter.magnitudes[name], name).to(device=weight.device, dtype=chosen)
+        wide = torch.promote_types(chosen, torch.float32)
+        magnitude = as_torch(adapter.magnitudes[name], name).to(device=weight.device, dtype=wide)
         options |= {"magnitude": magnitude, "channels": adapter.channels[name]}
     update = TuckerUpdate(tucker, tuple(weight.shape), **options, **chances)
     return Plan(site, update, update.ranks)

@@ -166,8 +166,9 @@ class TuckerUpdate(nn.Module):
         """
         self.channels = channels
         with torch.no_grad():
-            norms = self.norms(weight.to(self.core.dtype) + self.delta())
-            self._set_magnitude(norms.to(self.core.dtype))
+            norms = self.norms(weight + self.delta())
+            # Magnitudes change by little in training: 16 bits would not see it.
+            self._set_magnitude(norms.to(torch.promote_types(self.core.dtype, torch.float32)))
 
     def norms(self, total: Tensor) -> Tensor:
         """Return the norm of each output channel of W + ΔW, summed in the widest type and detached.
@@ -363,7 +364,8 @@ class TuckerUpdate(nn.Module):
         delta = self.delta(dtype, drop=drop)
         if self.magnitude is None:
             return delta
-        base = weight.detach().to(delta.dtype)
+        # Added in the wider of the two types, as everywhere: the norms must not depend on the path.
+        base = weight.detach() if dtype is None else weight.detach().to(dtype)
         whole = delta
         if drop and self.rank_dropout:
             with torch.no_grad():
@@ -396,8 +398,7 @@ class TuckerUpdate(nn.Module):
         >>> update.rescale(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([[3.0]])).item()
         5.0
         """
-        ratio = ratio.to(delta.dtype)
-        # Written with c − 1, nothing at all is left of a base that is not rescaled.
+        # Written with c − 1, nothing at all is left of a base that is not rescaled; c is not narrowed before.
         return ((ratio - 1.0) * base + ratio * delta) * self.outer_factor(drop=drop)
 
     def delta(self, dtype: torch.dtype | None = None, *, drop: bool = False) -> Tensor:

@@ -223,13 +223,14 @@ class WeightLayer(FloraLayer):
         """Turn ΔW·x into c · (W + ΔW)·x − W·x, given the base's output, from which its bias is taken off again."""
         del input
         with torch.no_grad():
-            norms = update.norms(self._base_value("weight").to(update.core.dtype) + update.delta())
+            norms = update.norms(self._base_value("weight") + update.delta())
         bias: Tensor | None = getattr(self.base_layer, "bias", None)
         axes = (-1, *[1] * (-1 - self._channel_axis))
-        product = base.to(change.dtype)
+        ratio = update.ratio(norms).reshape(axes)
+        product = base.to(torch.promote_types(base.dtype, ratio.dtype))
         if bias is not None:
-            product = product - bias.to(change.dtype).reshape(axes)
-        return update.rescale(product, change, update.ratio(norms).reshape(axes), drop=self.training)
+            product = product - bias.reshape(axes)
+        return update.rescale(product, change, ratio, drop=self.training)
 
     # The axis of the output's channels, counted from the end.
     _channel_axis = -1
