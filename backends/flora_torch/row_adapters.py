@@ -22,8 +22,8 @@ def adapters_for_rows(model: nn.Module, rows: RowAdapters) -> Generator[nn.Modul
     one that it has in a batch of its own, to rounding. Which adapters are active does not count meanwhile; the weights
     that `activate` gave them do. Rows are the first axis of the inputs that the adapted layers see: models that put
     another axis first, or fold others into it, cannot be run so, and are refused where the lengths differ. Positions
-    that an embedding looks up once, as a batch of one row, are looked up for every row. With gradient checkpointing, the
-    backward pass runs layers again and belongs into the block too.
+    that an embedding looks up once, as a batch of one row, are looked up for every row. With gradient checkpointing,
+    the backward pass runs layers again and belongs into the block too.
 
     Parameters
     ----------
