@@ -1,11 +1,11 @@
 """Tensors that are spread over several processes (DTensor, as ``fully_shard`` and tensor parallelism make them)."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-__all__ = ["assign_", "gathered", "is_sharded"]
+__all__ = ["assign_", "gathered", "is_first_process", "is_sharded", "refuse_part", "refuse_sharded"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -29,3 +29,27 @@ def assign_(parameter: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     with torch.no_grad():
         target.copy_(value)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one of all that writes files."""
+    distributed: Any = torch.distributed
+    return not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def refuse_sharded(where: str, weight: Tensor) -> None:
+    """Refuse a weight of which this process holds only a part."""
+    if is_sharded(weight):
+        raise ValueError(
+            f"{where} is spread over processes (a DTensor); attach adapters before fully_shard or parallelize_module, "
+            "and merge in a single process: save the adapter and load it there"
+        )
+
+
+def refuse_part(what: str, given: tuple[int, ...], needed: tuple[int, ...]) -> NoReturn:
+    """Refuse a part of an input or output where an update needs, or gives, the whole."""
+    raise ValueError(
+        f"tensor parallelism: the {what} beside an update is of shape {given}, and {needed} is needed; parallelize the "
+        "base_layer with whole ones: ColwiseParallel(output_layouts=Replicate()), "
+        "RowwiseParallel(input_layouts=Replicate())"
+    )

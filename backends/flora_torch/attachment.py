@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch.base_weight import adaptable
+from flora_torch._sharding import refuse_sharded
 from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
 from flora_torch.kinds import drops_input, wrapper_for
@@ -430,6 +431,7 @@ def install(
         for holder in plan.site.holders:
             identity = id(holder.module)
             wrapper = wrappers.get(identity) or holder.wrapper
+            refuse_sharded(f"attach: {plan.site.name}", plan.site.weight)
             if wrapper is None:
                 wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, plan.site.name)
                 doors.extend((place, wrapper) for place in holder.places)

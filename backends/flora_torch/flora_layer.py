@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement
+from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import adaptable, check_adaptable, own_parameter, plain_with
 from flora_torch.chain import MEMORIES, Memory
 from flora_torch.functional import Path
@@ -517,6 +518,7 @@ class FloraLayer(nn.Module):
         True
         """
         weight = self._base_value(parameter)
+        refuse_sharded(f"{type(self).__name__}: {parameter!r}", weight)
         total: Tensor = weight
         for update in self.running(parameter) if updates is None else updates:
             total = total + update.change(weight, drop=self.training)
@@ -585,6 +587,8 @@ class FloraLayer(nn.Module):
         >>> type(FloraLinear(nn.Linear(4, 3), ranks=2).merged()).__name__
         'Linear'
         """
+        for name, tensor in self.base_layer.named_parameters():
+            refuse_sharded(f"merge: {name!r} of {type(self.base_layer).__name__}", tensor)
         if "forward" in vars(self.base_layer):
             raise ValueError(
                 f"merge: the forward of this {type(self.base_layer).__name__} was set on the object itself and would "

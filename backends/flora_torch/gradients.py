@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import Arrangement, TuckerTensor, feasible_ranks
+from flora_torch._sharding import refuse_sharded
 from flora_torch.calibration import evaluating
 from flora_torch.initialize import Ranks, default_dtype, resolve_ranks
 from flora_torch.layers import adaptable
@@ -151,6 +152,7 @@ def _plans(targets: list[Site], ranks: Any, arrangement: Any, oversampling: int)
     for site in targets:
         holder = site.holders[0]
         weight = adaptable(f"collect_gradients: {site.name}", holder.module, holder.parameter, values=False)
+        refuse_sharded(f"collect_gradients: {site.name}", weight)
         if weight is not site.weight:
             raise ValueError(
                 f"collect_gradients: {site.name!r} is computed or quantized and gets no gradient of its own; exclude it"

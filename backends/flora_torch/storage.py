@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
 from flora_tensor.adapter_file import Adapter
+from flora_torch._sharding import assign_, gathered, is_first_process, is_sharded
 from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
 from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
@@ -225,6 +226,9 @@ def save_adapter(
     `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; a ``"principal"``
     update as the difference of its two tensors, of twice the ranks, which any reader can merge.
 
+    Where the parameters are spread over processes (``fully_shard``), all of them must call this, and the first writes
+    the file; it is the one that a single process would have written.
+
     Parameters
     ----------
     model : nn.Module
@@ -294,6 +298,8 @@ def save_adapter(
         magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
         channels={weight: updates[weight].channels for weight in magnitudes},
     )
+    if any(is_sharded(p) for update in updates.values() for p in update.parameters()) and not is_first_process():
+        return FilePath(path)
     return ft.save_adapter(path, adapter, overwrite=overwrite)
 
 
@@ -313,7 +319,7 @@ def _whole_value(owner: nn.Module, local: str, note: Whole) -> Tensor:
 
 
 def _as_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.detach().cpu()
+    tensor = gathered(tensor.detach()).cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
 
 
@@ -385,7 +391,7 @@ def load_adapter(
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     for name, plan in zip(adapter, plans):
-        present[name].load_state_dict(plan.update.state_dict())
+        _fill(present[name], plan.update)
     for owner, local, value, is_new in whole.values():
         if is_new:
             replace_whole(owner, local, value, adapter_name)
@@ -396,6 +402,17 @@ def load_adapter(
     layers = layers_by_weight(model)
     reports = tuple(report_of(plan, layers[plan.site.name]) for plan in plans)
     return AttachReport(adapter_name, reports, n_model_parameters(model), tuple(whole))
+
+
+def _fill(there: TuckerUpdate, given: TuckerUpdate) -> None:
+    """Give an update the tensors and settings of another of the same form; the parameters stay the same objects."""
+    if not any(is_sharded(p) for p in there.parameters()):
+        there.load_state_dict(given.state_dict())
+        return
+    tensors = dict(there.named_parameters()) | dict(there.named_buffers())
+    for name, value in [*given.named_parameters(), *given.named_buffers()]:
+        assign_(tensors[name], value.detach())
+    there.set_extra_state(given.get_extra_state())
 
 
 def _check_same_form(name: str, there: TuckerUpdate, given: TuckerUpdate) -> None:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from flora_tensor import Arrangement, TuckerTensor
 from flora_tensor.magnitudes import by_channel, channel_count, channel_ratio, spread_over_channels
+from flora_torch._sharding import gathered
 from flora_torch.functional import dense_delta, sides_of, split_of
 
 __all__ = ["DROPOUTS", "TuckerUpdate", "register_with_torch", "widest_float"]
@@ -437,10 +438,11 @@ class TuckerUpdate(nn.Module):
         >>> TuckerUpdate(t, start=t).exported().ranks
         (2, 1)
         """
-        tucker = self.tucker.map(lambda a: a.detach())
-        start = self.start
-        if start is None:
+        # What is spread over processes is put together: every process must come here.
+        tucker = self.tucker.map(lambda a: gathered(a.detach()))
+        if self.start is None:
             return tucker
+        start = self.start.map(gathered)
         factors = [
             None if u is None or v is None else torch.cat([u, v], 1) for u, v in zip(tucker.factors, start.factors)
         ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
+from flora_torch._sharding import is_sharded, refuse_part
 from flora_torch.base_weight import call_with, dense_value, is_quantized
 from flora_torch.chain import Memory
 from flora_torch.cost import Work, forming_work, prefers_dense
@@ -185,6 +186,9 @@ class WeightLayer(FloraLayer):
 
     def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
         """Decide between the two paths; dropout on the update's own input leaves no single effective weight."""
+        if is_sharded(getattr(self.base_layer, "weight", None)):
+            self._check_parallel(update, input)
+            return False
         # Nothing can be added to a quantized weight: the change stays a product of its own.
         if self._is_quantized or self._drops(update):
             return False
@@ -205,7 +209,21 @@ class WeightLayer(FloraLayer):
             ((core, factors, weight),) = update.terms(drop=self.training)
             x = self._dropped(update, input)
             return self._product(update, x, (core, *factors), weight, result, *args, **kwargs)
-        return (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
+        change = self._contribution(update, base, input, *args, **kwargs)
+        if change.shape != result.shape:
+            refuse_part("output", tuple(result.shape), tuple(change.shape))
+        return (result + change).to(result.dtype)
+
+    def _check_parallel(self, update: TuckerUpdate, input: Tensor) -> None:
+        """Refuse what cannot run beside a weight of which this process holds a part."""
+        if not self._runs_factored(update) or update.magnitude is not None:
+            raise ValueError(
+                f"{type(self).__name__}: the weight is spread over processes, and this update needs the whole of it; "
+                "adapt it by native modes, with path='auto' and without a magnitude, or leave it out"
+            )
+        axis = 0 if getattr(self, "_transposed", False) else 1
+        if isinstance(self.base_layer, nn.Linear) and input.shape[-1] != update.shape[axis]:
+            refuse_part("input", tuple(input.shape), (*input.shape[:-1], update.shape[axis]))
 
     def _adds_in_place(self, update: TuckerUpdate) -> bool:
         """Tell whether an update is one factored product, whose last step can add to what is there."""
