@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement, Moments, TuckerTensor
-from flora_torch.base_weight import adaptable
 from flora_torch._sharding import refuse_sharded
+from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
 from flora_torch.kinds import drops_input, wrapper_for

@@ -653,6 +653,7 @@ class FloraLayer(nn.Module):
         True
         """
         weight = self.original(parameter)
+        refuse_sharded(f"merge: {parameter!r} of {type(self.base_layer).__name__}", weight)
         found = [self.updates(adapter).get(parameter) for adapter in adapters]
         updates = [update for update in found if update is not None]
         base = weight

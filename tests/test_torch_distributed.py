@@ -1,0 +1,355 @@
+"""Adapters on models that several processes share: DDP, FSDP2 and tensor parallelism on two processes of gloo.
+
+Starting processes takes longer than what they do, so both run every scenario in one go, and the tests read what came of
+each. A scenario is a function of the process's number, the mesh and a directory that both see.
+"""
+
+import json
+import os
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as nnf
+from torch import nn
+
+from flora_torch import (
+    FloraLayer,
+    adapter_parameters,
+    attach,
+    collect_gradients,
+    collect_moments,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    parameter_groups,
+    retract_,
+    save_adapter,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
+]
+
+IDS = torch.arange(24).reshape(4, 6) % 12
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Net(nn.Module):
+    """An embedding, a grouped convolution, a norm that stays without an adapter, and linear layers."""
+
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.norm(self.conv(self.embed(ids).mT.contiguous()).mT)
+        return self.head(self.down(self.up(x).tanh()).tanh())
+
+
+def plain(tied=False):
+    torch.manual_seed(0)
+    return Net(tied).double()
+
+
+def adapted(tied=False, **options: Any):
+    """Return the same model with the same adapter in every process, moved away from its start."""
+    model = plain(tied)
+    attach(model, **{"ranks": 3, "scale": 0.5, "generator": torch.Generator().manual_seed(1), **options})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).double())
+    return model
+
+
+def loss(model, ids):
+    return nnf.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+
+
+def named_gradients(model):
+    """Return whole gradients by the parameters' names."""
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in whole.items()}
+
+
+def alone(**options: Any):
+    """Return the gradients of one process on the whole batch."""
+    model = adapted(**options)
+    loss(model, IDS).backward()
+    return named_gradients(model)
+
+
+def check_close(found, expected):
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        # Two halves of a batch are averaged in another order than the whole.
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def sharded(mesh, model, *, layers=True):
+    from torch.distributed.fsdp import fully_shard
+
+    if layers:
+        for module in list(model.modules()):
+            if isinstance(module, FloraLayer):
+                fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def half(rank):
+    return IDS[2 * rank : 2 * rank + 2]
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def saved(model, rank, path: Path) -> Path:
+    """Save in every process, and go on when the first has written."""
+    save_adapter(model, path)
+    dist.barrier()
+    assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+    return path
+
+
+# --- the scenarios -----------------------------------------------------------------------------------
+
+
+def ddp(rank, mesh, directory):
+    model = adapted()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    loss(parallel, half(rank)).backward()
+    check_close(named_gradients(model), alone())
+    names = {group["name"] for group in parameter_groups(parallel, 1e-3)}
+    assert names == {"default.core", "default.factors"}
+    retract_(parallel)
+    if rank == 0:
+        one = adapted()
+        retract_(one)
+        assert same_files(save_adapter(parallel.module, directory / "two"), save_adapter(one, directory / "one"))
+
+
+def fsdp_gradients(rank, mesh, directory):
+    cases = [
+        ({}, True),
+        ({}, False),
+        ({"init": "principal"}, True),
+        ({"magnitude": True, "exclude_modules": "embed"}, True),
+        ({"path": "dense"}, True),
+        ({"tied": True}, False),
+    ]
+    for options, layers in cases:
+        model = sharded(mesh, adapted(**options), layers=layers)
+        loss(model, half(rank)).backward()
+        check_close(named_gradients(model), alone(**options))
+
+
+def fsdp_files(rank, mesh, directory):
+    for k, options in enumerate(({}, {"init": "principal"}, {"magnitude": True, "exclude_modules": "embed"})):
+        path = saved(sharded(mesh, adapted(**options)), rank, directory / f"sharded{k}")
+        if rank == 0:
+            assert same_files(path, save_adapter(adapted(**options), directory / f"whole{k}"))
+        dist.barrier()
+        fresh = plain()
+        load_adapter(fresh, path)
+        assert torch.equal(fresh(IDS), adapted(**options)(IDS))
+        # And back into a sharded model whose adapter has other values.
+        again = sharded(mesh, adapted(**options))
+        with torch.no_grad():
+            for parameter in adapter_parameters(again):
+                parameter.mul_(2.0)
+        identities = [id(p) for p in adapter_parameters(again)]
+        load_adapter(again, path)
+        assert identities == [id(p) for p in adapter_parameters(again)]
+        torch.testing.assert_close(again(IDS), fresh(IDS), rtol=1e-12, atol=1e-12)
+
+
+def fsdp_training(rank, mesh, directory):
+    results = []
+    for model, batch in ((sharded(mesh, adapted()), half(rank)), (adapted(), IDS)):
+        optimizer = torch.optim.SGD(parameter_groups(model, 0.2, core_lr=0.4), momentum=0.9)
+        optimizer.register_step_post_hook(lambda *_, model=model: retract_(model))
+        start = loss(model, IDS).item()
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            nn.utils.clip_grad_norm_(adapter_parameters(model), 1.0)
+            optimizer.step()
+        assert loss(model, IDS).item() < start
+        with disabled(model):
+            torch.testing.assert_close(model(IDS), plain()(IDS), rtol=1e-12, atol=1e-12)
+        results.append(model(IDS).detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+def fsdp_state(rank, mesh, directory):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    model = sharded(mesh, adapted(scale=0.25))
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    whole = get_model_state_dict(model, options=options)
+    assert all("tucker_update" in name for name in whole)
+    one = adapted(scale=2.0)
+    missing, unexpected = one.load_state_dict(whole, strict=False)
+    assert not unexpected
+    assert not any("tucker_update" in name for name in missing)
+    torch.testing.assert_close(one(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    # The scale came with the extra state.
+    assert one.up.tucker_update["default"].scale == 0.25
+    other = sharded(mesh, adapted(scale=2.0))
+    set_model_state_dict(other, whole, options=options)
+    torch.testing.assert_close(other(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    shards = {name: value for name, value in model.state_dict().items() if "tucker_update" in name}
+    dcp.save(shards, checkpoint_id=directory / "checkpoint")
+    third = sharded(mesh, adapted(scale=0.25))
+    with torch.no_grad():
+        for parameter in adapter_parameters(third):
+            parameter.mul_(3.0)
+    target = {name: value for name, value in third.state_dict().items() if "tucker_update" in name}
+    dcp.load(target, checkpoint_id=directory / "checkpoint")
+    third.load_state_dict(target, strict=False)
+    torch.testing.assert_close(third(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+
+
+def fsdp_moments(rank, mesh, directory):
+    expected = collect_moments(adapted(), [IDS])
+    found = collect_moments(sharded(mesh, adapted()), [IDS])
+    check_close(dict(found), dict(expected))
+
+
+def refusals(rank, mesh, directory):
+    model = sharded(mesh, adapted())
+    with pytest.raises(ValueError, match="merge: 'weight' of Embedding is spread over processes"):
+        merge(model)
+    with pytest.raises(ValueError, match=r"collect_gradients: embed\.weight is spread over processes"):
+        collect_gradients(model, [IDS], loss, ranks=2)
+    with pytest.raises(ValueError, match=r"FloraLinear: 'weight' is spread over processes"):
+        _ = model.up.weight
+    fresh = sharded(mesh, plain())
+    names = [name for name, _ in fresh.named_modules()]
+    with pytest.raises(ValueError, match=r"attach: embed\.weight is spread over processes.*before fully_shard"):
+        attach(fresh, ranks=2)
+    assert [name for name, _ in fresh.named_modules()] == names
+
+
+def tensor_parallel(rank, mesh, directory):
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {
+        "up.base_layer": ColwiseParallel(output_layouts=Replicate()),
+        "down.base_layer": RowwiseParallel(input_layouts=Replicate()),
+    }
+    model = parallelize_module(adapted(), mesh, plan)
+    assert type(model.up.base_layer.weight).__name__ == "DTensor"
+    loss(model, IDS).backward()
+    check_close(named_gradients(model), alone())
+    if rank == 0:
+        assert same_files(save_adapter(model, directory / "parallel"), save_adapter(adapted(), directory / "single"))
+
+
+def tensor_parallel_refusals(rank, mesh, directory):
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    with pytest.raises(NotImplementedError):  # torch itself knows no wrapped layers
+        parallelize_module(adapted(), mesh, {"up": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"the output beside an update is of shape \(4, 6, 8\), and \(4, 6, 16\)"):
+        parallelize_module(adapted(), mesh, {"up.base_layer": ColwiseParallel()})(IDS)
+    halved = adapted()
+    parallelize_module(halved, mesh, {"down.base_layer": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"the input beside an update is of shape \(4, 8\), and \(4, 16\) is needed"):
+        halved.down(torch.ones(4, 8).double())
+    for options in ({"path": "dense"}, {"magnitude": True, "exclude_modules": "embed"}):
+        model = adapted(**options)
+        parallelize_module(model, mesh, {"up.base_layer": ColwiseParallel(output_layouts=Replicate())})
+        with pytest.raises(ValueError, match="the weight is spread over processes, and this update needs the whole"):
+            model(IDS)
+    with pytest.raises(ValueError, match="merge: 'weight' of Linear is spread over processes"):
+        merge(model)
+    assert isinstance(detach(model).up, nn.Linear)
+
+
+SCENARIOS = {
+    each.__name__: each
+    for each in (
+        ddp,
+        fsdp_gradients,
+        fsdp_files,
+        fsdp_training,
+        fsdp_state,
+        fsdp_moments,
+        refusals,
+        tensor_parallel,
+        tensor_parallel_refusals,
+    )
+}
+
+
+def _run(rank: int, directory: str) -> None:
+    """Run every scenario in one of two processes, and write what came of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    here = Path(directory)
+    # A collective that only one process enters ends with an error, not with a hang.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    mesh = init_device_mesh("cpu", (2,))
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        (here / name).mkdir(exist_ok=True)
+        dist.barrier()
+        try:
+            scenario(rank, mesh, here / name)
+            results[name] = "passed"
+        except BaseException:
+            results[name] = traceback.format_exc()
+            break  # the other process may be anywhere
+    mine, theirs = (here / f"{r}.json" for r in (rank, 1 - rank))
+    mine.with_suffix(".part").write_text(json.dumps(results))
+    mine.with_suffix(".part").rename(mine)
+    # Taking gloo down can deadlock: the reducer joins gloo's threads with the interpreter's lock in hand, and they want
+    # it too. So nothing is taken down; each process only waits until the other one no longer needs it.
+    end = time.monotonic() + 90
+    while not theirs.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return what came of each scenario in each of two processes."""
+    directory = tmp_path_factory.mktemp("distributed")
+    processes = multiprocessing.spawn(_run, args=(str(directory),), nprocs=2, join=False)
+    end = time.monotonic() + 240
+    while not processes.join(timeout=1.0):
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("the two processes hang")
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes(results, scenario):
+    found = [each.get(scenario, "not reached: a scenario before it failed") for each in results]
+    assert found == ["passed", "passed"], "\n".join(found)
