@@ -510,6 +510,11 @@ class FloraLayer(nn.Module):
         Tensor, of the parameter's shape
             The effective parameter; W itself where nothing is added.
 
+        Raises
+        ------
+        ValueError
+            If the parameter is spread over processes, as between the calls of a sharded model.
+
         Examples
         --------
         >>> from flora_torch import FloraLinear
