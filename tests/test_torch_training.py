@@ -1,6 +1,7 @@
 """Training aids, and that adapters train under everything that torch and its neighbors put around a model."""
 
 import copy
+import pickle
 import re
 from typing import Any
 
@@ -222,6 +223,25 @@ class TestRetraction:
         assert all(torch.equal(a, b) for a, b in zip(other, adapter_parameters(model, "other")))
         retract_(model)
         assert torch.allclose(model(X), output, rtol=0, atol=1e-12)
+
+    def test_parametrizations_of_torch_are_the_other_way(self, tmp_path):
+        """They work, files and merging included, at the price that the docstring names."""
+        model = moved(adapted(target_modules="6")).eval()
+        update = model[6].tucker_update["default"]
+        nn.utils.parametrizations.orthogonal(update, "factor_1")
+        gradients(model)
+        torch.optim.SGD(adapter_parameters(model), lr=0.5).step()
+        eye = torch.eye(2).double()
+        assert float((update.factor_1.mT @ update.factor_1 - eye).detach().norm()) <= tolerance("float64", 24)
+        fresh = net()
+        fresh.load_state_dict(detach(copy.deepcopy(model)).state_dict())
+        load_adapter(fresh, save_adapter(model, tmp_path / "adapter"))
+        assert torch.allclose(fresh.eval()(X), model(X), rtol=0, atol=1e-12)
+        assert "6.tucker_update.default.parametrizations.factor_1.original" in dict(model.named_parameters())
+        with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
+            pickle.dumps(model)
+        with pytest.raises(ValueError, match="adapter 'default' has a parametrization of torch"):
+            retract_(model)
 
     def test_low_precision(self):
         layer = FloraLinear(nn.Linear(8, 8), ranks=2, dtype=torch.bfloat16)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import flora_tensor as ft
 from flora_torch._sharding import assign_, gathered
@@ -149,8 +150,8 @@ def retract_(model: nn.Module, adapter_name: str | None = None) -> None:
     Raises
     ------
     ValueError
-        If there is no such adapter, a factor has more columns than rows, or a number is not finite. Nothing is changed
-        then.
+        If there is no such adapter, a factor has more columns than rows or a parametrization, or a number is not
+        finite. Nothing is changed then.
 
     References
     ----------
@@ -182,6 +183,11 @@ def retract_(model: nn.Module, adapter_name: str | None = None) -> None:
 
 def _retracted(adapter: str, update: TuckerUpdate) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the parameters of an update with their new values."""
+    if is_parametrized(update):
+        raise ValueError(
+            f"retract_: adapter {adapter!r} has a parametrization of torch, which makes the factor itself; remove it, "
+            "or leave the retraction out"
+        )
     core = gathered(update.core.detach())
     wide = default_dtype(core.dtype)
     pairs: list[tuple[nn.Parameter, Tensor]] = []
