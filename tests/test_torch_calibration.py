@@ -191,8 +191,12 @@ class TestMoments:
         again = load_moments(tmp_path / "m.safetensors")
         assert all(same_bits(again[name], moments[name]) for name in moments)
         assert (again.axes, again.counts, again.aliases) == (moments.axes, moments.counts, moments.aliases)
-        with pytest.raises(FileExistsError):
-            collect_moments(model, [x], path=tmp_path / "m.safetensors")
+        ran = []
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            collect_moments(model, [x], path=tmp_path / "m.safetensors", forward=lambda *_: ran.append(1))
+        assert not ran
+        collect_moments(model, [2 * x], path=tmp_path / "m.safetensors", overwrite=True)
+        assert not same_bits(load_moments(tmp_path / "m.safetensors")["0.weight"], moments["0.weight"])
 
     def test_refusals(self):
         model = nn.Sequential(nn.Linear(3, 2))

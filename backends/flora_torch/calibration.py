@@ -3,6 +3,7 @@
 Everything streams: hooks see one layer's input at a time, add it to a sum of the weight's size or less, and let it go.
 """
 
+import errno
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ def collect_moments(
     ================================ ========== ==================================================================
 
     Where even the features or channels are more than ``limit``, the diagonal alone is kept, as a vector. A weight
-    that several layers hold gets the sum over all of them; one held by an embedding too, that of the other layers.
+    that several layers hold gets the mean over the inputs of all; one held by an embedding too, that of the others.
+    In several processes each sees its own batches; nothing is summed over processes.
 
     Parameters
     ----------
@@ -115,6 +117,9 @@ def collect_moments(
     >>> {name: (tuple(c.shape), moments.axes[name], moments.counts[name]) for name, c in moments.items()}
     {'0.weight': ((27, 27), 'i h w', 24), '2.weight': ((32, 32), 'i', 6)}
     """
+    if path is not None and not overwrite and os.path.lexists(path):
+        # Said before the model has run over all batches.
+        raise FileExistsError(errno.EEXIST, "collect_moments: the file exists; pass overwrite=True", str(path))
     targets = [site for site in select(model, target_modules, exclude_modules) if _has_input(site)]
     sums = {site.name: [_sum_for(holder, patches, limit, device) for holder in site.holders] for site in targets}
     with ExitStack() as stack:
