@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from families import FAMILIES, IDS, gpt_oss, mixtral, wav2vec2
 from flora_torch import (
     FloraLayer,
+    activate,
     adapter_parameters,
     attach,
     detach,
@@ -185,6 +186,33 @@ class TestExperts:
         for update in model.model.layers[0].mlp.experts.updates("default").values():
             rows = update.factor_0.grad.abs().sum(1)
             assert {k for k, size in enumerate(rows.tolist()) if size > 0} == used
+
+    # torch.compile looks at the gradient of whatever it traces.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    def test_several_adapters_autocast_checkpoints_and_compilation(self):
+        torch.manual_seed(0)
+        model = mixtral()
+        attach(model, ranks=2, target_modules="experts")
+        attach(model, ranks=3, target_modules="experts", adapter_name="other", init="principal")
+        for parameter in adapter_parameters(model):
+            nn.init.normal_(parameter, std=0.3)
+        activate(model, {"default": 0.5, "other": 2.0})
+        plain = merge(copy.deepcopy(model))
+        expected = plain(IDS).logits
+        size = float(expected.detach().norm())
+        bound = tolerance("float32", 100, norm=size, factor=1e4)
+        assert float((model(IDS).logits - expected).detach().norm()) <= bound
+        with torch.autocast("cpu", torch.bfloat16):
+            error = (model(IDS).logits.float() - expected).detach().norm()
+        assert float(error) <= tolerance("bfloat16", 16, norm=size, factor=30)
+        experts = model.model.layers[0].mlp.experts
+        inputs = torch.randn(6, 16), torch.tensor([[0, 2]] * 6), torch.rand(6, 2)
+        compiled = torch.compile(experts, backend="eager")(*inputs)
+        assert torch.allclose(compiled, experts(*inputs), atol=1e-5)
+        torch._dynamo.reset()
+        model.train().gradient_checkpointing_enable()
+        model(IDS, use_cache=False).logits.sum().backward()
+        assert all(bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model))
 
     def test_no_change_of_an_expert_is_formed(self):
         torch.manual_seed(0)

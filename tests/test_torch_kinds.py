@@ -180,6 +180,22 @@ class TestAttention:
         expected = model[0](x, x, x)[0]
         assert close(merge(model)[0](x, x, x)[0], expected)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_padded_batches_take_the_nested_path_of_the_encoder(self):
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+        model = nn.Sequential(nn.TransformerEncoder(layer, 2)).double().eval()
+        attach(model, ranks=2)
+        randomize(model)
+        plain = merge(copy.deepcopy(model))
+        x, padding = torch.randn(2, 4, 8).double(), torch.tensor([[False] * 4, [False, False, True, True]])
+        expected = plain[0](x, src_key_padding_mask=padding)
+        with torch.no_grad():
+            fast = model[0](x, src_key_padding_mask=padding)
+        slow = model[0](x, src_key_padding_mask=padding)
+        assert slow.requires_grad
+        assert close(fast[~padding], expected[~padding])
+        assert close(slow[~padding], expected[~padding])
+
     def test_switched_off_and_taken_off(self):
         model, x = attention(), torch.randn(2, 3, 8).double()
         expected = model[0](x, x, x)[0]

@@ -275,7 +275,7 @@ def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...
     module : nn.Module
         The module, which stays as it is.
     values : mapping of str to Tensor
-        The weights by the module's own names; anything that behaves like a tensor will do.
+        The weights by the module's own names.
     args, kwargs
         What the module is called with.
 
@@ -290,7 +290,7 @@ def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...
     2.0
     """
     own: Any = module
-    if all(name in own._parameters and isinstance(value, Tensor) for name, value in values.items()):
+    if all(name in own._parameters for name in values):
         # What is tied to a parameter inside the base has updates of its own: it would get them twice.
         return functional_call(module, dict(values), args, kwargs, tie_weights=False)
     return stand_in(module, values)(*args, **kwargs)

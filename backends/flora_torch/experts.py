@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora_torch.base_weight import call_with
+from flora_torch.base_weight import stand_in
 from flora_torch.layers import FloraParameter
 
 __all__ = ["FloraExperts", "expert_weights"]
@@ -89,7 +89,7 @@ class FloraExperts(FloraParameter):
         # Formed as a whole where the experts' axis is not a mode of its own.
         names = self.parameter_names
         values = {name: self._lazy(name) if self._is_lazy(name) else self.effective(name) for name in names}
-        return call_with(self.base_layer, values, args, kwargs)
+        return stand_in(self.base_layer, values)(*args, **kwargs)
 
     def _is_lazy(self, name: str) -> bool:
         return name in expert_weights(self.base_layer) and all(update.is_native for update in self.running(name))
