@@ -81,6 +81,7 @@ def pad(x: Tensor, pads: Pads, mode: str) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> pad(torch.tensor([[[1.0, 2.0, 3.0]]]), ((1, 2),), "reflect").tolist()
     [[[2.0, 1.0, 2.0, 3.0, 2.0, 1.0]]]
     """
@@ -93,6 +94,7 @@ def unpad(g: Tensor, pads: Pads, mode: str) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> unpad(torch.ones(1, 1, 6), ((1, 2),), "reflect").tolist()
     [[[2.0, 3.0, 1.0]]]
     """
