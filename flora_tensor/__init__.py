@@ -20,6 +20,14 @@ from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.conversion import (
+    convert_adapter,
+    from_lycoris,
+    from_official_flora,
+    from_peft_lora,
+    to_lycoris,
+    to_peft_lora,
+)
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
 from flora_tensor.extraction import extract
 from flora_tensor.interop import from_tensorly, to_tensorly
@@ -72,12 +80,16 @@ __all__ = [
     "add",
     "add_adapters",
     "allocate_ranks",
+    "convert_adapter",
     "diff_checkpoints",
     "effective_ranks",
     "error_table",
     "extract",
     "feasible_ranks",
     "fold",
+    "from_lycoris",
+    "from_official_flora",
+    "from_peft_lora",
     "from_tensorly",
     "hooi",
     "hosvd",
@@ -105,6 +117,8 @@ __all__ = [
     "st_hosvd",
     "study_ranks",
     "subtract_adapters",
+    "to_lycoris",
+    "to_peft_lora",
     "to_tensorly",
     "tucker",
     "unfold",
