@@ -540,6 +540,49 @@ def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: boo
 
 
 @main.command()
+@click.argument("source", type=_EXISTING)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(["flora", "peft-lora", "lycoris", "kohya"]), required=True)
+@click.option("--base", type=_EXISTING, help="The model's checkpoint; LyCORIS and kohya files need it for the names.")
+@click.option("--scale", type=float, help="The multiplier of an official FLoRA, whose file does not hold it.")
+@click.option("--prefix", help="What a LyCORIS or kohya file's names begin with, such as lora_unet.")
+@click.option(
+    "--skip-whole", is_flag=True, help="Leave out tensors stored whole, which LyCORIS and kohya cannot hold."
+)
+@_with(_OUTPUT[1:])
+@_pickle
+@_common
+def convert(
+    source: Path,
+    out: Path,
+    target: str,
+    prefix: str | None,
+    skip_whole: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert an adapter exactly: from and to PEFT's LoRA, LyCORIS and kohya, and from the official FLoRA."""
+    import json
+
+    from flora_tensor import conversion
+    from flora_tensor.adapter_file import save_adapter
+    from flora_tensor.report import adapter_table, describe_adapter
+
+    adapter = conversion.convert_adapter(source, prefix=prefix, **options)
+    if target == "flora":
+        save_adapter(out, adapter, overwrite=overwrite)
+    elif target == "peft-lora":
+        conversion.to_peft_lora(adapter, out, overwrite=overwrite)
+    else:
+        start = prefix or ("lycoris" if target == "lycoris" else "lora_unet")
+        whole = "skip" if skip_whole else "error"
+        conversion.to_lycoris(adapter, out, prefix=start, tucker=target == "lycoris", whole=whole, overwrite=overwrite)
+    text = json.dumps(describe_adapter(adapter), indent=2, ensure_ascii=False) if as_json else adapter_table(adapter)
+    click.echo(text)
+
+
+@main.command()
 @click.argument("a", type=_EXISTING)
 @click.argument("b", type=_EXISTING)
 @_pickle

@@ -606,7 +606,7 @@ def to_lycoris(
     if source.whole and whole == "error":
         name = next(iter(source.whole))
         raise ValueError(
-            f"to_lycoris: {name!r} is stored whole, and the format has no place for it; pass whole='skip' (--skip-whole)"
+            f"to_lycoris: {name!r} is stored whole, which the format has no place for; pass whole='skip' (--skip-whole)"
         )
     stored: dict[str, tuple[np.ndarray, str]] = {}
     for name in source:

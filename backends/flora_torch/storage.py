@@ -5,6 +5,7 @@ What a file names is looked up in a table of the model's own names and nowhere e
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -268,7 +269,18 @@ def save_adapter(
     >>> ft.load_adapter(directory)
     Adapter(1 weight, 0 tensors whole, n_parameters=36)
     """
-    name = _one_adapter(model, adapter_name)
+    adapter = adapter_of(model, adapter_name, "save_adapter")
+    note = {"base_model_name_or_path": base_model_name_or_path}
+    adapter = replace(adapter, config={**adapter.config, **note})
+    updates = updates_by_weight(model, _one_adapter(model, adapter_name, "save_adapter"))
+    if any(is_sharded(p) for update in updates.values() for p in update.parameters()) and not is_first_process():
+        return FilePath(path)
+    return ft.save_adapter(path, adapter, overwrite=overwrite)
+
+
+def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapter:
+    """Return one adapter of a model as its file holds it; the only one, where none is named."""
+    name = _one_adapter(model, adapter_name, where)
     updates = updates_by_weight(model, name)
     whole = {
         f"{place.name}.{local}" if place.name else local: _whole_value(place.module, local, note)
@@ -277,7 +289,6 @@ def save_adapter(
     }
     dtypes = {weight: update.core.dtype for weight, update in updates.items()}
     config: dict[str, Any] = {
-        "base_model_name_or_path": base_model_name_or_path,
         "adapter_dtypes": {weight: str(dtype).removeprefix("torch.") for weight, dtype in dtypes.items()},
         "start_pattern": {weight: True for weight, update in updates.items() if update.start is not None},
     }
@@ -287,7 +298,7 @@ def save_adapter(
     magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
     stored = {weight: _DTYPES[dtype] for weight, dtype in dtypes.items() if dtype in _DTYPES}
     stored |= {weight: _DTYPES[value.dtype] for weight, value in whole.items() if value.dtype in _DTYPES}
-    adapter = Adapter(
+    return Adapter(
         {weight: update.exported().map(_as_numpy) for weight, update in updates.items()},
         {weight: update.arrangement for weight, update in updates.items()},
         {weight: update.scale for weight, update in updates.items()},
@@ -298,19 +309,16 @@ def save_adapter(
         magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
         channels={weight: updates[weight].channels for weight in magnitudes},
     )
-    if any(is_sharded(p) for update in updates.values() for p in update.parameters()) and not is_first_process():
-        return FilePath(path)
-    return ft.save_adapter(path, adapter, overwrite=overwrite)
 
 
-def _one_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    layers = layers_of(model, "save_adapter")
+def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:
+    layers = layers_of(model, where)
     known = dict.fromkeys([name for layer in layers for name in layer.tucker_update])
     known |= dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)])
     if adapter_name is None and len(known) > 1:
-        raise ValueError(f"save_adapter: the model has the adapters {', '.join(known)}; pass adapter_name")
+        raise ValueError(f"{where}: the model has the adapters {', '.join(known)}; pass adapter_name")
     name = next(iter(known)) if adapter_name is None else adapter_name
-    check_known(model, "save_adapter", [name])
+    check_known(model, where, [name])
     return name
 
 
