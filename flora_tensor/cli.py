@@ -546,9 +546,7 @@ def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: boo
 @click.option("--base", type=_EXISTING, help="The model's checkpoint; LyCORIS and kohya files need it for the names.")
 @click.option("--scale", type=float, help="The multiplier of an official FLoRA, whose file does not hold it.")
 @click.option("--prefix", help="What a LyCORIS or kohya file's names begin with, such as lora_unet.")
-@click.option(
-    "--skip-whole", is_flag=True, help="Leave out tensors stored whole, which LyCORIS and kohya cannot hold."
-)
+@click.option("--skip-whole", is_flag=True, help="Leave out tensors stored whole, which LyCORIS and kohya cannot hold.")
 @_with(_OUTPUT[1:])
 @_pickle
 @_common

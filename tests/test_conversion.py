@@ -239,7 +239,7 @@ ALGOS: dict[str, dict[str, Any]] = {
 def test_what_lycoris_saved_gives_the_same_outputs(name: str, groups: int, tmp_path: Path):
     options = {"linear_dim": 4, "linear_alpha": 1.0, **ALGOS[name]}
     model = net(groups=groups)
-    lycoris.LycorisNetwork.apply_preset({"target_name": ["*"], "target_module": ["Linear", "Conv2d"]})
+    lycoris.LycorisNetwork.apply_preset({"target_name": [], "target_module": ["Linear", "Conv2d"]})
     network = lycoris.create_lycoris(model, 1.0, preset="full", **options)
     network.apply_to()
     network.requires_grad_(True)
@@ -333,7 +333,7 @@ def test_official_layers_are_read_with_their_modes_in_order(
     state = {f"model.a.b.flora_layer.{k}": v for k, v in layer.state_dict().items()}
     state["model.a.b.base_layer.weight"] = torch.zeros(shape)
     adapter = ft.from_official_flora(state, scale=4.0)
-    bound = tolerance("float32", *shape, norm=float(layer.delta().norm()))
+    bound = tolerance("float32", *shape, norm=float(layer.delta().detach().norm()))
     assert np.linalg.norm(adapter.delta("a.b.weight") - layer.delta().detach().numpy()) <= bound
     torch.save(state, tmp_path / "f.pt")
     with pytest.raises(ft.InputError, match="pickle"):
@@ -348,7 +348,7 @@ def test_official_layers_are_read_with_their_modes_in_order(
     with pytest.raises(ft.InputError, match=r"the base has no 'model.a.b.weight'"):
         ft.from_official_flora(state, scale=1.0, base={"c.weight": np.zeros(shape)})
     del state["model.a.b.flora_layer.param_0"]
-    with pytest.raises(ft.InputError, match="has param_1, .*the file is damaged"):
+    with pytest.raises(ft.InputError, match=r"has param_1, .*the file is damaged"):
         ft.from_official_flora(state, scale=1.0)
 
 
@@ -397,7 +397,7 @@ def test_what_has_no_exact_counterpart_is_refused(tmp_path: Path):
     saved_by_peft(tmp_path / "loha", CONFIGS["loha"])
     with pytest.raises(ValueError, match="LOHA tensors do not tell a kernel's shape; pass base"):
         ft.from_peft_lora(tmp_path / "loha")
-    with pytest.raises(ft.InputError, match="but the base has"):
+    with pytest.raises(ft.InputError, match=r"do not make a weight of shape \(3, 48\)"):
         ft.from_peft_lora(
             tmp_path / "loha",
             base={
@@ -407,7 +407,7 @@ def test_what_has_no_exact_counterpart_is_refused(tmp_path: Path):
                 "head.weight": np.zeros((5, 16)),
             },
         )
-    with pytest.raises(ft.InputError, match="has no adapter_config.json"):
+    with pytest.raises(ft.InputError, match=r"has no adapter_config.json"):
         ft.from_peft_lora(tmp_path)
     (tmp_path / "dora" / "adapter_model.safetensors").unlink()
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
@@ -547,7 +547,7 @@ def test_the_command_converts_there_and_back(tmp_path: Path):
         (["{official}", "{out}", "--to", "flora"], 2, "pass scale (--scale)"),
         (["{lora}", "{out}", "--to", "flora"], 3, "pass the directory"),
         (["{lycoris}", "{out}", "--to", "flora", "--base", "{official}"], 3, "no weight of the base"),
-        (["{none}", "{out}", "--to", "flora"], 4, "No such file"),
+        (["{none}", "{out}", "--to", "flora"], 4, "no such file"),
         (["{lycoris}", "{out}", "--to", "gguf"], 2, "is not one of"),
         (["{empty}", "{out}", "--to", "flora"], 3, "not a flora_tensor adapter"),
     ],
