@@ -371,6 +371,7 @@ def scale_adapter(
     0.5
     """
     source, number = as_adapter(adapter), check_scale("scale: the factor", factor)
+    _check_tensors("scale", source)
     _check_linear("scale", source)
     config = {key: value for key, value in source.config.items() if key != "scale"}
     whole = WholeTensors("scale", [source], [number], base, verify_base).values()

@@ -661,6 +661,8 @@ def _exportable(where: str, given: AdapterLike) -> Adapter:
     source = as_adapter(given)
     if not source:
         raise ValueError(f"{where}: the adapter has no Tucker tensors; there is nothing to write")
+    for name in source.magnitudes:
+        raise InputError(f"{where}: {name!r} has magnitudes, whose change depends on the base; merge and extract it")
     for name in source:
         if not name.endswith(".weight") or name == ".weight":
             raise ValueError(

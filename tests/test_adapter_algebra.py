@@ -401,6 +401,22 @@ def test_bad_input_is_named(call: Any, kind: type[Exception], message: str):
         call()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, _: ft.round_adapter(a, rtol=0.1),
+        lambda a, _: ft.add_adapters([a, a]),
+        lambda a, _: ft.scale_adapter(a, 2.0),
+        lambda a, out: ft.to_lycoris(a, out),
+    ],
+)
+def test_magnitudes_are_refused(call: Any, tmp_path: Path):
+    t = one()["w"]
+    adapter = ft.Adapter({"fc.weight": t}, magnitudes={"fc.weight": np.ones(2)})
+    with pytest.raises(ValueError, match=r"'fc.weight' has (a magnitude|magnitudes), .* depends on the base"):
+        call(adapter, tmp_path / "out")
+
+
 def test_rows_are_found_by_name():
     fit = ft.round_adapter(one(shape=(4, 4)), rtol=0.1)
     assert fit["w"].ranks == (1, 1)
