@@ -372,7 +372,6 @@ def scale_adapter(
     """
     source, number = as_adapter(adapter), check_scale("scale: the factor", factor)
     _check_tensors("scale", source)
-    _check_linear("scale", source)
     config = {key: value for key, value in source.config.items() if key != "scale"}
     whole = WholeTensors("scale", [source], [number], base, verify_base).values()
     scales = {name: check_scale(f"scale: the scale of {name!r}", s * number) for name, s in source.scales.items()}
