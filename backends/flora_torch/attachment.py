@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import adaptable
+from flora_torch.chain import Memory
 from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
 from flora_torch.kinds import drops_input, wrapper_for
@@ -188,6 +189,7 @@ def attach(
     arrangement: Arrangement | str | Mapping[Any, Arrangement | str] | None = None,
     dtype: torch.dtype | None = None,
     path: Path = "auto",
+    memory: Memory = "normal",
     freeze_model: bool = True,
     generator: torch.Generator | None = None,
 ) -> AttachReport:
@@ -243,6 +245,9 @@ def attach(
         The update's type; by default float32 for 16-bit weights, else the weight's.
     path : {"auto", "factored", "dense"}
         How layers compute their output; see `flora_torch.layers`.
+    memory : {"normal", "low"}
+        What layers keep for the backward pass beside input and parameters: the thin results of factored products, or
+        nothing.
     freeze_model : bool
         Whether all of the model's own parameters stop requiring gradients, or only those of the wrapped layers.
     generator : torch.Generator, optional
@@ -277,7 +282,8 @@ def attach(
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
         options.check_used(targets)
-        return replace(install(model, plans, adapter_name, path, freeze_model), skipped=tuple(skipped))
+        report = install(model, plans, adapter_name, path, freeze_model, memory=memory)
+        return replace(report, skipped=tuple(skipped))
 
 
 @dataclass(frozen=True)
@@ -420,7 +426,13 @@ def all_or_nothing(model: nn.Module) -> Generator[None, None, None]:
 
 
 def install(
-    model: nn.Module, plans: list[Plan], adapter_name: str, path: Path, freeze_model: bool, whole: Sequence[str] = ()
+    model: nn.Module,
+    plans: list[Plan],
+    adapter_name: str,
+    path: Path,
+    freeze_model: bool,
+    whole: Sequence[str] = (),
+    memory: Memory = "normal",
 ) -> AttachReport:
     """Wrap what is not wrapped yet, check every update against its layer, and only then put all of them in."""
     n_model = n_model_parameters(model)
@@ -433,7 +445,7 @@ def install(
             wrapper = wrappers.get(identity) or holder.wrapper
             refuse_sharded(f"attach: {plan.site.name}", plan.site.weight)
             if wrapper is None:
-                wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, plan.site.name)
+                wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, memory, plan.site.name)
                 doors.extend((place, wrapper) for place in holder.places)
             wrappers[identity] = wrapper
             try:
@@ -456,13 +468,13 @@ def _parameters_of(module: nn.Module, plans: list[Plan]) -> list[str]:
     return [h.parameter for plan in plans for h in plan.site.holders if h.module is module]
 
 
-def _wrap(module: nn.Module, parameters: list[str], path: Path, name: str) -> FloraLayer:
+def _wrap(module: nn.Module, parameters: list[str], path: Path, memory: Memory, name: str) -> FloraLayer:
     """Make the layer for a module; one that knows the product only if its ``weight`` is all that is adapted."""
     by_parameter = [kind for p in parameters if issubclass(kind := wrapper_for(module, p), FloraParameter)]
     kind = max(by_parameter, key=lambda found: len(found.__mro__), default=wrapper_for(module, parameters[0]))
     kind = FloraParameter if len(set(parameters)) > 1 and not by_parameter else kind
     try:
-        return kind(module) if issubclass(kind, FloraParameter) else kind(module, path=path)
+        return kind(module) if issubclass(kind, FloraParameter) else kind(module, path=path, memory=memory)
     except ValueError as error:
         raise ValueError(f"attach: {name}: {error}") from error
 
