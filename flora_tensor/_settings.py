@@ -19,6 +19,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 Progress: TypeAlias = Callable[[str, int, int, str], None]
 RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CRITERIA = "ranks, rtol, max_parameters, max_ratio and max_bytes"
 _DEFAULT_RATIO = 0.05
 
 
@@ -43,6 +44,12 @@ class Settings:
     max_memory: int | None
     noise_floor: float | Literal["auto"] | None
     dry_run: bool
+
+    def limit(self) -> dict[str, Any]:
+        """Return the budget as `allocate_ranks` takes it."""
+        if "max_bytes" not in self.budget:
+            return self.budget
+        return {"max_parameters": self.budget["max_bytes"] // (int(self.dtype.strip("BF")) // 8)}
 
     def options(self) -> dict[str, Any]:
         """Return what shaped the result, for the report."""
@@ -129,13 +136,14 @@ def checked_budget(budget: Mapping[str, Any], ranks: RanksOption | None) -> dict
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) + (ranks is not None) > 1:
         names = [*given, *(["ranks"] if ranks is not None else [])]
-        raise TypeError(f"extract: got {' and '.join(names)}; pass one of ranks, rtol, max_parameters and max_ratio")
+        raise TypeError(f"extract: got {' and '.join(names)}; pass one of {_CRITERIA}")
     if "max_ratio" in given:
         check_fraction("extract", "max_ratio", given["max_ratio"])
     if "rtol" in given:
         check_tolerance("extract", given["rtol"])
-    if "max_parameters" in given and as_int("extract", "max_parameters", given["max_parameters"]) < 1:
-        raise ValueError(f"extract: max_parameters is {given['max_parameters']}; pass at least 1")
+    for name in ("max_parameters", "max_bytes"):
+        if name in given and as_int("extract", name, given[name]) < 1:
+            raise ValueError(f"extract: {name} is {given[name]}; pass at least 1")
     if isinstance(ranks, Mapping):
         return {}
     for rank in ranks if isinstance(ranks, Sequence) else [ranks] if ranks is not None else []:

@@ -241,7 +241,7 @@ def choose(
     if settings.ranks is not None or not weights:
         return None, ()
     frontiers = {name: weight.frontiers for name, weight in weights.items()}
-    allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.budget)
+    allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.limit())
     if not allocation.n_parameters and not keep_going:
         smallest = [int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1]
         if not smallest:

@@ -106,16 +106,16 @@ class WorkerPool(Executor):
 
 
 def _new_pool(n_workers: int) -> ProcessPoolExecutor:
+    # NumPy reads the number of threads when a worker imports it, before any code of ours runs there: it is inherited.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // n_workers)))
     # A fresh interpreter each: a fork would inherit locks that threads of this process hold.
-    threads = max(1, (os.cpu_count() or 1) // n_workers)
-    return ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin, (threads,))
+    return ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin)
 
 
-def _begin(threads: int) -> None:
+def _begin() -> None:
     """Set up a worker: no traceback of its own on Ctrl-C, and no life after its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, str(threads))
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

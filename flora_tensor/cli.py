@@ -274,6 +274,7 @@ def main(ctx: click.Context) -> None:
     "--max-ratio", type=_share, metavar="SHARE", help="Numbers stored, as a share of the dense change; 5% by default."
 )
 @click.option("--max-parameters", type=int, help="Numbers stored in all.")
+@click.option("--max-bytes", type=_size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB.")
 @click.option("--rtol", type=float, help="The relative error to stay within.")
 @click.option("--ranks", type=_ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2.")
 @click.option("--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode.")

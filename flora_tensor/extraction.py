@@ -59,6 +59,7 @@ def extract(
     rtol: float | None = None,
     max_parameters: int | None = None,
     max_ratio: float | None = None,
+    max_bytes: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     arrangements: str | Arrangement = "auto",
@@ -101,6 +102,8 @@ def extract(
         How many numbers to store in all Tucker tensors together.
     max_ratio : float, optional
         The same as a share of the numbers in the dense changes, in (0, 1]; 0.05 where nothing else is given.
+    max_bytes : int, optional
+        The same in bytes of ``dtype``, whole tensors and file headers not counted.
     include, exclude : str or sequence of str, optional
         Globs of names; only what matches ``include`` and does not match ``exclude`` is looked at.
     arrangements : "auto", pattern or Arrangement
@@ -196,7 +199,7 @@ def extract(
     """
     if out is None and not dry_run:
         raise ValueError("extract: out is None; pass a directory, or dry_run=True")
-    budget = {"rtol": rtol, "max_parameters": max_parameters, "max_ratio": max_ratio}
+    budget = {"rtol": rtol, "max_parameters": max_parameters, "max_ratio": max_ratio, "max_bytes": max_bytes}
     settings = Settings(
         checked_budget(budget, ranks),
         ranks,

@@ -253,7 +253,6 @@ def test_a_config_that_contradicts_the_format_or_the_tensors_is_refused(changes:
             "stored as int64; core and factors must be floats",
         ),
         ({f"{LAYER}.core": np.ones((2, 3), np.complex64)}, "of type C64; an adapter holds real numbers"),
-        ({f"{LAYER}.core": torch.ones(2, 3).to(torch.float8_e4m3fn)}, "of type F8_E4M3; an adapter holds real numbers"),
     ],
 )
 def test_tensors_that_do_not_make_up_the_adapter_are_refused(tensors: Any, message: str, written: Path):

@@ -174,6 +174,17 @@ def test_the_budget_goes_to_the_weight_that_needs_it(tmp_path: Path):
     assert report.lower_bound * 0.98 <= report.relative_error
 
 
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("float64", 8)])
+def test_a_budget_in_bytes_counts_the_stored_type(tmp_path: Path, dtype, itemsize):
+    paths = pair(tmp_path, {"w": np.zeros((40, 30))}, {"w": normal((40, 30), 0)})
+    by_bytes = ft.extract(*paths, tmp_path / "a", max_bytes=500 * itemsize + itemsize - 1, dtype=dtype)
+    by_numbers = ft.extract(*paths, tmp_path / "b", max_parameters=500, dtype=dtype)
+    assert by_bytes["w"].ranks == by_numbers["w"].ranks
+    assert by_bytes.options["max_bytes"] == 500 * itemsize + itemsize - 1
+    stored = ft.load_adapter(tmp_path / "a")["w"]
+    assert stored.n_parameters * itemsize <= 500 * itemsize
+
+
 def test_the_default_is_five_percent(tmp_path: Path):
     paths = pair(tmp_path, {"w": np.zeros((64, 64))}, {"w": normal((64, 64), 0)})
     report = ft.extract(*paths, tmp_path / "adapter")
@@ -409,7 +420,7 @@ def test_a_torch_device_gives_the_same_adapter(tmp_path: Path):
         (
             {"ranks": 2, "rtol": 0.1},
             TypeError,
-            "got rtol and ranks; pass one of ranks, rtol, max_parameters and max_ratio",
+            "got rtol and ranks; pass one of ranks, rtol, max_parameters, max_ratio and max_bytes",
         ),
         ({"ranks": 0}, ValueError, "extract: rank 0; pass at least 1"),
         ({"ranks": {"*": 0}}, ValueError, "extract: rank 0 for 'w'; pass at least 1"),
@@ -417,6 +428,7 @@ def test_a_torch_device_gives_the_same_adapter(tmp_path: Path):
         ({"max_ratio": 0.0}, ValueError, "max_ratio is 0.0"),
         ({"max_ratio": 1.5}, ValueError, "max_ratio is 1.5"),
         ({"max_parameters": 0}, ValueError, "max_parameters is 0; pass at least 1"),
+        ({"max_bytes": 0}, ValueError, "max_bytes is 0; pass at least 1"),
         ({"max_parameters": 5}, ValueError, r"holds nothing: the smallest tensor takes 14 numbers"),
         ({"rtol": -0.1}, ValueError, "rtol"),
         ({"vectors": "drop"}, ValueError, "vectors is 'drop'; pass one of 'keep', 'skip', 'error'"),
