@@ -44,6 +44,7 @@ class Settings:
     max_memory: int | None
     noise_floor: float | Literal["auto"] | None
     dry_run: bool
+    share: float | None = None  # the budget as a share of what the headers list, where it is one
 
     def limit(self) -> dict[str, Any]:
         """Return the budget as `allocate_ranks` takes it."""
@@ -80,6 +81,7 @@ class Settings:
         """Return those of the options that the outcome for one tensor depends on, beside what was chosen for it."""
         return {**self.options(), "include": (), "exclude": (), "vectors": "", **dict.fromkeys(self.budget, 0)} | {
             "device": str(self.device),
+            "share": self.share,
             "dry_run": self.dry_run,
         }
 

@@ -28,6 +28,7 @@ from flora_tensor.adapter_file import (
     whole_key,
     write_config,
 )
+from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.decomposition import tucker
 from flora_tensor.report import TensorRow
@@ -177,6 +178,8 @@ def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
     ranks = tuple(None if rank == size else rank for rank, size in zip(weight.ranks, arranged.shape))
     if not any(ranks):  # all modes whole: the change itself
         return TuckerTensor(arranged, (None,) * len(ranks))
+    if len(ranks) == 2 and None in ranks:
+        return _half_whole(arranged, ranks)
     fit = tucker(arranged, ranks)
     if (
         "rtol" in settings.budget
@@ -186,3 +189,12 @@ def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
         fit = min(fit, tucker(arranged, ranks, method="hosvd"), key=lambda f: f.relative_error)
     return fit.tucker
+
+
+def _half_whole(matrix: Array, ranks: Sequence[int | None]) -> TuckerTensor:
+    """Decompose a matrix that keeps one mode whole: both singular bases cost less than all of one side's."""
+    rank = next(r for r in ranks if r is not None)
+    fit = tucker(matrix, rank).tucker
+    whole = ranks.index(None)
+    core = multi_mode_dot(fit.core, [fit.factors[whole]], modes=[whole])
+    return TuckerTensor(core, (None, fit.factors[1]) if whole == 0 else (fit.factors[0], None))

@@ -3,17 +3,20 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
+from flora_tensor._leading import leading_frontier, listed_ranks
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
+from flora_tensor._typing import Array
 from flora_tensor.allocation import allocate_ranks, budget_curve
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
@@ -21,7 +24,7 @@ from flora_tensor.noise import projected_edge, worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
 
-__all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "survey"]
+__all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "share_of", "survey"]
 
 
 @dataclass
@@ -35,7 +38,16 @@ class Weight:
     ranks: tuple[int, ...] = ()
     predicted: float | None = None  # in the norm that the budget minimizes
     digest: str = ""  # of the bits of both sides
+    listed: tuple[int | None, ...] = ()  # up to which rank each frontier goes; None: all of them
     is_weighted: bool = False
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the budget reached for more than some frontier lists."""
+        spent = _n_parameters(self.arranged_shape, self.ranks) if any(self.ranks) else 0
+        shapes = (arrangement.shape(self.row.shape) for arrangement in self.arrangements)
+        ends = (r and r * sum(shape) for shape, r in zip(shapes, self.listed))
+        return any(end is not None and spent >= end for end in ends)
 
     @property
     def arranged_shape(self) -> tuple[int, ...]:
@@ -110,8 +122,13 @@ def _check_globs(settings: Settings, names: Sequence[str]) -> None:
             raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; there are {', '.join(near)}")
 
 
-def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> TensorRow | tuple[Weight, np.ndarray]:
-    """Look at one tensor in the first pass; one that is to be decomposed comes with its change."""
+def scan(
+    base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings, widening: int = 0
+) -> TensorRow | tuple[Weight, np.ndarray]:
+    """Look at one tensor in the first pass; one that is to be decomposed comes with its change.
+
+    ``widening`` counts how often the budget reached for more than was listed.
+    """
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
     is_vector = len(a.shape) < 2
@@ -139,16 +156,29 @@ def scan(base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings) -> 
     floor = floor if isinstance(floor, float) and applies else None
     for arrangement in weight.arrangements if settings.ranks is None else ():
         arranged = on_device(arrangement.arrange(weighted), settings.device)
-        spectrum = cheapest_spectrum("extract", arranged)
-        caps = None if floor is None else projected_edge(spectrum, floor)[0]
-        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True, one_whole=True))
-        if caps is not None and caps != spectrum.max_ranks and arrangement.is_native:
-            weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
+        _list(weight, arrangement.is_native, arranged, floor, listed_ranks(arranged.shape, settings.share, widening))
     if floor is not None and weight.frontiers:
         weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
         _take_ranks(weight, weighted, settings)
     return weight, delta
+
+
+def _list(weight: Weight, is_native: bool, arranged: Array, floor: float | None, rank: int | None) -> None:
+    """Append what the ranks of one arrangement buy: all of them, or those of a matrix up to ``rank``."""
+    if rank is None:
+        spectrum = cheapest_spectrum("extract", arranged)
+        caps = None if floor is None else projected_edge(spectrum, floor)[0]
+        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True, one_whole=True))
+        full = spectrum.max_ranks
+    else:
+        norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
+        frontier, above = leading_frontier(arranged, rank, norm or 0.0, floor)
+        weight.frontiers.append(frontier)
+        caps, full = (None, None) if above is None else ((above, above), None)
+    weight.listed = (*weight.listed, rank if caps is None else None)
+    if caps is not None and caps != full and is_native:
+        weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
 
 
 def _scales_beside(side: Checkpoint, name: str) -> list[str]:
@@ -234,7 +264,7 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
 def choose(
     weights: dict[str, Weight], settings: Settings, *, keep_going: bool
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """Spread the budget over the weights and free their frontiers.
+    """Spread the budget over the weights.
 
     Return what no other choice could beat, and what other budgets would buy.
     """
@@ -260,8 +290,16 @@ def choose(
         weight.ranks = choice.ranks
         total = weight.frontiers[choice.option].norm_squared
         weight.predicted = math.sqrt(choice.error_squared / total) if total else 0.0
-        weight.frontiers = []
     return allocation.lower_bound, curve
+
+
+def share_of(budget: Mapping[str, Any], base: Checkpoint) -> float | None:
+    """Return a budget as a share of the numbers that a checkpoint has to decompose; ``None`` for a tolerance."""
+    if "max_parameters" not in budget:
+        return budget.get("max_ratio")
+    infos = (base.info(name) for name in base.names())
+    total = sum(info.n_elements for info in infos if len(info.shape) > 1 and is_float(info))
+    return min(1.0, budget["max_parameters"] / total) if total else None
 
 
 def predicted_row(weight: Weight) -> TensorRow:

@@ -28,12 +28,13 @@ __all__ = ["Job", "Outcome", "Task", "pack", "perform", "unpack"]
 class Task:
     """What is to be done with one tensor: look at it, or decompose it as ``weight`` says.
 
-    ``known`` is the digest of the inputs whose outcome is kept already.
+    ``known`` is the digest of the inputs whose outcome is kept already, ``widening`` how often to look further.
     """
 
     name: str
     weight: Weight | None = None
     known: str = ""
+    widening: int = 0
 
     @property
     def kind(self) -> str:
@@ -43,7 +44,7 @@ class Task:
     def options(self, settings: Settings) -> str:
         """Return a digest of everything beside the inputs that the outcome depends on."""
         chosen = None if self.weight is None else _weight_fields(self.weight)
-        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen]
+        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen, self.widening]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
 
 
@@ -118,7 +119,7 @@ def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task)
         if change is None or change.digest != task.weight.digest:
             raise InputError(f"{tuned.path}: changed while it was being read; run again when nobody writes to it")
         return Outcome(*_decomposed(task.weight, change.values, settings))
-    found = scan(base, tuned, task.name, settings)
+    found = scan(base, tuned, task.name, settings, task.widening)
     if isinstance(found, TensorRow):
         return Outcome(found)
     weight, delta = found

@@ -37,7 +37,7 @@ from flora_tensor._settings import (
     silent,
 )
 from flora_tensor._storing import Stored, check_space, write_adapter
-from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, survey
+from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, share_of, survey
 from flora_tensor._tasks import Job, Outcome, Task
 from flora_tensor._warnings import FloraWarning
 from flora_tensor._weighting import Calibration
@@ -180,6 +180,13 @@ def extract(
     FloraWarning
         If rounding to ``dtype`` takes the error above ``rtol``.
 
+    Notes
+    -----
+    Under a budget, matrices of 512 rows and columns or more are judged by estimates of their leading singular values
+    where that is cheaper, up to four times their share of the budget and further where the budget reaches for it. The
+    promised errors can be kept; they, and with them ``lower_bound``, exceed the least ones by 0.1 % at most in the cases
+    measured.
+
     References
     ----------
     Si et al. (FLoRA), ICLR 2025, equation 5, for the form of the change; De Lathauwer, De Moor and Vandewalle
@@ -220,7 +227,8 @@ def extract(
         dry_run,
     )
     before, after = (open_checkpoint(path, allow_pickle=allow_pickle) for path in (base, tuned))
-    settings = replace(settings, heads=heads_option(heads, before, after))
+    found = {"heads": heads_option(heads, before, after), "share": share_of(settings.budget, before)}
+    settings = replace(settings, **found)
     before, after = crop(before, after, settings)
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
     report = _begun(run, out, resume=resume, overwrite=overwrite)
@@ -269,7 +277,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
-    lower_bound, curve = choose(weights, settings, keep_going=bool(whole or resized))
+    lower_bound, curve = _chosen(run, weights, rows, keep_going=bool(whole or resized))
     if target is None:
         rows |= {name: predicted_row(weight) for name, weight in weights.items()}
         return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
@@ -289,6 +297,22 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         base.check_unchanged()
         tuned.check_unchanged()
     return report
+
+
+def _chosen(
+    run: Run, weights: dict[str, Weight], rows: dict[str, TensorRow], *, keep_going: bool
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Choose the ranks; where the budget reaches for more than was looked at, look further and choose again."""
+    chosen, widening = choose(weights, run.job.settings, keep_going=keep_going), 0
+    while short := [name for name, weight in weights.items() if weight.is_short]:
+        widening += 1
+        for name, outcome in run.do("reading", [Task(name, widening=widening) for name in short]).items():
+            assert outcome.weight is not None
+            rows[name], weights[name] = outcome.row, outcome.weight
+        chosen = choose(weights, run.job.settings, keep_going=keep_going)
+    for weight in weights.values():
+        weight.frontiers = []
+    return chosen
 
 
 def _check_calibration(settings: Settings, weights: Iterable[Weight]) -> None:
