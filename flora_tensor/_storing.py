@@ -178,8 +178,9 @@ def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
     ranks = tuple(None if rank == size else rank for rank, size in zip(weight.ranks, arranged.shape))
     if not any(ranks):  # all modes whole: the change itself
         return TuckerTensor(arranged, (None,) * len(ranks))
-    if len(ranks) == 2 and None in ranks:
-        return _half_whole(arranged, ranks)
+    whole = ranks.index(None) if len(ranks) == 2 and None in ranks else None
+    if whole is not None:  # both bases of a matrix, for the leading directions, cost less than all of one side's
+        ranks = (next(r for r in ranks if r is not None),) * 2
     fit = tucker(arranged, ranks)
     if (
         "rtol" in settings.budget
@@ -188,13 +189,10 @@ def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
     ):
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
         fit = min(fit, tucker(arranged, ranks, method="hosvd"), key=lambda f: f.relative_error)
-    return fit.tucker
+    return fit.tucker if whole is None else _left_whole(fit.tucker, whole)
 
 
-def _half_whole(matrix: Array, ranks: Sequence[int | None]) -> TuckerTensor:
-    """Decompose a matrix that keeps one mode whole: both singular bases cost less than all of one side's."""
-    rank = next(r for r in ranks if r is not None)
-    fit = tucker(matrix, rank).tucker
-    whole = ranks.index(None)
-    core = multi_mode_dot(fit.core, [fit.factors[whole]], modes=[whole])
-    return TuckerTensor(core, (None, fit.factors[1]) if whole == 0 else (fit.factors[0], None))
+def _left_whole(matrix: TuckerTensor, mode: int) -> TuckerTensor:
+    """Multiply one factor of a matrix into the core, so that this mode stores none."""
+    core = multi_mode_dot(matrix.core, [matrix.factors[mode]], modes=[mode])
+    return TuckerTensor(core, tuple(None if k == mode else u for k, u in enumerate(matrix.factors)))

@@ -184,8 +184,8 @@ def extract(
     -----
     Under a budget, matrices of 512 rows and columns or more are judged by estimates of their leading singular values
     where that is cheaper, up to four times their share of the budget and further where the budget reaches for it. The
-    promised errors can be kept; they, and with them ``lower_bound``, exceed the least ones by 0.1 % at most in the cases
-    measured.
+    promised errors can be kept; they, and with them ``lower_bound``, exceed the least ones by 0.1 % at most in the
+    cases measured.
 
     References
     ----------
