@@ -231,18 +231,17 @@ def extract(
     settings = replace(settings, **found)
     before, after = crop(before, after, settings)
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
-    report = _begun(run, out, resume=resume, overwrite=overwrite)
-    _warn_above(rtol, report, settings)
-    return report
+    return _warned(rtol, _begun(run, out, resume=resume, overwrite=overwrite), settings)
 
 
-def _warn_above(rtol: float | None, report: ExtractionReport, settings: Settings) -> None:
-    """Say so where rounding to the stored type broke the promise of a tolerance."""
+def _warned(rtol: float | None, report: ExtractionReport, settings: Settings) -> ExtractionReport:
+    """Return the report, with a warning where rounding to the stored type broke the promise of a tolerance."""
     reached = report.relative_error if report.weighted_error is None else report.weighted_error
     if rtol is not None and settings.weights == "norm" and reached > rtol + 1e-5:
         stored = settings.options()["dtype"]
         message = f"extract: stored as {stored} the error is {reached:.3g}, above rtol {rtol}"
         warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 3)
+    return report
 
 
 def _begun(run: Run, out: PathLike | None, *, resume: bool, overwrite: bool) -> ExtractionReport:
