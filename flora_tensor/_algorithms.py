@@ -1,33 +1,32 @@
-"""The algorithms behind the public decompositions: HOSVD, ST-HOSVD, HOOI, the randomized range finder.
+"""The algorithms behind the public decompositions: HOSVD, ST-HOSVD, HOOI.
 
 They take tensors that `spectra.prepare` has checked and scaled, and hand each other a `Truncation`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import array_api_compat
 import numpy as np
-import numpy.typing as npt
 
-from flora_tensor._arrays import epsilon, float_squares, is_complex, squared_norm, stop_gradient, suffix_sums, to_numpy
-from flora_tensor._bases import GRAM_FLOOR, Basis, leading_basis, mode_basis, orthonormal_columns
+from flora_tensor._arrays import (
+    epsilon,
+    float_squares,
+    host_squares,
+    squared_norm,
+    stop_gradient,
+    suffix_sums,
+    to_numpy,
+)
+from flora_tensor._bases import Basis, below_reach, mode_basis
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import contract, multi_mode_dot, unfold
+from flora_tensor.algebra import contract, multi_mode_dot
 
 # HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
 ENOUGH = 3e-4
 # … and after this many in any case.
 MOST_SWEEPS = 50
-
-# For a matrix, whose range finder converges more slowly than HOOI does after it: at most 0.025 % of the error.
-_ENOUGH_OF_A_MATRIX = 5e-4
-
-# Directions that the range finder keeps beyond the rank, at least; half the rank where that is more.
-_OVERSAMPLING = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +58,13 @@ class Target:
         return 0.0 if self.ranks is not None else self.rtol / 100
 
 
-def hosvd_of(xp: Namespace, x: Array, target: Target) -> Truncation:
-    """Truncate every unfolding of ``x`` itself."""
+def hosvd_of(xp: Namespace, x: Array, target: Target, squares: float | None = None) -> Truncation:
+    """Truncate every unfolding of ``x`` itself; ``squares`` is ‖X‖² where the caller knows it."""
     bases = [mode_basis(xp, x, mode, target.accuracy) for mode in range(len(x.shape))]
     if target.ranks is not None:
         ranks = target.ranks
     else:
-        allowed = target.rtol**2 * float_squares("hosvd", xp, x) / len(x.shape)
+        allowed = target.rtol**2 * _known(squares, "hosvd", xp, x) / len(x.shape)
         ranks = tuple(rank_within(b.values, allowed) for b in bases)
     factors = [b.vectors[:, :r] for b, r in zip(bases, ranks)]
     core = multi_mode_dot(x, factors, transpose=True)
@@ -73,7 +72,15 @@ def hosvd_of(xp: Namespace, x: Array, target: Target) -> Truncation:
     return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
 
 
-def st_hosvd_of(xp: Namespace, x: Array, target: Target, order: Sequence[int], *, quick: bool = False) -> Truncation:
+def st_hosvd_of(
+    xp: Namespace,
+    x: Array,
+    target: Target,
+    order: Sequence[int],
+    *,
+    quick: bool = False,
+    squares: float | None = None,
+) -> Truncation:
     """Truncate one unfolding after the other, each of the tensor that the ones before left.
 
     ``quick`` takes the cheap kernel for float64 too where the ranks do not reach singular values that it cannot
@@ -81,7 +88,7 @@ def st_hosvd_of(xp: Namespace, x: Array, target: Target, order: Sequence[int], *
     """
     factors: list[Array] = [None] * len(order)
     values: list[Array] = [None] * len(order)
-    left = target.rtol**2 * float_squares("st_hosvd", xp, x) if target.ranks is None else 0.0
+    left = target.rtol**2 * _known(squares, "st_hosvd", xp, x) if target.ranks is None else 0.0
     for step, mode in enumerate(order):
         if quick and target.ranks is not None:
             vectors, values[mode] = _quick_basis(xp, x, mode, target.ranks[mode])
@@ -99,15 +106,14 @@ def st_hosvd_of(xp: Namespace, x: Array, target: Target, order: Sequence[int], *
     return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
 
 
+def _known(squares: float | None, where: str, xp: Namespace, x: Array) -> float:
+    return float_squares(where, xp, x) if squares is None else squares
+
+
 def _quick_basis(xp: Namespace, x: Array, mode: int, rank: int) -> Basis:
     """Try the Gram kernel, and take the exact one where what is kept or what is cut lies below the former's reach."""
     basis = mode_basis(xp, x, mode, accuracy=1.0)
-    squares = _host_squares(basis.values)
-    if epsilon(xp, x.dtype) >= GRAM_FLOOR or not 0 < rank <= squares.size:
-        return basis
-    weakest, cut = squares[rank - 1], np.sum(squares[rank:])
-    reach = (100 * GRAM_FLOOR) ** 2 * squares[0]
-    return mode_basis(xp, x, mode) if weakest < reach or (rank < squares.size and cut < reach) else basis
+    return mode_basis(xp, x, mode) if below_reach(xp, basis, rank) else basis
 
 
 def hooi_of(
@@ -115,7 +121,6 @@ def hooi_of(
 ) -> tuple[Truncation, int]:
     """Sweep until the squared error ‖X‖² − ‖G‖² stops falling; return the result and the number of sweeps.
 
-    Gains of successive sweeps fall by a nearly constant ratio ρ, so what is still to come is about gain · ρ/(1 − ρ).
     ``squares`` is ‖X‖² where the caller knows it.
     """
     factors, core = list(start.factors), start.core
@@ -129,103 +134,41 @@ def hooi_of(
     modes = by_shrinkage(x.shape, ranks)
     last_gain = math.inf
     for sweep in range(1, most + 1):
-        core = _sweep(xp, x, modes, factors, _exact_leaf)
+        core = _sweep(xp, x, modes, factors)
         if not math.isfinite(squares):
             continue
         before, error = error, max(squares - float_squares("hooi", xp, core), 0.0)
         gain = before - error
-        ratio = min(gain / last_gain, 0.99) if gain > 0 else 0.0
-        to_come = gain if last_gain == math.inf else gain * ratio / (1 - ratio)
-        if to_come <= max(enough * error, epsilon(xp, x.dtype) * squares):
+        if gain_to_come(gain, last_gain) <= max(enough * error, epsilon(xp, x.dtype) * squares):
             return replace(start, core=core, factors=factors), sweep
         last_gain = gain
     return replace(start, core=core, factors=factors), most
 
 
-def randomized_of(
-    xp: Namespace, x: Array, ranks: tuple[int, ...], generator: np.random.Generator, squares: float
-) -> tuple[Truncation, int]:
-    """Find bases a little wider than the ranks by sweeps from a random start, and decompose the small core they leave.
-
-    A sweep of HOOI from random factors is a structured sketch followed by a power iteration: two products with X give
-    for each mode the range of an unfolding sketched along the other modes. ``squares`` is ‖X‖². Returns the result and
-    the number of sweeps: two for a tensor, which HOOI then improves; for a matrix, until the captured squares stand
-    still.
-    """
-    sizes = range_sizes(x.shape, ranks)
-    large = [k for k in by_shrinkage(x.shape, sizes) if sizes[k] < x.shape[k]]
-    factors: list[Array] = [None] * len(ranks)
-    for mode in large:
-        factors[mode] = _gaussian(xp, x, (x.shape[mode], sizes[mode]), generator)
-
-    def sketch(xp: Namespace, partial: Array, mode: int, _: Array) -> Array:
-        matrix = unfold(partial, mode)
-        columns = matrix.shape[1]
-        drawn = _gaussian(xp, matrix, (columns, sizes[mode]), generator) if columns > sizes[mode] else None
-        return orthonormal_columns(xp, matrix if drawn is None else xp.matmul(matrix, drawn))
-
-    def leading(xp: Namespace, partial: Array, mode: int, _: Array) -> Array:
-        return leading_basis(xp, partial, mode, sizes[mode])
-
-    def inside(core: Array) -> Truncation:
-        return st_hosvd_of(xp, core, Target(ranks), cheapest_order(core.shape, ranks), quick=True)
-
-    _sweep(xp, x, large, factors, sketch)
-    core = _sweep(xp, x, large, factors, leading)
-    inner, sweeps = inside(core), 2
-    if len(ranks) > 2:
-        inner, _ = hooi_of(xp, core, inner, MOST_SWEEPS, ENOUGH)
-    captured, gain = float_squares("randomized", xp, inner.core), math.inf
-    while len(ranks) == 2 and sweeps < MOST_SWEEPS:
-        inner, sweeps = inside(_sweep(xp, x, large, factors, leading)), sweeps + 1
-        before, captured = captured, float_squares("randomized", xp, inner.core)
-        last_gain, gain = gain, max(captured - before, 0.0)
-        ratio = min(gain / last_gain, 0.99) if 0 < last_gain < math.inf else 0.5
-        enough = max(_ENOUGH_OF_A_MATRIX * (squares - captured), epsilon(xp, x.dtype) * squares)
-        if gain * ratio / (1 - ratio) <= enough:
-            break
-    outer = [inner.factors[k] if u is None else xp.matmul(u, inner.factors[k]) for k, u in enumerate(factors)]
-    return Truncation(inner.core, outer, inner.values, "leading"), sweeps
-
-
-def range_sizes(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return how many directions the range finder keeps of each mode; all of a mode that is not much larger."""
-    wished = [r + max(_OVERSAMPLING, r // 2) for r in ranks]
-    return feasible_ranks([s if 2 * s <= n else n for s, n in zip(wished, shape)], shape)
-
-
-def _gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
-    real = generator.standard_normal(shape)
-    drawn = real + 1j * generator.standard_normal(shape) if is_complex(xp, x.dtype) else real
-    return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)
-
-
-_Leaf = Callable[[Namespace, Array, int, Array], Array]
-
-
-def _exact_leaf(xp: Namespace, partial: Array, mode: int, old: Array) -> Array:
-    return mode_basis(xp, partial, mode).vectors[:, : old.shape[1]]
-
-
-def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array], leaf: _Leaf) -> Array:
+def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]) -> Array:
     """Update the factors of ``modes`` in place and return the core after the last of them.
 
     ``partial`` is X multiplied by the transposed factors of all other modes. Each half of the modes is updated from
     ``partial`` times the factors of the other half, so products are shared along a binary tree: two products with X a
     sweep, not N.
     """
-    if not modes:  # a tensor whose modes are all small is its own sketch
-        return partial
     if len(modes) == 1:
         (mode,) = modes
-        factors[mode] = leaf(xp, partial, mode, factors[mode])
+        factors[mode] = mode_basis(xp, partial, mode).vectors[:, : factors[mode].shape[1]]
         return multi_mode_dot(partial, [factors[mode]], modes=modes, transpose=True)
     first, second = modes[0::2], modes[1::2]
-    _sweep(
-        xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors, leaf
-    )
+    _sweep(xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors)
     rest = multi_mode_dot(partial, [factors[m] for m in first], modes=first, transpose=True)
-    return _sweep(xp, rest, second, factors, leaf)
+    return _sweep(xp, rest, second, factors)
+
+
+def gain_to_come(gain: float, last_gain: float) -> float:
+    """Estimate what all further sweeps will gain: successive gains fall by a nearly constant ratio ρ.
+
+    What is still to come is then gain · ρ/(1 − ρ). Of a first gain nothing more is known than itself.
+    """
+    ratio = min(gain / last_gain, 0.99) if gain > 0 else 0.0
+    return gain if last_gain == math.inf else gain * ratio / (1 - ratio)
 
 
 def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
@@ -277,8 +220,4 @@ def rank_within(values: Array, allowed: float) -> int:
 
 def tail(values: Array, rank: int) -> float:
     """Return Σ_{i≥rank} σ_i², summed from the smallest up."""
-    return float(np.sum(_host_squares(values)[rank:][::-1]))
-
-
-def _host_squares(values: Array) -> npt.NDArray[Any]:
-    return to_numpy(stop_gradient(values)).astype(np.float64) ** 2
+    return float(np.sum(host_squares(values)[rank:][::-1]))

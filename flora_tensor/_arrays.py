@@ -251,3 +251,8 @@ def suffix_sums(values: Any) -> Any:
     """Return t with t[r] = Σ_{i≥r} v_i², one entry longer than the host vector, summed from the smallest up."""
     squares = values.astype(np.float64) ** 2
     return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+
+
+def host_squares(values: Array) -> Any:
+    """Return the squares of real numbers as a NumPy array in float64."""
+    return to_numpy(stop_gradient(values)).astype(np.float64) ** 2

@@ -25,6 +25,7 @@ from flora_tensor._arrays import (
     conjugate,
     epsilon,
     hermitian,
+    host_squares,
     host_view,
     is_complex,
     is_differentiated,
@@ -121,21 +122,40 @@ def left_basis(matrix: Array) -> Basis:
     return Basis(vectors, values)
 
 
-def leading_basis(xp: Namespace, x: Array, mode: int, rank: int) -> Array:
-    """Return an orthonormal basis (n, rank) that nearly spans the leading singular vectors of an unfolding, cheaply.
+def leading_basis(xp: Namespace, x: Array, mode: int, rank: int, size: int) -> Array:
+    """Return an orthonormal basis of up to ``size`` columns, the first ``rank`` of which span as many leading vectors.
 
-    For the sweeps of a range finder, which the next sweep corrects: the Gram matrix of the unfolding's shorter side,
-    and QR.
+    All of a wide basis costs little more than its first columns: the Gram matrix of the unfolding's shorter side, and
+    QR where that is the right one.
     """
     n = x.shape[mode]
     columns = math.prod(x.shape) // n
-    if columns <= rank:
-        return orthonormal_columns(xp, unfold(x, mode))
-    if n <= columns:
-        return mode_basis(xp, x, mode, accuracy=1.0).vectors[:, :rank]
     matrix = unfold(x, mode)
-    right = mode_basis(xp, hermitian(xp, matrix), 0, accuracy=1.0).vectors[:, :rank]
-    return orthonormal_columns(xp, xp.matmul(matrix, right))
+    if columns <= rank:
+        return orthonormal_columns(xp, matrix)
+    basis = mode_basis(xp, x, mode, 1.0) if n <= columns else mode_basis(xp, hermitian(xp, matrix), 0, 1.0)
+    if below_reach(xp, basis, rank):
+        return left_basis(matrix).vectors[:, :size]
+    leading = basis.vectors[:, :size]
+    if n <= columns:
+        return leading
+    images, lengths = xp.matmul(matrix, leading), basis.values[:size]
+    weakest, longest = float(lengths[-1]), float(lengths[0])
+    # The images are orthogonal; where none is short, dividing by their lengths is as good as QR and far cheaper.
+    return images / lengths[None, :] if 32 * weakest > longest else orthonormal_columns(xp, images)
+
+
+def below_reach(xp: Namespace, basis: Basis, rank: int) -> bool:
+    """Tell whether a basis from a Gram matrix is not good enough: what is kept or what is cut drowns in its rounding.
+
+    For float32 data it always is; see the head of this file.
+    """
+    squares = host_squares(basis.values)
+    if epsilon(xp, basis.values.dtype) >= GRAM_FLOOR or not 0 < rank <= squares.size:
+        return False
+    weakest, cut = squares[rank - 1], np.sum(squares[rank:])
+    reach = (100 * GRAM_FLOOR) ** 2 * squares[0]
+    return bool(weakest < reach or (rank < squares.size and cut < reach))
 
 
 def orthonormal_columns(xp: Namespace, matrix: Array) -> Array:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._algorithms import (
@@ -21,8 +22,6 @@ from flora_tensor._algorithms import (
     hooi_of,
     hosvd_of,
     left_whole,
-    randomized_of,
-    range_sizes,
     st_hosvd_of,
     tail,
 )
@@ -31,12 +30,14 @@ from flora_tensor._arrays import (
     array_namespace,
     epsilon,
     float_squares,
+    host_view,
     is_complex,
     is_differentiated,
     largest_magnitude,
     result_dtype,
     stop_gradient,
     times_power_of_two,
+    working_dtype,
 )
 from flora_tensor._checks import (
     as_int,
@@ -48,10 +49,11 @@ from flora_tensor._checks import (
     feasible_ranks,
     whole_modes,
 )
+from flora_tensor._randomized import large_modes, randomized_of, range_sizes
 from flora_tensor._typing import Array, DType, Namespace, Ranks
 from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.ranks import fewest_parameters, smallest_error
-from flora_tensor.spectra import ModeSpectra, Spectrum, prepare, spectrum_of
+from flora_tensor.spectra import ModeSpectra, Prepared, Spectrum, prepare, spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
@@ -72,7 +74,7 @@ class TuckerFit:
     error_bound : float
         An upper bound on ``relative_error``. For HOSVD and ST-HOSVD, and HOOI started from them, √(Σ_n Σ_{i≥r_n} σ_i²)
         / ‖X‖ over the singular values that were truncated, which is at most √N times the error of the best tensor of
-        these ranks. For the randomized method, the error of its start, which HOOI only lowers.
+        these ranks. For the randomized method, ``relative_error`` itself.
     lower_bound : float
         No tensor of these ranks has a smaller relative error: √(max_n Σ_{i≥r_n} σ_i²) / ‖X‖ over the modes whose exact
         singular values are known, 0 where none are (the randomized method). ``relative_error / lower_bound`` certifies
@@ -80,7 +82,7 @@ class TuckerFit:
     spectra : ModeSpectra
         The singular values that the method computed; ``spectra.kind`` tells of which tensor.
     method : str
-        What ran.
+        What ran, and why, as in ``"randomized, 5 products with x: the ranks are small beside the sizes"``.
     """
 
     tucker: TuckerTensor
@@ -140,10 +142,10 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     >>> hosvd(x, (3, 3, 2)).ranks
     (3, 3, 2)
     """
-    xp, scaled, k = prepare("hosvd", x)
+    ready = _on_host(prepare("hosvd", x))
     target = _target("hosvd", tuple(x.shape), ranks, rtol)
-    result = left_whole(xp, hosvd_of(xp, scaled, target), whole_modes(ranks))
-    return _finished("hosvd", xp, x, result, k)
+    result = left_whole(ready.xp, hosvd_of(ready.xp, ready.x, target, ready.squares), whole_modes(ranks))
+    return _finished("hosvd", x, result, ready.exponent)
 
 
 def st_hosvd(
@@ -194,12 +196,12 @@ def st_hosvd(
     >>> st_hosvd(x, 2)
     TuckerTensor(shape=(6, 5, 4), ranks=(2, 2, 2), n_parameters=38, dtype=float64)
     """
-    xp, scaled, k = prepare("st_hosvd", x)
+    ready = _on_host(prepare("st_hosvd", x))
     target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
     shape = tuple(x.shape)
     order = cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
-    result = left_whole(xp, st_hosvd_of(xp, scaled, target, order), whole_modes(ranks))
-    return _finished("st_hosvd", xp, x, result, k)
+    result = st_hosvd_of(ready.xp, ready.x, target, order, squares=ready.squares)
+    return _finished("st_hosvd", x, left_whole(ready.xp, result, whole_modes(ranks)), ready.exponent)
 
 
 def hooi(
@@ -253,15 +255,15 @@ def hooi(
     >>> bool(error(hooi(x, 2)) <= error(st_hosvd(x, 2)))
     True
     """
-    xp, scaled, k = prepare("hooi", x)
+    ready = _on_host(prepare("hooi", x))
     wanted = check_ranks("hooi", ranks, tuple(x.shape))
     most = as_int("hooi", "max_sweeps", max_sweeps)
     if most < 0:
         raise ValueError(f"hooi: max_sweeps is {most}; pass 0 or more")
-    start = _start(xp, scaled, wanted, init)
-    result, _ = hooi_of(xp, scaled, start, most, float(tolerance))
-    result = left_whole(xp, all_orthogonal(xp, result), whole_modes(ranks))
-    return _finished("hooi", xp, x, result, k)
+    start = _start(ready, wanted, init)
+    result, _ = hooi_of(ready.xp, ready.x, start, most, float(tolerance), ready.squares)
+    result = left_whole(ready.xp, all_orthogonal(ready.xp, result), whole_modes(ranks))
+    return _finished("hooi", x, result, ready.exponent)
 
 
 def tucker(
@@ -279,12 +281,19 @@ def tucker(
     within the error, or smallest error within the parameters), then the factors are improved by HOOI, which only lowers
     the error.
 
-    Given ranks, ``method="auto"`` takes by estimated arithmetic the cheaper of two ways and ends with HOOI: bases from
-    two sweeps of a randomized range finder, where at least two modes shrink to less than half, or ST-HOSVD. Full ranks
-    need HOSVD alone; of a matrix the range finder, swept until it stands still, or ST-HOSVD is the end. Where somebody
-    differentiates through ``x``, nothing is randomized. HOOI sweeps until what further sweeps are expected to gain is
-    below 0.03 % of the squared error. float32 data goes through Gram matrices in float64, which resolve what float32
-    holds; float64 data does so only where the singular values that matter lie above 1e-5 of the largest.
+    Given ranks, ``method="auto"`` goes by these rules, the first that fits:
+
+    1. Full ranks cut nothing: HOSVD.
+    2. Where at least two modes shrink to less than half and five products with thin bases are estimated to cost less
+       than the Gram matrices of ST-HOSVD, and nobody differentiates through ``x``: the randomized method. It
+       alternates products of ``x`` with bases wider than the ranks and HOOI inside the small core these leave; for a
+       matrix that is a block Krylov method. Four products at least, five on spectra that decay; it ends when a product
+       lowers the squared error by less than 0.02 %, or all to come are expected to by less than 0.03 %.
+    3. For a matrix: ST-HOSVD, which is its truncated SVD.
+    4. ST-HOSVD, then HOOI until further sweeps are expected to gain less than 0.03 % of the squared error.
+
+    float32 data goes through Gram matrices in float64, which resolve what float32 holds; float64 data does so only
+    where the singular values that matter lie above 1e-5 of the largest. HOOI differentiates its unrolled sweeps.
 
     Parameters
     ----------
@@ -298,7 +307,8 @@ def tucker(
     max_parameters : int, optional
         How many numbers core and factors may store, ∏ r_n + Σ I_n r_n.
     method : {"auto", "hosvd", "st_hosvd", "hooi", "randomized"}
-        Force an algorithm; ``fit.method`` says which one ran and why.
+        Force an algorithm; ``fit.method`` says which one ran and why. ``"randomized"`` becomes ``"hooi"`` where fewer
+        than two modes shrink to less than half.
     rng : int or numpy.random.Generator, optional
         The source of randomness of the randomized method; 0 by default, so that equal input gives equal bits.
 
@@ -335,18 +345,17 @@ def tucker(
     """
     if method not in get_args(Method):
         raise ValueError(f"tucker: method is {method!r}; pass one of {', '.join(map(repr, get_args(Method)))}")
-    xp, scaled, k = prepare("tucker", x)
-    if largest_magnitude(xp, scaled) is None:
+    ready = _on_host(prepare("tucker", x))
+    if ready.squares is None:
         raise ValueError(
             "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
         )
+    xp, k, norm = ready.xp, ready.exponent, ready.norm()
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
-    squares = float_squares("tucker", xp, scaled)
-    fit = _fit(xp, scaled, tuple(x.shape), target, method, rng, squares)
+    fit = _fit(ready, tuple(x.shape), target, method, rng)
     result = left_whole(xp, all_orthogonal(xp, fit.result), whole_modes(ranks))
-    norm = math.sqrt(squares)
-    decomposed = _finished("tucker", xp, x, result, k)
-    relative_error = _relative_error(xp, stop_gradient(scaled), decomposed, k, norm)
+    decomposed = _finished("tucker", x, result, k)
+    relative_error = _relative_error(ready, result, decomposed)
     return TuckerFit(
         tucker=decomposed,
         relative_error=relative_error,
@@ -355,7 +364,10 @@ def tucker(
         error_bound=max(fit.upper / norm, relative_error) if norm else 0.0,
         lower_bound=min(fit.lower / norm, relative_error) if norm else 0.0,
         spectra=ModeSpectra(
-            tuple(times_power_of_two(v, k) for v in result.values), math.ldexp(norm, k), tuple(x.shape), result.kind
+            tuple(times_power_of_two(_like(x, v), k) for v in result.values),
+            math.ldexp(norm, k),
+            tuple(x.shape),
+            result.kind,
         ),
         method=fit.ran,
     )
@@ -415,18 +427,16 @@ def round_tucker(
     xp = array_namespace("round_tucker", a.core, *a.factors)
     dtype = result_dtype(xp, xp.result_type(a.core, *(u for u in a.factors if u is not None)))
     upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
-    xp, scaled, k = prepare("round_tucker", upright.core)
+    ready = prepare("round_tucker", upright.core)
     target = _target("round_tucker", upright.ranks, ranks, rtol, max_parameters)
-    result = all_orthogonal(
-        xp, _fit(xp, scaled, a.shape, target, "auto", None, float_squares("round_tucker", xp, scaled)).result
-    )
+    result = all_orthogonal(xp, _fit(ready, a.shape, target, "auto", None).result)
     stay = [m for m, u in enumerate(upright.factors) if u is None and result.core.shape[m] == upright.ranks[m]]
     result = left_whole(xp, result, {*stay, *whole_modes(ranks)})
     factors = [
         inner if outer is None else outer if inner is None else xp.matmul(outer, inner)
         for outer, inner in zip(upright.factors, result.factors)
     ]
-    core = times_power_of_two(result.core, k)
+    core = times_power_of_two(result.core, ready.exponent)
     return TuckerTensor(core, tuple(factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
@@ -453,87 +463,82 @@ class _Fit:
 
 
 def _fit(
-    xp: Namespace,
-    x: Array,
+    ready: Prepared,
     shape: tuple[int, ...],
     target: Target,
     method: Method,
     rng: "int | np.random.Generator | None",
-    squares: float,
 ) -> _Fit:
     """Decompose a prepared tensor; parameters are counted by ``shape``."""
     if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
-        return _fit_directly(xp, x, target, method, rng, squares)
-    spectrum = spectrum_of(xp, stop_gradient(x), 0, target.accuracy)
+        return _fit_directly(ready, target, method, rng)
+    spectrum = spectrum_of(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
     if target.max_parameters is not None:
         chosen = smallest_error(spectrum, shape, target.max_parameters, "tucker")
     else:
         chosen = fewest_parameters(spectrum, shape, target.rtol**2) or spectrum.max_ranks
     if method not in ("auto", "hooi"):
-        return _fit_directly(xp, x, Target(chosen), method, rng, squares)
-    result = _truncated(xp, x, spectrum, chosen)
+        return _fit_directly(ready, Target(chosen), method, rng)
+    result = _truncated(ready.xp, ready.x, spectrum, chosen)
     lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
-    if len(x.shape) <= 2 or chosen == spectrum.max_ranks:
+    if len(shape) <= 2 or chosen == spectrum.max_ranks:
         return _Fit(result, lower, upper, "hosvd at the best ranks")
-    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
+    result, sweeps = hooi_of(ready.xp, ready.x, result, MOST_SWEEPS, ENOUGH, ready.squares)
     if target.max_parameters is None:
-        result = _trimmed(xp, result, shape, target.rtol, spectrum.norm)
+        result = _trimmed(ready.xp, result, shape, target.rtol, spectrum.norm)
     return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi")
 
 
-def _fit_directly(
-    xp: Namespace,
-    x: Array,
-    target: Target,
-    method: Method,
-    rng: "int | np.random.Generator | None",
-    squares: float,
-) -> _Fit:
+def _fit_directly(ready: Prepared, target: Target, method: Method, rng: "int | np.random.Generator | None") -> _Fit:
     """Decompose to given ranks, or by the tolerance rule of the method itself."""
-    if method == "auto":
-        method, why = _chosen(tuple(x.shape), target.ranks or (), is_differentiated(x))
-        quick = True
-    else:
-        quick, why = False, "as asked"
+    xp, x, squares = ready.xp, ready.x, ready.norm() ** 2
+    method, why, quick = _chosen(tuple(x.shape), target.ranks, method, is_differentiated(x))
     if method == "hosvd":
-        result = hosvd_of(xp, x, target)
+        result = hosvd_of(xp, x, target, squares)
         tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
         return _Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
     if method == "randomized":
-        result, sweeps = randomized_of(
-            xp, x, target.ranks or (), np.random.default_rng(0 if rng is None else rng), squares
-        )
-        lower, ran = 0.0, f"{sweeps} sweeps of a range finder"
-        upper = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
-    else:
-        order = cheapest_order(x.shape, target.ranks)
-        result = st_hosvd_of(xp, x, target, order, quick=quick)
-        tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
-        lower, upper, ran = math.sqrt(tails[order[0]]), math.sqrt(sum(tails)), "st_hosvd"
+        generator = np.random.default_rng(0 if rng is None else rng)
+        result, products = randomized_of(xp, x, target.ranks or (), generator, squares)
+        error = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
+        return _Fit(result, 0.0, error, f"randomized, {products} products with x: {why}")
+    order = cheapest_order(x.shape, target.ranks)
+    result = st_hosvd_of(xp, x, target, order, quick=quick, squares=squares)
+    tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+    lower, upper = math.sqrt(tails[order[0]]), math.sqrt(sum(tails))
     if method == "st_hosvd" or len(x.shape) <= 2:
-        return _Fit(result, lower, upper, f"{ran}: {why}")
+        return _Fit(result, lower, upper, f"st_hosvd: {why}")
     result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
-    return _Fit(result, lower, upper, f"{ran}, then {sweeps} sweeps of hooi: {why}")
+    return _Fit(result, lower, upper, f"st_hosvd, then {sweeps} sweeps of hooi: {why}")
 
 
-def _chosen(shape: tuple[int, ...], ranks: tuple[int, ...], differentiated: bool) -> tuple[Method, str]:
-    """Pick the method for given ranks: the rule of `tucker`, by counts of multiply-adds."""
+def _chosen(
+    shape: tuple[int, ...], ranks: tuple[int, ...] | None, method: Method, differentiated: bool
+) -> tuple[Method, str, bool]:
+    """Return the method, why it is that one, and whether the Gram kernel may be tried on float64 data too.
+
+    Picks by the rule of `tucker`, by counts of multiply-adds.
+    """
+    sizes = () if ranks is None else range_sizes(shape, ranks)
+    large = [] if ranks is None else large_modes(shape, sizes)
+    if method == "randomized" and (ranks is None or len(large) < 2):
+        return "hooi", "as asked, but fewer than two modes shrink to less than half", True
+    if method != "auto" or ranks is None:
+        return method, "as asked", method == "randomized"
     if ranks == feasible_ranks(shape, shape):
-        return "hosvd", "nothing is cut"
-    size, sizes = math.prod(shape), range_sizes(shape, ranks)
-    large = [s for s, n in zip(sizes, shape) if s < n]
-    # Two sweeps of the range finder and about three of HOOI, two products with X each; beside them the sequential way
-    # forms one Gram matrix after the other (in float64) and takes its eigenvectors, about ten times n³.
-    sketched = 10 * size * max(large, default=0)
-    gram, left = 0.0, float(size)
+        return "hosvd", "nothing is cut", False
+    # About five products with X; beside them the sequential way forms one Gram matrix after the other (in float64) and
+    # takes its eigenvectors, about ten times n³.
+    sketched = 5.0 * math.prod(shape) * max((sizes[k] for k in large), default=0)
+    gram, left = 0.0, float(math.prod(shape))
     for mode in cheapest_order(shape, ranks):
         gram += left * shape[mode] + 10.0 * min(shape[mode], left / shape[mode]) ** 3
         left *= ranks[mode] / shape[mode]
     if len(large) >= 2 and sketched < gram and not differentiated:
-        return "randomized", "the ranks are small beside the sizes"
+        return "randomized", "the ranks are small beside the sizes", True
     if len(shape) <= 2:
-        return "st_hosvd", "of a matrix it is the best"
-    return "hooi", "the ranks are not small beside the sizes"
+        return "st_hosvd", "of a matrix it is the best", True
+    return "hooi", "the ranks are not small beside the sizes", True
 
 
 def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> Truncation:
@@ -551,7 +556,7 @@ def _trimmed(xp: Namespace, result: Truncation, shape: Sequence[int], rtol: floa
     allowed = rtol**2 * norm**2 - max(norm**2 - kept, 0.0)
     if allowed <= 0 or kept == 0:
         return result
-    inner = spectrum_of(xp, stop_gradient(result.core), 0)
+    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, kept))
     ranks = fewest_parameters(inner, shape, allowed / kept)
     if ranks is None or ranks == tuple(result.core.shape):
         return result
@@ -567,7 +572,8 @@ def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:
     return order
 
 
-def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTensor) -> Truncation:
+def _start(ready: Prepared, ranks: tuple[int, ...], init: str | TuckerTensor) -> Truncation:
+    xp, x = ready.xp, ready.x
     if isinstance(init, TuckerTensor):
         if init.shape != tuple(x.shape) or init.ranks != ranks:
             raise ValueError(
@@ -575,45 +581,78 @@ def _start(xp: Namespace, x: Array, ranks: tuple[int, ...], init: str | TuckerTe
                 f"pass one of shape {tuple(x.shape)} and ranks {ranks}"
             )
         check_finite("hooi", init.core, "init's core")
-        factors = [xp.astype(u, x.dtype, copy=False) for u in orthogonalize(init).factors if u is not None]
+        given = [u for u in orthogonalize(init).factors if u is not None]
+        factors = [xp.astype(_like(x, u), x.dtype, copy=False) for u in given]
         if len(factors) != len(ranks):
             raise ValueError("hooi: init leaves a mode whole (a factor is None); pass a factor for every mode")
         return Truncation(multi_mode_dot(x, factors, transpose=True), factors, [], "exact")
     if init == "hosvd":
-        return hosvd_of(xp, x, Target(ranks))
+        return hosvd_of(xp, x, Target(ranks), ready.squares)
     if init == "st_hosvd":
         return st_hosvd_of(xp, x, Target(ranks), cheapest_order(x.shape, ranks))
     raise ValueError(f"hooi: init is {init!r}; pass 'st_hosvd', 'hosvd' or a TuckerTensor")
 
 
-def _finished(where: str, xp: Namespace, x: Array, result: Truncation, k: int) -> TuckerTensor:
-    """Undo the scaling and return to the input's data type."""
+def _on_host(ready: Prepared) -> Prepared:
+    """Hand tensors of PyTorch and JAX that lie in the processor's memory to NumPy, which shares it.
+
+    NumPy's products of thin matrices are faster there, and the bits are the same for all libraries.
+    """
+    known = array_api_compat.is_torch_array(ready.x) or array_api_compat.is_jax_array(ready.x)
+    host = host_view(ready.x) if known and not is_differentiated(ready.x) and ready.squares is not None else None
+    return ready if host is None else ready._replace(xp=array_namespace("tucker", host), x=host)
+
+
+def _like(x: Array, result: Array) -> Array:
+    """Return an array as one of the library and the device of ``x``."""
+    if not array_api_compat.is_numpy_array(result) or array_api_compat.is_numpy_array(x):
+        if array_api_compat.is_numpy_array(x) and not array_api_compat.is_numpy_array(result):
+            return host_view(result)
+        return result
+    xp = array_namespace("tucker", x)
+    return xp.asarray(result, device=array_api_compat.device(x))
+
+
+def _working(array: Array) -> Array:
+    """Return an array as a constant in a type that every library has."""
+    xp = array_namespace("tucker", array)
+    return xp.astype(stop_gradient(array), working_dtype(xp, array.dtype), copy=False)
+
+
+def _finished(where: str, x: Array, result: Truncation, k: int) -> TuckerTensor:
+    """Undo the scaling and return to the input's library and data type."""
+    xp = array_namespace(where, x)
     dtype = result_dtype(xp, x.dtype)
+    core = _like(x, result.core)
     with np.errstate(over="ignore"):  # NumPy would warn of what is refused in the next lines
-        core = xp.astype(times_power_of_two(result.core, k), dtype, copy=False)
+        core = xp.astype(times_power_of_two(core, k), dtype, copy=False)
     largest = largest_magnitude(xp, core)
     if largest is not None and not math.isfinite(largest):
         raise ValueError(
             f"{where}: the core's largest entry, about 2**{k}, is beyond the range of {dtype}; "
             "pass x in a wider type, or scaled"
         )
-    return TuckerTensor(core, tuple(result.factors)).map(lambda array: xp.astype(array, dtype, copy=False))
+    factors = tuple(None if u is None else xp.astype(_like(x, u), dtype, copy=False) for u in result.factors)
+    return TuckerTensor(core, factors)
 
 
-def _relative_error(xp: Namespace, x: Array, fit: TuckerTensor, k: int, norm: float) -> float:
-    """Measure ‖X − X̂‖ / ‖X‖ for the prepared ``x`` and the finished ``fit`` of ``x · 2**k``.
+def _relative_error(ready: Prepared, result: Truncation, fit: TuckerTensor) -> float:
+    """Measure ‖X − X̂‖ / ‖X‖ for a prepared tensor, its decomposition, and that in its final data type.
 
     ‖X‖² − ‖G‖² is the squared error while it stands well above the rounding of the two norms; below, and where the
     result was rounded to a shorter type, the residual itself is summed.
     """
+    norm = ready.norm()
     if norm == 0.0:
         return 0.0
-    constant = fit.map(lambda array: xp.astype(stop_gradient(array), x.dtype, copy=False))
-    core = times_power_of_two(constant.core, -k)
-    lost = norm**2 - float_squares("tucker", xp, core)
-    if fit.dtype == x.dtype and lost > 1e4 * epsilon(xp, x.dtype) * norm**2:
+    xp, x = ready.xp, stop_gradient(ready.x)
+    lost = norm**2 - float_squares("tucker", xp, result.core)
+    same = str(fit.dtype).rsplit(".", maxsplit=1)[-1] == str(x.dtype).rsplit(".", maxsplit=1)[-1]
+    if same and lost > 1e4 * epsilon(xp, x.dtype) * norm**2:
         return math.sqrt(lost) / norm
-    return _residual_norm(xp, x, TuckerTensor(core, constant.factors)) / norm
+    rounded = fit.map(lambda array: xp.astype(_like(x, _working(array)), x.dtype, copy=False))
+    core = times_power_of_two(rounded.core, -ready.exponent)
+    return _residual_norm(xp, x, TuckerTensor(core, rounded.factors)) / norm
 
 
 def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from flora_tensor._arrays import (
     float_squares,
     power_of_two,
     result_dtype,
+    squared_norm,
     stop_gradient,
     suffix_sums,
     times_power_of_two,
@@ -401,11 +402,12 @@ def mode_spectra(x: Array) -> ModeSpectra:
     >>> [v.round(12).tolist() for v in spectra.values]
     [[3.0, 2.0], [3.0, 2.0]]
     """
-    xp, scaled, k = prepare("mode_spectra", x)
+    ready = prepare("mode_spectra", x)
+    xp, scaled, k = ready.xp, ready.x, ready.exponent
     values = tuple(times_power_of_two(mode_values(xp, scaled, mode), k) for mode in range(len(x.shape)))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
-    norm = math.ldexp(frobenius(xp, scaled), k)
+    norm = math.ldexp(ready.norm(), k)
     return ModeSpectra(tuple(xp.astype(v, real, copy=False) for v in values), norm, tuple(x.shape))
 
 
@@ -439,8 +441,7 @@ def hosvd_spectrum(x: Array) -> Spectrum:
     >>> spectrum.error((1, 1)), spectrum.frontier().n_parameters.tolist()
     (0.6, [0, 5, 12])
     """
-    xp, scaled, k = prepare("hosvd_spectrum", stop_gradient(x))
-    return spectrum_of(xp, scaled, k)
+    return spectrum_of(prepare("hosvd_spectrum", stop_gradient(x)))
 
 
 def matrix_spectrum(where: str, x: Array) -> Spectrum:
@@ -448,9 +449,10 @@ def matrix_spectrum(where: str, x: Array) -> Spectrum:
 
     Singular values alone cost a fraction of a full HOSVD: no vectors, and one side only.
     """
-    xp, scaled, k = prepare(where, stop_gradient(x))
-    values = times_power_of_two(mode_values(xp, scaled, 0 if x.shape[0] <= x.shape[1] else 1), k)
-    return Spectrum((values, values), None, (), math.ldexp(frobenius(xp, scaled), k), tuple(x.shape))
+    ready = prepare(where, stop_gradient(x))
+    short = 0 if x.shape[0] <= x.shape[1] else 1
+    values = times_power_of_two(mode_values(ready.xp, ready.x, short), ready.exponent)
+    return Spectrum((values, values), None, (), math.ldexp(ready.norm(), ready.exponent), tuple(x.shape))
 
 
 def cheapest_spectrum(where: str, x: Array) -> Spectrum:
@@ -458,19 +460,20 @@ def cheapest_spectrum(where: str, x: Array) -> Spectrum:
     return matrix_spectrum(where, x) if len(x.shape) == 2 else hosvd_spectrum(x)
 
 
-def spectrum_of(xp: Namespace, scaled: Array, k: int, accuracy: float = 0.0) -> Spectrum:
-    """Compute the `Spectrum` of ``scaled · 2**k``; ``scaled`` is finite, in a working type, of moderate size."""
-    if len(scaled.shape) == 2:
-        bases, core = _matrix_bases(xp, scaled, accuracy)
+def spectrum_of(ready: "Prepared", accuracy: float = 0.0) -> Spectrum:
+    """Compute the `Spectrum` of a prepared tensor, with singular values right down to ``accuracy`` of the largest."""
+    xp, x, k = ready.xp, ready.x, ready.exponent
+    if len(x.shape) == 2:
+        bases, core = _matrix_bases(xp, x, accuracy)
     else:
-        bases = [mode_basis(xp, scaled, mode, accuracy) for mode in range(len(scaled.shape))]
-        core = multi_mode_dot(scaled, [b.vectors for b in bases], transpose=True)
+        bases = [mode_basis(xp, x, mode, accuracy) for mode in range(len(x.shape))]
+        core = multi_mode_dot(x, [b.vectors for b in bases], transpose=True)
     return Spectrum(
         values=tuple(times_power_of_two(b.values, k) for b in bases),
         core=times_power_of_two(core, k),
         factors=tuple(b.vectors for b in bases),
-        norm=math.ldexp(frobenius(xp, scaled), k),
-        shape=tuple(scaled.shape),
+        norm=math.ldexp(ready.norm(), k),
+        shape=tuple(x.shape),
     )
 
 
@@ -488,19 +491,42 @@ def _matrix_bases(xp: Namespace, x: Array, accuracy: float) -> tuple[list[Basis]
     return ([first, second] if short == 0 else [second, first]), core
 
 
-def prepare(where: str, x: Array) -> tuple[Namespace, Array, int]:
-    """Check a tensor and bring it to the working type and to magnitudes near 1: return (xp, x · 2**-k, k)."""
+class Prepared(NamedTuple):
+    """A checked tensor in its working type and at magnitudes near 1."""
+
+    xp: Namespace
+    x: Array  # the tensor, times 2**-exponent
+    exponent: int
+    squares: float | None  # ‖x‖² of the scaled tensor; None where it is only a symbol
+
+    def norm(self) -> float:
+        """Return ‖x‖ of the scaled tensor, where the numbers are known."""
+        return math.sqrt(float_squares("norm", self.xp, self.x) if self.squares is None else self.squares)
+
+
+def prepare(where: str, x: Array) -> Prepared:
+    """Check a tensor and bring it to the working type and to magnitudes near 1.
+
+    One pass over the data does for nearly all: Σ x² in float64 tells whether float32 numbers are finite, how large they
+    are, and what their norm is. Only where it leaves the range of float64 are the entries looked at.
+    """
     xp = array_namespace(where, x)
-    check_tensor(where, x)
+    if len(x.shape) == 0:
+        check_tensor(where, x)
     work = xp.astype(x, working_dtype(xp, x.dtype), copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = squared_norm(xp, work)
+    if squares is None:
+        return Prepared(xp, work, 0, None)
+    if 1e-200 < squares < 1e200:
+        k = math.frexp(squares)[1] // 2
+        if abs(k) <= 16:  # nothing can overflow or vanish, and scaling would only copy. The bits agree either way.
+            return Prepared(xp, work, 0, squares)
+        return Prepared(xp, times_power_of_two(work, -k), k, math.ldexp(squares, -2 * k))
+    check_tensor(where, x)
     k = power_of_two(xp, work)
-    # Near 1 nothing can overflow or vanish, and scaling would only copy. The bits agree either way.
-    return (xp, work, 0) if abs(k) <= 16 else (xp, times_power_of_two(work, -k), k)
-
-
-def frobenius(xp: Namespace, x: Array) -> float:
-    """Return ‖x‖ as a float, accumulated in float64."""
-    return math.sqrt(float_squares("norm", xp, x))
+    work = times_power_of_two(work, -k)
+    return Prepared(xp, work, k, squared_norm(xp, work))
 
 
 @dataclass(frozen=True, eq=False)
