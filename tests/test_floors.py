@@ -22,6 +22,7 @@ PACKAGES = {"flora_tensor": ROOT / "flora_tensor", "flora_torch": ROOT / "backen
 FLOORS = {
     "flora_torch.demo": 14,
     "flora_torch.digits": 14,
+    "flora_torch.digit_networks": 14,
     "flora_torch.peft": 13,
     "flora_torch.model": 12,
     "flora_torch.attachment": 12,
