@@ -273,7 +273,8 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``weights`` (name, shape, arrangement, ranks, n_parameters, scale, delta_norm, stored type), ``whole``
+        ``weights`` (name, shape, arrangement, ranks, n_parameters, scale, delta_norm, stored type, whether its output
+        channels have magnitudes), ``whole``
         (name, shape), ``n_parameters`` and the ``config``.
 
     References
@@ -294,10 +295,11 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
             "shape": list(adapter.shapes[name]),
             "arrangement": adapter.arrangements[name].pattern,
             "ranks": list(tensor.ranks),
-            "n_parameters": tensor.n_parameters,
+            "n_parameters": tensor.n_parameters + (len(adapter.magnitudes[name]) if name in adapter.magnitudes else 0),
             "scale": adapter.scales[name],
             "delta_norm": _finite(abs(adapter.scales[name]) * float(norm(tensor))),
             "dtype": adapter.dtypes.get(name, ""),
+            "magnitude": name in adapter.magnitudes,
         }
         for name, tensor in adapter.items()
     ]
@@ -338,7 +340,7 @@ def adapter_table(adapter: Adapter) -> str:
         [
             w["name"],
             "×".join(map(str, w["shape"])),
-            w["arrangement"],
+            w["arrangement"] + (" + magnitude" if w["magnitude"] else ""),
             "×".join(map(str, w["ranks"])),
             f"{w['n_parameters']:,}",
             f"{w['scale']:g}",

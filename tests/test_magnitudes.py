@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import flora_tensor as ft
 from flora_tensor.adapter_file import Adapter
 from flora_tensor.magnitudes import channel_count, channel_norms, magnitude_change, spread_over_channels
+from flora_tensor.report import adapter_table, describe_adapter
 from support import as_array, dtype_name, for_all, frobenius, to_numpy, tolerance
 
 LAYOUTS = [
@@ -130,6 +131,9 @@ def test_files_keep_magnitudes_bit_for_bit(tmp_path: Path):
     assert all(np.array_equal(back.magnitudes[name], adapter.magnitudes[name]) for name in adapter.magnitudes)
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert tensors["base_model.model.fc.tucker_update.magnitude"].shape == (5,)
+    table = adapter_table(back)
+    assert "o i + magnitude" in table
+    assert sum(row["n_parameters"] for row in describe_adapter(back)["weights"]) == back.n_parameters
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["format_version"] == "1.1"
     assert config["magnitude_pattern"] == {"up.weight": {"axis": 1, "groups": 3}, "fc.weight": {"axis": 0, "groups": 1}}

@@ -12,7 +12,16 @@ from torch._dynamo.testing import CompileCounter
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
 from flora_tensor.adapter_file import Adapter
-from flora_torch import activate, adapter_parameters, attach, attach_adapter, disabled, hotswap_adapter, save_adapter
+from flora_torch import (
+    activate,
+    adapter_parameters,
+    attach,
+    attach_adapter,
+    disabled,
+    hot_swap,
+    hotswap_adapter,
+    save_adapter,
+)
 from support import same_bits
 from test_torch_layers import close
 
@@ -194,6 +203,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'0.weight' would not be finite in torch.float16"):
             hotswap_adapter(narrow, loud)
         assert same(bits(model), before)
+
+    def test_adapters_that_are_spread_over_processes(self, monkeypatch, tmp_path):
+        model = trained(net(), ranks=2)
+        directory = save_adapter(model, tmp_path / "a")
+        monkeypatch.setattr(hot_swap, "is_sharded", lambda tensor: True)
+        with pytest.raises(ValueError, match=r"adapter of '0.weight' is spread over processes .* use load_adapter"):
+            hotswap_adapter(model, directory)
 
     def test_shapes_of_whole_tensors(self):
         model = nn.Sequential(nn.Linear(3, 3))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, mode_dot
 from flora_tensor.adapter_file import Adapter
+from flora_torch._sharding import is_sharded
 from flora_torch.in_place import refuse_merged
 from flora_torch.inventory import Whole, current_value, layers_by_weight, layers_of, updates_by_weight, whole_of
 from flora_torch.selection import Place, sites
@@ -67,6 +68,12 @@ def hotswap_adapter(
     if not present and not replaced:
         raise ValueError(f"hotswap_adapter: the model has no adapter {adapter_name!r}; attach or load one first")
     refuse_merged("hotswap_adapter", layers)
+    for name, update in present.items():
+        if any(is_sharded(p) for p in update.parameters()):
+            raise ValueError(
+                f"hotswap_adapter: the adapter of {name!r} is spread over processes (DTensor); use load_adapter, which "
+                "fills an adapter of the same form"
+            )
     adapter, table = as_adapter(source), sites(model)
     given = {table[name].name if name in table else name: name for name in adapter}
     if unknown := set(given) - set(present):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import is_quantized, own_parameter
 from flora_torch.inventory import check_known, layers_of
 from flora_torch.layers import FloraLayer
@@ -136,6 +137,7 @@ def _merge_site(
     if not first or layer is None:
         return []
     parameter = site.holders[0].parameter
+    refuse_sharded(f"merge_: {site.name!r}", site.weight)
     if own_parameter(layer.base_layer, parameter) is None or is_quantized(layer.base_layer):
         raise ValueError(
             f"merge_: {site.name!r} is computed or quantized, and nothing can be added to it where it is; use merge, "
