@@ -165,10 +165,13 @@ def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]
 def gain_to_come(gain: float, last_gain: float) -> float:
     """Estimate what all further sweeps will gain: successive gains fall by a nearly constant ratio ρ.
 
-    What is still to come is then gain · ρ/(1 − ρ). Of a first gain nothing more is known than itself.
+    What is still to come is then gain · ρ/(1 − ρ). Of a first gain, or one after none, nothing more is known than
+    itself.
     """
-    ratio = min(gain / last_gain, 0.99) if gain > 0 else 0.0
-    return gain if last_gain == math.inf else gain * ratio / (1 - ratio)
+    if not 0 < last_gain < math.inf:
+        return gain
+    ratio = min(max(gain, 0.0) / last_gain, 0.99)
+    return gain * ratio / (1 - ratio)
 
 
 def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:

@@ -89,12 +89,7 @@ class _Side:
         if old.shape[1] + new.shape[1] > most:
             kept = _coordinates(xp, self, mode, factors[mode])
             old, product = xp.matmul(old, kept), multi_mode_dot(product, [kept], modes=[mode], transpose=True)
-        overlap = xp.matmul(hermitian(xp, old), new)
-        for _ in range(2):  # once is not enough where little but rounding is left after the first
-            new = orthonormal_columns(xp, new - xp.matmul(old, overlap))
-            overlap = xp.matmul(hermitian(xp, old), new)
-            if float(xp.max(xp.abs(overlap))) <= 10 * epsilon(xp, x.dtype):
-                break
+        new = _complement(xp, old, new)
         added = multi_mode_dot(x, [new], modes=[mode], transpose=True)
         return _Side({mode: xp.concat([old, new], axis=1)}, xp.concat([product, added], axis=mode))
 
@@ -188,6 +183,17 @@ def _inner(
         ]
         start = Truncation(multi_mode_dot(core, inner, transpose=True), inner, [], "leading")
     return hooi_of(xp, core, start, MOST_SWEEPS, ENOUGH, squares)[0]
+
+
+def _complement(xp: Namespace, old: Array, new: Array) -> Array:
+    """Return as many orthonormal columns as ``new`` has, orthogonal to ``old``, that with it span what ``new`` does."""
+    for _ in range(2):
+        new = orthonormal_columns(xp, new - xp.matmul(old, xp.matmul(hermitian(xp, old), new)))
+        if float(xp.max(xp.abs(xp.matmul(hermitian(xp, old), new)))) <= 10 * epsilon(xp, new.dtype):
+            return new
+    # Where nothing but rounding is left of a direction, projecting it again leaves rounding again. Householder
+    # reflections complete a basis whatever they are given.
+    return orthonormal_columns(xp, xp.concat([old, new], axis=1))[:, old.shape[1] :]
 
 
 def _coordinates(xp: Namespace, side: _Side, mode: int, factor: Array) -> Array:

@@ -1080,3 +1080,26 @@ def test_every_library_sketches_alike(name):
     theirs = ft.tucker(x, ranks, method="randomized", rng=0)
     assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-6)
     assert distance(ours.tucker.to_tensor(), theirs.tucker.to_tensor()) <= 1e-4 * frobenius(x)
+
+
+@pytest.mark.parametrize("shape", [(1500, 1400), (2000, 300), (400, 300, 3), (60, 50, 40)])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_sketches_of_what_has_hardly_any_rank_are_exact(shape, dtype):
+    """A corner of four rows, a single entry, ones and zeros: bases have more room than there are directions."""
+    corner, single = np.zeros(shape, dtype), np.zeros(shape, dtype)
+    corner[:4, :4] = np.arange(1.0, 5).reshape(4, *[1] * (len(shape) - 1))  # of rank one
+    single[(0,) * len(shape)] = 1.5
+    ranks = (2,) * len(shape)
+    for x in (corner, single, np.ones(shape, dtype), np.zeros(shape, dtype)):
+        fit = ft.tucker(x, ranks, method="randomized")
+        assert fit.method.startswith("randomized")
+        assert_orthonormal(fit.tucker)
+        assert Truth.of(x).error(fit.tucker) <= tolerance(dtype, sum(shape))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_tensors_in_the_processors_memory_give_the_bits_of_numpy(name):
+    for shape, ranks in LARGE:
+        x = noisy(shape, ranks, "float32", 0.1)
+        ours, theirs = ft.tucker(as_array(support.namespace(name), x), ranks).tucker, ft.tucker(x, ranks).tucker
+        assert all(same_bits(a, b) for a, b in zip((ours.core, *ours.factors), (theirs.core, *theirs.factors)))
