@@ -255,12 +255,14 @@ def test_a_signal_ends_a_run_that_can_be_continued(number: int, code: int, tmp_p
     x = np.random.default_rng(0).standard_normal((600, 600)).astype(np.float32)
     base = save(tmp_path / "b.safetensors", {f"w{k}": x for k in range(30)})
     tuned = save(tmp_path / "t.safetensors", {f"w{k}": x * (k + 2) for k in range(30)})
-    command = [sys.executable, "-m", "flora_tensor", "extract", str(base), str(tuned), "-o", str(tmp_path / "out")]
-    data = tmp_path / "out.partial" / "results.bin"
     # What runs in the background of a shell script ignores Ctrl-C, and so would its children.
-    options: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as process:
+    start = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('flora_tensor', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", start, "extract", str(base), str(tuned), "-o", str(tmp_path / "out")]
+    data = tmp_path / "out.partial" / "results.bin"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 60
         while not (data.exists() and data.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
