@@ -266,7 +266,7 @@ def choose(
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
     """Spread the budget over the weights.
 
-    Return what no other choice could beat, and what other budgets would buy.
+    Return what no other choice of truncated HOSVDs could beat, and what other budgets would buy.
     """
     if settings.ranks is not None or not weights:
         return None, ()

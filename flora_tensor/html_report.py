@@ -182,7 +182,7 @@ def _totals(report: ExtractionReport) -> list[tuple[str, str]]:
     if report.weighted_error is not None:
         facts.append(("error of the outputs", f"{report.weighted_error:.4g}"))
     if report.lower_bound is not None:
-        facts.append(("no choice could beat", f"{report.lower_bound:,.4g}"))
+        facts.append(("bound for truncated HOSVDs", f"{report.lower_bound:,.4g}"))
     facts += [("decomposed", f"{report.count('tucker'):,}"), ("stored whole", f"{report.count('whole'):,}")]
     return [*facts, ("left out", f"{report.count('left out'):,}")]
 

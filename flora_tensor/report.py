@@ -104,8 +104,9 @@ class ExtractionReport:
     relative_error : float
         √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights; not a number in a dry run with a calibration.
     lower_bound : float or None
-        What no other choice of ranks could beat: an error for a budget, a number of parameters for a tolerance;
-        ``None`` where the ranks were given. With a calibration it bounds the weighted error.
+        What no other choice of ranks could beat by truncated HOSVDs: an error for a budget, a number of parameters for
+        a tolerance; ``None`` where the ranks were given. The sweeps that follow may end below an error. With a
+        calibration it bounds the weighted error.
     options : mapping of str to Any
         The options of the run.
     dry_run : bool
