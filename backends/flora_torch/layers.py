@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
 from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
-from flora_torch.chain import run_chain
+from flora_torch.chain import Chain
 from flora_torch.cost import Work, conv_work, linear_work
 from flora_torch.flora_layer import FROZEN, FloraLayer, check_adapter_name, freeze, thaw
 from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
 from flora_torch.geometry import ConvGeometry
 from flora_torch.initialize import Ranks
-from flora_torch.plans import Sides, conv_chain, embedding_chain, linear_chain
+from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
@@ -110,20 +110,8 @@ class FloraLinear(WeightLayer):
         return (second, first) if self._transposed else (first, second)
 
     @override
-    def _product(
-        self,
-        update: TuckerUpdate,
-        x: Tensor,
-        parameters: Factors,
-        weight: float,
-        out: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        core, *factors = parameters
-        assert core is not None
-        chain = linear_chain(shapes_of(core, factors), self._sides(update))
-        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
+    def _chain(self, update: TuckerUpdate, shapes: Shapes) -> Chain:
+        return linear_chain(shapes, self._sides(update))
 
     @override
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
@@ -404,20 +392,8 @@ class FloraEmbedding(WeightLayer):
         return self._look_up(x, update.delta(drop=self.training))
 
     @override
-    def _product(
-        self,
-        update: TuckerUpdate,
-        x: Tensor,
-        parameters: Factors,
-        weight: float,
-        out: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        core, *factors = parameters
-        assert core is not None
-        chain = embedding_chain(shapes_of(core, factors), self.base_layer.padding_idx)  # type: ignore[arg-type]
-        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
+    def _chain(self, update: TuckerUpdate, shapes: Shapes) -> Chain:
+        return embedding_chain(shapes, self.base_layer.padding_idx)  # type: ignore[arg-type]
 
     @override
     def _rescaled(self, update: TuckerUpdate, base: Tensor, input: Tensor, change: Tensor) -> Tensor:

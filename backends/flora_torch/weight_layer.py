@@ -18,11 +18,12 @@ from typing_extensions import override
 
 from flora_torch._sharding import is_sharded, refuse_part
 from flora_torch.base_weight import call_with, dense_value, is_quantized
-from flora_torch.chain import Memory
+from flora_torch.chain import Chain, Memory, run_chain
 from flora_torch.cost import Work, forming_work, prefers_dense
 from flora_torch.flora_layer import FloraLayer
-from flora_torch.functional import Factors, Path
+from flora_torch.functional import Factors, Path, shapes_of
 from flora_torch.initialize import Ranks
+from flora_torch.plans import Shapes
 from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate
@@ -300,6 +301,14 @@ class WeightLayer(FloraLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Return weight · T·x without forming T, added to ``out`` if that is given, with T's core and factors."""
+        del args, kwargs  # of those that a call may have, only a convolution's change the product
+        core, *factors = parameters
+        assert core is not None
+        chain = self._chain(update, shapes_of(core, factors))
+        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
+
+    def _chain(self, update: TuckerUpdate, shapes: Shapes) -> Chain:
+        """Return the steps of the product for a core and factors of these shapes."""
         raise NotImplementedError
 
     def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
