@@ -7,6 +7,7 @@ from flora_tensor._checks import feasible_ranks
 from flora_tensor._errors import InputError, ResourceError
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
+from flora_tensor.adapter import Adapter
 from flora_tensor.adapter_algebra import (
     AdapterFit,
     AdapterRow,
@@ -15,7 +16,7 @@ from flora_tensor.adapter_algebra import (
     scale_adapter,
     subtract_adapters,
 )
-from flora_tensor.adapter_file import Adapter, load_adapter, save_adapter
+from flora_tensor.adapter_file import load_adapter, save_adapter
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
 from flora_tensor.arrangement import Arrangement

@@ -19,6 +19,12 @@ def as_int(where: str, name: str, value: Any) -> int:
         raise TypeError(f"{where}: {name} is {value!r}; pass an integer") from None
 
 
+def some_names(names: Sequence[str]) -> str:
+    """Return the first three names of a list, quoted, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + rest
+
+
 def check_mode(where: str, mode: Any, ndim: int) -> int:
     """Return ``mode`` as a number from 0 to ``ndim - 1``; negative modes count from the end."""
     mode = as_int(where, "mode", mode)

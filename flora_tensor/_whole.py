@@ -13,7 +13,7 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import dtype_code
 from flora_tensor._warnings import FloraWarning
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_tensor.checkpoint import open_checkpoint
 
 __all__ = ["BaseLike", "WholeTensors", "widest_code"]

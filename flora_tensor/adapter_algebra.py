@@ -21,7 +21,8 @@ from flora_tensor._safetensors import FLOATS, dtype_code, round_to
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 from flora_tensor._whole import BaseLike, WholeTensors, widest_code
-from flora_tensor.adapter_file import Adapter, as_adapter, check_scale, fitting_core
+from flora_tensor.adapter import Adapter, check_scale
+from flora_tensor.adapter_file import as_adapter, fitting_core
 from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.allocation import allocate_ranks
 from flora_tensor.arrangement import Arrangement

@@ -1,43 +1,29 @@
-"""Checkpoints on disk, one tensor at a time: safetensors files, sharded or not, read strictly and written whole.
+"""Checkpoints on disk, one tensor at a time: safetensors files, sharded or not, read strictly.
 
-Nothing is mapped into memory and no model is ever held: `Checkpoint.read` reads one tensor by position, and
-`CheckpointWriter` writes one. Pickle files (``.bin``, ``.pt``) are refused unless the caller allows them.
+Nothing is mapped into memory and no model is ever held: `Checkpoint.read` reads one tensor by position. Pickle files
+(``.bin``, ``.pt``) are refused unless the caller allows them. `flora_tensor.checkpoint_writer` writes.
 """
 
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeAlias
 
 import numpy as np
 
+from flora_tensor._checks import some_names
 from flora_tensor._errors import InputError
-from flora_tensor._files import read_json, staged_directory, staged_file, write_file
-from flora_tensor._safetensors import (
-    BITS,
-    FLOATS,
-    READABLE,
-    SafetensorsWriter,
-    TensorInfo,
-    decode,
-    read_header,
-    read_into,
-    read_span,
-)
+from flora_tensor._files import read_json
+from flora_tensor._safetensors import FLOATS, READABLE, TensorInfo, decode, read_span
+from flora_tensor._stored_files import PICKLE_SUFFIXES, SafetensorsFile, StoredFile, open_stored_file
 
-__all__ = ["Checkpoint", "CheckpointWriter", "TensorInfo", "open_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What overwriting a checkpoint directory may remove: nothing that `CheckpointWriter` does not write.
-OWNED_NAMES = ("*.safetensors", "*.safetensors.index.json", "merge_report.json")
-Layout = Mapping[str, Sequence[TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +51,13 @@ class Checkpoint:
     """
 
     path: Path
-    files: "tuple[_File, ...]"
+    files: "tuple[StoredFile, ...]"
     aliases: Mapping[str, str]
-    _home: "Mapping[str, _File]" = field(repr=False)
+    _home: Mapping[str, StoredFile] = field(repr=False)
     _original: "Checkpoint | None" = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, path: Path, files: "Sequence[_File]") -> "Checkpoint":
+    def of(cls, path: Path, files: Sequence[StoredFile]) -> "Checkpoint":
         """Put files together.
 
         Parameters
@@ -91,7 +77,7 @@ class Checkpoint:
         InputError
             If two files hold a tensor of the same name.
         """
-        home: dict[str, _File] = {}
+        home: dict[str, StoredFile] = {}
         for file in files:
             for name in file.tensors:
                 if name in home:
@@ -300,7 +286,7 @@ class Checkpoint:
                 digest.update(piece.data)
         return digest.hexdigest()
 
-    def _file(self, name: str) -> "_File":
+    def _file(self, name: str) -> StoredFile:
         try:
             return self._home[name]
         except KeyError:
@@ -313,8 +299,8 @@ def _cropped(info: TensorInfo, rows: int | None) -> TensorInfo:
     return replace(info, shape=(rows, *info.shape[1:]), stop=info.start + info.n_bytes // info.shape[0] * rows)
 
 
-def _sampled(file: "_File", info: TensorInfo) -> Iterator[np.ndarray]:
-    if not isinstance(file, _SafetensorsFile):
+def _sampled(file: StoredFile, info: TensorInfo) -> Iterator[np.ndarray]:
+    if not isinstance(file, SafetensorsFile):
         data = file.raw(info.name)
         yield from (data[at : at + 64] for at in _sample_points(info.n_bytes))
         return
@@ -326,155 +312,6 @@ def _sampled(file: "_File", info: TensorInfo) -> Iterator[np.ndarray]:
 def _sample_points(n_bytes: int) -> list[int]:
     last = max(0, n_bytes - 64)
     return sorted({0, last // 3, 2 * last // 3, last}) if n_bytes else []
-
-
-@dataclass(frozen=True)
-class _SafetensorsFile:
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    identity: tuple[int, ...]
-
-    @classmethod
-    def open(cls, path: Path) -> "_SafetensorsFile":
-        fd = _open_regular(path)
-        try:
-            header = read_header(fd, path)
-            return cls(path, header.tensors, header.metadata, _identity(os.fstat(fd)))
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def opened(self) -> Generator[int]:
-        """Open the file for one read, and prove that it is the one whose header was checked."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            if _identity(os.fstat(fd)) != self.identity:
-                raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
-            yield fd
-        finally:
-            os.close(fd)
-
-    def raw(self, name: str) -> np.ndarray:
-        info = self.tensors[name]
-        with self.opened() as fd:
-            return read_span(fd, info.start, info.n_bytes, self.path)
-
-    @contextmanager
-    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
-        info = self.tensors[name]
-        with self.opened() as fd:
-            yield lambda start, buffer: read_into(fd, info.start + start, buffer, self.path)
-
-    def prefetch(self, name: str) -> None:
-        info, advise = self.tensors[name], getattr(os, "posix_fadvise", None)
-        if advise is not None:
-            with suppress(OSError), self.opened() as fd:
-                advise(fd, info.start, info.n_bytes, os.POSIX_FADV_WILLNEED)
-
-    def check_unchanged(self) -> None:
-        with self.opened():
-            pass
-
-
-def _open_regular(path: Path) -> int:
-    # Without O_NONBLOCK a named pipe would block for ever.
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise InputError(f"{path}: not a regular file")
-    return fd
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-
-
-@dataclass(frozen=True)
-class _PickleFile:
-    """A file of ``torch.save``, restricted to tensors by ``weights_only=True``, which never runs code from the file."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    values: Mapping[str, Any]
-    identity: tuple[int, ...]
-
-    @classmethod
-    def open(cls, path: Path) -> "_PickleFile":
-        try:
-            import torch
-        except ImportError:
-            raise ImportError(
-                f"{path}: reading a pickle file needs PyTorch; pip install 'flora-tensor[torch]'"
-            ) from None
-        os.close(_open_regular(path))
-        identity = _identity(path.stat())
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except OSError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{path}: cannot be read with weights_only=True: {reason[0][:200]}") from None
-        if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
-            values = values["state_dict"]
-        if not isinstance(values, Mapping) or not all(
-            isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in values.items()
-        ):
-            raise InputError(f"{path}: not a table of tensors by name; save the model's state_dict()")
-        return cls(path, {n: _torch_info(path, n, v) for n, v in values.items()}, {}, dict(values), identity)
-
-    def raw(self, name: str) -> np.ndarray:
-        import torch
-
-        tensor = self.values[name].detach().contiguous().reshape(-1)
-        data = tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-        return data[: self.tensors[name].n_bytes]
-
-    @contextmanager
-    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
-        data = self.raw(name)
-
-        def read(start: int, buffer: np.ndarray) -> None:
-            buffer[...] = data[start : start + buffer.nbytes]
-
-        yield read
-
-    def prefetch(self, name: str) -> None:
-        """Do nothing: the file is mapped by torch."""
-
-    def check_unchanged(self) -> None:
-        if _identity(self.path.stat()) != self.identity:
-            raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
-
-
-_TORCH_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
-
-
-def _torch_info(path: Path, name: str, tensor: Any) -> TensorInfo:
-    code = _TORCH_CODES.get(str(tensor.dtype).rsplit(".", maxsplit=1)[-1])
-    if code is None or tensor.is_sparse or tensor.is_quantized:
-        raise InputError(f"{path}: tensor {name!r} is of a type that safetensors does not have ({tensor.dtype})")
-    n_bytes = tensor.numel() * BITS[code] // 8
-    return TensorInfo(name, code, tuple(tensor.shape), 0, n_bytes)
-
-
-_File: TypeAlias = _SafetensorsFile | _PickleFile
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
@@ -510,8 +347,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
     --------
     >>> import tempfile, pathlib, numpy as np
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
-    >>> with write_checkpoint(path, {"": [TensorInfo("w", "F32", (2,), 0, 8)]}) as writer:
-    ...     writer.write("w", np.array([1, 2], np.float32).view(np.uint8))
+    >>> from safetensors.numpy import save_file
+    >>> save_file({"w": np.array([1, 2], np.float32)}, path)
     >>> open_checkpoint(path).read("w")
     array([1., 2.], dtype=float32)
     """
@@ -521,7 +358,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
         raise FileNotFoundError(f"{file}: no such file; pass a safetensors file, its index, or a model's directory")
     if file.name.endswith(".json"):
         return Checkpoint.of(given, _open_shards(file, allow_pickle))
-    return Checkpoint.of(given, [_open_file(file, allow_pickle)])
+    return Checkpoint.of(given, [open_stored_file(file, allow_pickle)])
 
 
 def _find(directory: Path) -> Path:
@@ -543,18 +380,7 @@ def _find(directory: Path) -> Path:
     raise InputError(f"{directory}: holds no {SINGLE_NAME} and no {INDEX_NAME}; pass a model's directory or file")
 
 
-def _open_file(path: Path, allow_pickle: bool) -> _File:
-    if path.suffix.lower() not in PICKLE_SUFFIXES:
-        return _SafetensorsFile.open(path)
-    if not allow_pickle:
-        raise InputError(
-            f"{path}: a pickle file, which can run code when it is read; convert it to safetensors, or pass "
-            "allow_pickle=True (--allow-pickle) to read it with weights_only=True"
-        )
-    return _PickleFile.open(path)
-
-
-def _open_shards(index: Path, allow_pickle: bool) -> list[_File]:
+def _open_shards(index: Path, allow_pickle: bool) -> list[StoredFile]:
     """Open the shards that an index names, and hold both to what the other says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
@@ -562,20 +388,15 @@ def _open_shards(index: Path, allow_pickle: bool) -> list[_File]:
     promised: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         promised.setdefault(shard, []).append(name)
-    files: list[_File] = []
+    files: list[StoredFile] = []
     for shard, names in promised.items():
-        file = _open_file(_shard_path(index, shard), allow_pickle)
+        file = open_stored_file(_shard_path(index, shard), allow_pickle)
         if absent := [name for name in names if name not in file.tensors]:
-            raise InputError(f"{index}: {shard} lacks {_some(absent)}, which the index promises")
+            raise InputError(f"{index}: {shard} lacks {some_names(absent)}, which the index promises")
         if extra := sorted(set(file.tensors) - set(names)):
-            raise InputError(f"{index}: {shard} holds {_some(extra)}, which the index does not know")
+            raise InputError(f"{index}: {shard} holds {some_names(extra)}, which the index does not know")
         files.append(file)
     return files
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name) for name in names[:3]) + rest
 
 
 def _shard_path(index: Path, shard: str) -> Path:
@@ -600,222 +421,6 @@ def _shard_path(index: Path, shard: str) -> Path:
     if not real.exists():
         raise InputError(f"{index}: the shard {shard!r} does not exist; download the model again")
     return path
-
-
-def plan_shards(
-    tensors: Iterable[TensorInfo], *, like: Checkpoint | None, max_shard_size: int | None
-) -> dict[str, list[TensorInfo]]:
-    """Spread tensors over files: into as many as ``like`` has, or by size; one file is called `model.safetensors`.
-
-    Parameters
-    ----------
-    tensors : iterable of TensorInfo
-        The tensors, in the order to write.
-    like : Checkpoint, optional
-        A checkpoint whose shards, and their names, are kept where no size is given.
-    max_shard_size : int, optional
-        The most bytes of data in a file; a larger tensor has a file of its own.
-
-    Returns
-    -------
-    dict of str to list of TensorInfo
-        The tensors of each file.
-
-    Raises
-    ------
-    ValueError
-        If ``max_shard_size`` is below 1.
-
-    References
-    ----------
-    The file names are those of Hugging Face transformers.
-
-    Examples
-    --------
-    >>> a, b = TensorInfo("a", "F32", (2,), 0, 8), TensorInfo("b", "F32", (2,), 0, 8)
-    >>> list(plan_shards([a, b], like=None, max_shard_size=8))
-    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
-    """
-    infos = list(tensors)
-    if max_shard_size is None:
-        if like is None or len(like.files) < 2:
-            return {SINGLE_NAME: infos}
-        groups: dict[str, list[TensorInfo]] = {}
-        for info in infos:
-            groups.setdefault(str(like.shard_of(info.name)), []).append(info)
-        names = [Path(path).name for path in groups]
-        if len(set(names)) == len(names) and all(name.endswith(".safetensors") for name in names):
-            return dict(zip(names, groups.values()))
-        return _numbered(list(groups.values()))
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size is {max_shard_size}; pass at least 1 byte")
-    shards: list[list[TensorInfo]] = [[]]
-    size = 0
-    for info in infos:
-        if shards[-1] and size + info.n_bytes > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.n_bytes
-    return _numbered(shards)
-
-
-def _numbered(shards: list[list[TensorInfo]]) -> dict[str, list[TensorInfo]]:
-    if len(shards) == 1:
-        return {SINGLE_NAME: shards[0]}
-    return {f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards)}
-
-
-class CheckpointWriter:
-    """Write a checkpoint tensor by tensor, in any order; made by `write_checkpoint`.
-
-    A shard is flushed, read back and compared as soon as its last tensor is written, so that few files are open at
-    once.
-
-    Parameters
-    ----------
-    paths : mapping of str to Path
-        Where each file of the layout is written.
-    layout : mapping of str to sequence of TensorInfo
-        The tensors of each file.
-    metadata : mapping of str to str
-        Text to store in each file.
-
-    References
-    ----------
-    The safetensors format, https://github.com/huggingface/safetensors, section "Format".
-    """
-
-    def __init__(self, paths: Mapping[str, Path], layout: Layout, metadata: Mapping[str, str]) -> None:
-        self._paths, self._layout, self._metadata = paths, layout, metadata
-        self._home = {info.name: file for file, infos in layout.items() for info in infos}
-        self._waiting = {file: {info.name for info in infos} for file, infos in layout.items()}
-        self._open: dict[str, SafetensorsWriter] = {}
-
-    def write(self, name: str, data: np.ndarray) -> None:
-        """Write the bytes of one tensor, uint8 and contiguous, of the type that the layout gives it.
-
-        Parameters
-        ----------
-        name : str
-            The tensor, one of the layout's.
-        data : numpy array of uint8, shape (n_bytes,)
-            Its bytes.
-
-        Raises
-        ------
-        KeyError
-            If the layout has no such tensor.
-        ValueError
-            If the bytes are too many, too few, or written a second time.
-        """
-        file = self._home[name]
-        if name not in self._waiting[file]:
-            raise ValueError(f"CheckpointWriter: {name!r} was written before; write each tensor once")
-        self._writer(file).write(name, data)
-        self._waiting[file].discard(name)
-        if not self._waiting[file]:
-            self._open.pop(file).finish()
-
-    def finish(self) -> None:
-        """Complete files that hold no tensor, and refuse a checkpoint that lacks one."""
-        for file, names in self._waiting.items():
-            if names:
-                raise ValueError(f"CheckpointWriter: {_some(sorted(names))} not written")
-            if not self._layout[file]:
-                self._writer(file).finish()
-
-    def close(self) -> None:
-        """Close what is open; what is incomplete stays incomplete."""
-        for writer in self._open.values():
-            writer.close()
-
-    def _writer(self, file: str) -> SafetensorsWriter:
-        if file not in self._open:
-            layout = [(info.name, info.dtype, info.shape) for info in self._layout[file]]
-            self._open[file] = SafetensorsWriter(self._paths[file], layout, self._metadata)
-        return self._open[file]
-
-
-@contextmanager
-def write_checkpoint(
-    out: str | os.PathLike[str], layout: Layout, *, metadata: Mapping[str, str] | None = None, overwrite: bool = False
-) -> Generator[CheckpointWriter]:
-    """Open a checkpoint for writing; it appears when the block ends, and not at all if the block fails.
-
-    Parameters
-    ----------
-    out : path
-        A file, where the name ends in ``.safetensors`` (then the layout must have one entry, whose name is not
-        used), otherwise a directory. The directory gets an index where the layout has several files.
-    layout : mapping of str to sequence of TensorInfo
-        The tensors of each file; `plan_shards` makes one. Only names, types and shapes matter.
-    metadata : mapping of str to str, optional
-        Text to store in each file.
-    overwrite : bool, default False
-        Whether an existing file, or a directory that holds nothing but a checkpoint, is replaced.
-
-    Yields
-    ------
-    CheckpointWriter
-        To write every tensor to, once.
-
-    Raises
-    ------
-    ValueError
-        If a tensor was not written, or a layout of several files is to go into one file.
-    FileExistsError
-        If the output exists and may not be replaced.
-    OSError
-        If the disk is full or cannot be written to.
-
-    References
-    ----------
-    The safetensors format, https://github.com/huggingface/safetensors, section "Format".
-
-    Examples
-    --------
-    >>> import tempfile, pathlib, numpy as np
-    >>> out = pathlib.Path(tempfile.mkdtemp()) / "model"
-    >>> with write_checkpoint(out, {"model.safetensors": [TensorInfo("w", "F32", (2,), 0, 8)]}) as writer:
-    ...     writer.write("w", np.zeros(8, np.uint8))
-    >>> open_checkpoint(out).names()
-    ('w',)
-    """
-    target = Path(out)
-    if target.suffix == ".safetensors":
-        if len(layout) != 1:
-            raise ValueError(f"write_checkpoint: {len(layout)} shards for the file {target}; pass a directory")
-        with (
-            staged_file("write_checkpoint", target, overwrite=overwrite) as stage,
-            _finished(dict.fromkeys(layout, stage), layout, metadata) as writer,
-        ):
-            yield writer
-        return
-    with staged_directory("write_checkpoint", target, overwrite=overwrite, owned=OWNED_NAMES) as stage:
-        with _finished({file: stage / file for file in layout}, layout, metadata) as writer:
-            yield writer
-        if len(layout) > 1:
-            write_file(stage / INDEX_NAME, _index(layout))
-
-
-@contextmanager
-def _finished(
-    paths: Mapping[str, Path], layout: Layout, metadata: Mapping[str, str] | None
-) -> Generator[CheckpointWriter]:
-    writer = CheckpointWriter(paths, layout, metadata or {})
-    try:
-        yield writer
-        writer.finish()
-    finally:
-        writer.close()
-
-
-def _index(layout: Layout) -> bytes:
-    total = sum(info.n_bytes for infos in layout.values() for info in infos)
-    weight_map = {info.name: file for file, infos in layout.items() for info in infos}
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_float(info: TensorInfo) -> bool:

@@ -19,7 +19,8 @@ from flora_tensor._files import read_json, staged_directory, staged_file, write_
 from flora_tensor._lora_parts import Converted, LowRank, from_official, from_parts, low_rank_of
 from flora_tensor._safetensors import FLOATS, SafetensorsWriter, dtype_code
 from flora_tensor._whole import widest_code
-from flora_tensor.adapter_file import Adapter, as_adapter, encode_finite, fitting_core
+from flora_tensor.adapter import Adapter
+from flora_tensor.adapter_file import as_adapter, encode_finite, fitting_core
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import open_checkpoint
 from flora_tensor.tucker_tensor import TuckerTensor

@@ -12,6 +12,7 @@ from warnings import warn
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
@@ -19,8 +20,10 @@ from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
-from flora_tensor.adapter_file import Adapter, as_adapter
-from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint, plan_shards, write_checkpoint
+from flora_tensor.adapter import Adapter
+from flora_tensor.adapter_file import as_adapter
+from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint
+from flora_tensor.checkpoint_writer import plan_shards, write_checkpoint
 from flora_tensor.report import format_table
 from flora_tensor.tucker_tensor import TuckerTensor
 
@@ -178,10 +181,8 @@ def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[i
     names = [*adapter, *(name for name in adapter.whole if name not in new)]
     stored = set(base.names())
     if missing := [name for name in names if name not in stored]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        listed = ", ".join(repr(name) for name in missing[:3])
         raise InputError(
-            f"merge: {base.path} lacks {listed}{more}, which the adapter changes; pass the base it was made for"
+            f"merge: {base.path} lacks {some_names(missing)}, which the adapter changes; pass the base it was made for"
         )
     for name in names:
         info = base.info(name)

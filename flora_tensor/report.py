@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flora_tensor._version import __version__
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_tensor.tucker_tensor import norm
 
 __all__ = ["ExtractionReport", "TensorRow", "adapter_table", "describe_adapter", "format_table"]

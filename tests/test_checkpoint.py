@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import bits, load, run, save, save_sharded
-from flora_tensor.checkpoint import TensorInfo, plan_shards, write_checkpoint
+from flora_tensor.checkpoint import TensorInfo
+from flora_tensor.checkpoint_writer import plan_shards, write_checkpoint
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -67,6 +67,8 @@ FLOORS = {
     "flora_tensor.html_report": 4,
     "flora_tensor.plots": 4,
     "flora_tensor.checkpoint": 3,
+    "flora_tensor.checkpoint_writer": 3,
+    "flora_tensor.adapter": 3,
     "flora_tensor.adapter_file": 3,
     "flora_tensor.moments": 3,
     "flora_tensor.interop": 3,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import flora_tensor as ft
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_tensor.magnitudes import channel_count, channel_norms, magnitude_change, spread_over_channels
 from flora_tensor.report import adapter_table, describe_adapter
 from support import as_array, dtype_name, for_all, frobenius, to_numpy, tolerance

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import bits, load, save, save_sharded
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 
 
 def rank_one(shape: tuple[int, ...], value: float = 1.0, dtype: Any = np.float32) -> ft.TuckerTensor:

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch import (
     activate,
     adapter_parameters,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from flora_tensor import TuckerTensor
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch import (
     FloraLinear,
     FloraParameter,

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import flora_tensor
 from flora_tensor import Arrangement, TuckerTensor
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch import (
     FloraConv,
     FloraEmbedding,

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch import activate, adapter_parameters, adapters_for_rows, attach, attach_adapter, disabled
 from test_torch_layers import ScaledLinear, close
 

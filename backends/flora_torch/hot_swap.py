@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, mode_dot
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch._sharding import is_sharded
 from flora_torch.in_place import refuse_merged
 from flora_torch.inventory import Whole, current_value, layers_by_weight, layers_of, updates_by_weight, whole_of

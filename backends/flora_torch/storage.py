@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
-from flora_tensor.adapter_file import Adapter
+from flora_tensor.adapter import Adapter
 from flora_torch._sharding import assign_, gathered, is_first_process, is_sharded
 from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
 from flora_torch.base_weight import adaptable

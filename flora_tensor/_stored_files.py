@@ -1,0 +1,184 @@
+"""One file of a checkpoint, opened and checked: safetensors, or `torch.save`'s where the caller allows it.
+
+Both kinds hand out a tensor's bytes by name, and prove at every read that the file is still the one that was checked.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from flora_tensor._errors import InputError
+from flora_tensor._safetensors import BITS, TensorInfo, read_header, read_into, read_span
+
+__all__ = ["PICKLE_SUFFIXES", "PickleFile", "SafetensorsFile", "StoredFile", "open_stored_file"]
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A safetensors file whose header was checked; every read opens it anew, so that no descriptor is kept."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    identity: tuple[int, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> "SafetensorsFile":
+        fd = _open_regular(path)
+        try:
+            header = read_header(fd, path)
+            return cls(path, header.tensors, header.metadata, _identity(os.fstat(fd)))
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def opened(self) -> Generator[int]:
+        """Open the file for one read, and prove that it is the one whose header was checked."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            if _identity(os.fstat(fd)) != self.identity:
+                raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def raw(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        with self.opened() as fd:
+            return read_span(fd, info.start, info.n_bytes, self.path)
+
+    @contextmanager
+    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
+        info = self.tensors[name]
+        with self.opened() as fd:
+            yield lambda start, buffer: read_into(fd, info.start + start, buffer, self.path)
+
+    def prefetch(self, name: str) -> None:
+        info, advise = self.tensors[name], getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError), self.opened() as fd:
+                advise(fd, info.start, info.n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        with self.opened():
+            pass
+
+
+def _open_regular(path: Path) -> int:
+    # Without O_NONBLOCK a named pipe would block for ever.
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InputError(f"{path}: not a regular file")
+    return fd
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
+
+@dataclass(frozen=True)
+class PickleFile:
+    """A file of ``torch.save``, restricted to tensors by ``weights_only=True``, which never runs code from the file."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    values: Mapping[str, Any]
+    identity: tuple[int, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> "PickleFile":
+        try:
+            import torch
+        except ImportError:
+            raise ImportError(
+                f"{path}: reading a pickle file needs PyTorch; pip install 'flora-tensor[torch]'"
+            ) from None
+        os.close(_open_regular(path))
+        identity = _identity(path.stat())
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{path}: cannot be read with weights_only=True: {reason[0][:200]}") from None
+        if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
+            values = values["state_dict"]
+        if not isinstance(values, Mapping) or not all(
+            isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in values.items()
+        ):
+            raise InputError(f"{path}: not a table of tensors by name; save the model's state_dict()")
+        return cls(path, {n: _torch_info(path, n, v) for n, v in values.items()}, {}, dict(values), identity)
+
+    def raw(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self.values[name].detach().contiguous().reshape(-1)
+        data = tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+        return data[: self.tensors[name].n_bytes]
+
+    @contextmanager
+    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
+        data = self.raw(name)
+
+        def read(start: int, buffer: np.ndarray) -> None:
+            buffer[...] = data[start : start + buffer.nbytes]
+
+        yield read
+
+    def prefetch(self, name: str) -> None:
+        """Do nothing: the file is mapped by torch."""
+
+    def check_unchanged(self) -> None:
+        if _identity(self.path.stat()) != self.identity:
+            raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
+
+
+_TORCH_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+def _torch_info(path: Path, name: str, tensor: Any) -> TensorInfo:
+    code = _TORCH_CODES.get(str(tensor.dtype).rsplit(".", maxsplit=1)[-1])
+    if code is None or tensor.is_sparse or tensor.is_quantized:
+        raise InputError(f"{path}: tensor {name!r} is of a type that safetensors does not have ({tensor.dtype})")
+    n_bytes = tensor.numel() * BITS[code] // 8
+    return TensorInfo(name, code, tuple(tensor.shape), 0, n_bytes)
+
+
+StoredFile: TypeAlias = SafetensorsFile | PickleFile
+
+
+def open_stored_file(path: Path, allow_pickle: bool) -> StoredFile:
+    """Open a file by what its name says that it is; pickle files only where they are allowed."""
+    if path.suffix.lower() not in PICKLE_SUFFIXES:
+        return SafetensorsFile.open(path)
+    if not allow_pickle:
+        raise InputError(
+            f"{path}: a pickle file, which can run code when it is read; convert it to safetensors, or pass "
+            "allow_pickle=True (--allow-pickle) to read it with weights_only=True"
+        )
+    return PickleFile.open(path)
