@@ -55,6 +55,8 @@ from flora_tensor.tucker_tensor import (
     permute_modes,
     reconstruct,
     scale,
+    select_slice,
+    stack,
 )
 
 __all__ = [
@@ -115,7 +117,9 @@ __all__ = [
     "scale",
     "scale_adapter",
     "select_ranks",
+    "select_slice",
     "st_hosvd",
+    "stack",
     "study_ranks",
     "subtract_adapters",
     "to_lycoris",

@@ -24,11 +24,22 @@ from flora_tensor._arrays import (
     times_power_of_two,
     working_dtype,
 )
-from flora_tensor._checks import check_mode
+from flora_tensor._checks import as_int, check_mode
 from flora_tensor._typing import Array, DType, Namespace
-from flora_tensor.algebra import contract, contraction_order, multi_mode_dot
+from flora_tensor.algebra import contract, contraction_order, mode_dot, multi_mode_dot
 
-__all__ = ["TuckerTensor", "add", "inner", "norm", "orthogonalize", "permute_modes", "reconstruct", "scale"]
+__all__ = [
+    "TuckerTensor",
+    "add",
+    "inner",
+    "norm",
+    "orthogonalize",
+    "permute_modes",
+    "reconstruct",
+    "scale",
+    "select_slice",
+    "stack",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -322,16 +333,101 @@ def add(a: TuckerTensor, b: TuckerTensor) -> TuckerTensor:
            [6., 6.]])
     """
     xp = _same_shape("add", a, b)
-    shared = [u is v for u, v in zip(a.factors, b.factors)]
-    u_s = [u if s else _explicit(xp, a, k) for k, (u, s) in enumerate(zip(a.factors, shared))]
-    v_s = [v if s else _explicit(xp, b, k) for k, (v, s) in enumerate(zip(b.factors, shared))]
-    factors = [u if s else xp.concat(promote(xp, u, v), axis=1) for u, v, s in zip(u_s, v_s, shared)]
-    left, right = promote(xp, a.core, b.core)
-    for mode, is_shared in enumerate(shared):
-        if not is_shared:
-            r, s = a.ranks[mode], b.ranks[mode]
-            left, right = _pad(xp, left, mode, 0, s), _pad(xp, right, mode, r, 0)
-    return TuckerTensor(left + right, tuple(factors))
+    (left, right), factors = _beside(xp, (a, b))
+    return TuckerTensor(left + right, factors)
+
+
+def stack(tensors: Sequence[TuckerTensor], *, mode: int = 0) -> TuckerTensor:
+    """Join Tucker tensors of one shape along a new mode exactly, without forming any.
+
+    Parameters
+    ----------
+    tensors : sequence of TuckerTensor
+        L ≥ 1 tensors of one shape (I_0, …, I_{N-1}), of any ranks: the layers of a network, say.
+    mode : int
+        Where the new mode comes; negative numbers count from the end.
+
+    Returns
+    -------
+    TuckerTensor
+        The stack, of order N + 1, whose new mode has size L and is left whole. In the others the factors stand side by
+        side and the ranks add up, except where all tensors share a factor (the same object, or ``None``). Use
+        `round_tucker` to find the subspaces that the tensors have in common; `select_slice` takes one out again.
+
+    Raises
+    ------
+    ValueError
+        If there are no tensors, their shapes differ, or there is no such mode.
+
+    References
+    ----------
+    Lee and Cichocki, *Fundamental tensor operations for large-scale data analysis* (2018), section 3: concatenation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.ones((2, 1)), np.ones((5, 1))])
+    >>> stack([t, scale(t, 2.0), t])
+    TuckerTensor(shape=(3, 2, 5), ranks=(3, 1, 1), n_parameters=10, whole_modes=(0,), dtype=float64)
+    """
+    tensors = tuple(tensors)
+    if not tensors:
+        raise ValueError("stack: got no tensors; pass at least one")
+    place = check_mode("stack", mode, tensors[0].ndim + 1)
+    xp = _same_shape("stack", *tensors)
+    cores, factors = _beside(xp, tensors)
+    return TuckerTensor(xp.stack(cores, axis=place), (*factors[:place], None, *factors[place:]))
+
+
+def select_slice(a: TuckerTensor, mode: int, index: int) -> TuckerTensor:
+    """Take one slice of a Tucker tensor, as indexing takes one of a dense tensor, without forming it.
+
+    Parameters
+    ----------
+    a : TuckerTensor
+        A tensor of shape (I_0, …, I_{N-1}), N ≥ 2.
+    mode : int
+        The mode to index; negative numbers count from the end.
+    index : int
+        Which slice, from 0 to I_mode - 1; negative numbers count from the end.
+
+    Returns
+    -------
+    TuckerTensor
+        The slice, of order N - 1: the core is contracted with one row of the mode's factor, the other factors are
+        shared with ``a``. Of a joint decomposition of a stack of layers this is one layer.
+
+    Raises
+    ------
+    ValueError
+        If there is no such mode or index, or ``a`` has a single mode.
+
+    References
+    ----------
+    Kolda and Bader (2009), sections 2.1 and 4: a slice is the mode product with a unit vector, which meets the factor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = TuckerTensor(np.full((1, 1), 3.0), [np.arange(4.0)[:, None], np.ones((2, 1))])
+    >>> select_slice(t, 0, 2).to_tensor()
+    array([6., 6.])
+    """
+    mode = check_mode("select_slice", mode, a.ndim)
+    if a.ndim == 1:
+        raise ValueError(
+            "select_slice: a has a single mode, whose slices are numbers; pass a tensor of two modes or more"
+        )
+    size, i = a.shape[mode], as_int("select_slice", "index", index)
+    if not -size <= i < size:
+        raise ValueError(
+            f"select_slice: index {i} of mode {mode} of size {size}; pass a number from {-size} to {size - 1}"
+        )
+    factor, i = a.factors[mode], i % size
+    here = (*(slice(None),) * mode, slice(i, i + 1), ...)
+    core = a.core[here] if factor is None else mode_dot(a.core, factor[i : i + 1, :], mode)
+    xp = array_namespace("select_slice", core)
+    return TuckerTensor(xp.squeeze(core, axis=mode), a.factors[:mode] + a.factors[mode + 1 :])
 
 
 def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
@@ -444,10 +540,27 @@ def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
     return TuckerTensor(xp.permute_dims(a.core, tuple(order)), tuple(a.factors[k] for k in order))
 
 
-def _same_shape(where: str, a: TuckerTensor, b: TuckerTensor) -> Namespace:
-    if a.shape != b.shape:
-        raise ValueError(f"{where}: shapes {a.shape} and {b.shape} differ; pass tensors of one shape")
-    return array_namespace(where, a.core, *a.factors, b.core, *b.factors)
+def _same_shape(where: str, *tensors: TuckerTensor) -> Namespace:
+    first, *others = (t.shape for t in tensors)
+    for shape in others:
+        if shape != first:
+            raise ValueError(f"{where}: shapes {first} and {shape} differ; pass tensors of one shape")
+    return array_namespace(where, *(array for t in tensors for array in (t.core, *t.factors)))
+
+
+def _beside(xp: Namespace, tensors: Sequence[TuckerTensor]) -> tuple[list[Array], tuple[Array | None, ...]]:
+    """Write tensors in common factors: side by side, except those that all share; each core in a block of its own."""
+    cores = promote(xp, *(t.core for t in tensors))
+    factors: list[Array | None] = []
+    for mode in range(tensors[0].ndim):
+        shared = tensors[0].factors[mode]
+        if all(t.factors[mode] is shared for t in tensors):
+            factors.append(shared)
+            continue
+        factors.append(xp.concat(promote(xp, *(_explicit(xp, t, mode) for t in tensors)), axis=1))
+        ranks = [t.ranks[mode] for t in tensors]
+        cores = [_pad(xp, core, mode, sum(ranks[:k]), sum(ranks[k + 1 :])) for k, core in enumerate(cores)]
+    return cores, tuple(factors)
 
 
 def _common_dtype(xp: Namespace, a: TuckerTensor) -> DType:

@@ -438,6 +438,87 @@ def test_tensors_of_two_shapes_are_refused(function, xp):
         function(example(xp), other)
 
 
+# --- slices and stacks -------------------------------------------------------------------------------
+
+
+@for_all(sample=tucker_samples(), mode=st.integers(0, 100), index=st.integers(0, 100))
+def test_a_slice_equals_the_dense_one(xp, sample, mode, index):
+    ndim = len(sample.shape)
+    if ndim == 1:
+        return
+    mode = mode % ndim
+    index = index % sample.shape[mode]
+    t = sample.to(xp)
+    part = ft.select_slice(t, mode, index)
+    assert part.dtype == t.dtype
+    assert part.ranks == sample.ranks[:mode] + sample.ranks[mode + 1 :]
+    assert all(u is v for u, v in zip(part.factors, t.factors[:mode] + t.factors[mode + 1 :]))
+    assert distance(part.to_tensor(), np.take(sample.dense, index, axis=mode)) <= limit(sample, xp)
+    counted_back = ft.select_slice(t, mode - ndim, index - sample.shape[mode])
+    assert same_bits(counted_back.core, to_numpy(part.core))
+    assert unchanged(t, sample)
+
+
+@for_all(pair=tucker_pairs(), place=st.integers(0, 100))
+def test_a_stack_equals_the_dense_one_and_its_slices_are_what_it_was_made_of(xp, pair, place):
+    a, b = pair
+    tensors = [a.to(xp), b.to(xp), a.to(xp)]
+    place = place % (len(a.shape) + 1)
+    joined = ft.stack(tensors, mode=place)
+    assert joined.shape == (*a.shape[:place], 3, *a.shape[place:])
+    assert joined.factors[place] is None
+    dense_ones = [a.dense, b.dense, a.dense]
+    assert distance(joined.to_tensor(), np.stack(dense_ones, axis=place)) <= limit(a, xp, norm=2 * a.bound + b.bound)
+    for k, expected in enumerate(dense_ones):
+        part = ft.select_slice(joined, place, k)
+        assert distance(part.to_tensor(), expected) <= limit(a, xp, norm=a.bound + b.bound)
+    assert same_bits(ft.stack(tensors, mode=place - len(a.shape) - 1).core, to_numpy(joined.core))
+
+
+@for_all(sample=tucker_samples())
+def test_a_stack_keeps_factors_that_are_shared(xp, sample):
+    t = sample.to(xp)
+    joined = ft.stack([t, ft.scale(t, 2.0)])
+    assert joined.ranks == (2, *sample.ranks)
+    assert all(u is v for u, v in zip(joined.factors[1:], t.factors))
+    assert same_bits(ft.stack([t]).core, to_numpy(t.core)[None])
+
+
+def test_rounding_a_stack_finds_what_its_layers_have_in_common(xp):
+    """Layers in one pair of subspaces, each with a basis of its own that nothing can know to be the same."""
+    rng = np.random.default_rng(0)
+    common = [orthonormal(rng, n, 2) for n in (9, 8)]
+    layers = [
+        TuckerTensor(as_array(xp, rng.standard_normal((2, 2))), [as_array(xp, u @ normal(rng, (2, 2))) for u in common])
+        for _ in range(5)
+    ]
+    joined = ft.stack(layers)
+    assert joined.ranks == (5, 10, 10)
+    small = ft.round_tucker(joined, rtol=1e-10)
+    assert small.ranks[1:] == (2, 2)
+    for k, layer in enumerate(layers):
+        part = ft.select_slice(small, 0, k)
+        assert distance(part.to_tensor(), layer.to_tensor()) <= 1e-9 * frobenius(joined.to_tensor())
+
+
+def test_slices_and_stacks_refuse_what_is_not_there():
+    t = example()
+    with pytest.raises(ValueError, match="select_slice: mode 3 of a tensor with 3 modes; its modes are -3 to 2"):
+        ft.select_slice(t, 3, 0)
+    with pytest.raises(ValueError, match="select_slice: index 4 of mode 0 of size 4; pass a number from -4 to 3"):
+        ft.select_slice(t, 0, 4)
+    with pytest.raises(TypeError, match=r"select_slice: index is 1.0; pass an integer"):
+        ft.select_slice(t, 0, 1.0)
+    with pytest.raises(ValueError, match="select_slice: a has a single mode, whose slices are numbers"):
+        ft.select_slice(TuckerTensor(np.ones(2), [np.ones((3, 2))]), 0, 0)
+    with pytest.raises(ValueError, match="stack: got no tensors; pass at least one"):
+        ft.stack([])
+    with pytest.raises(ValueError, match=r"stack: shapes \(4, 3, 5\) and \(4, 3\) differ; pass tensors of one shape"):
+        ft.stack([t, t, ft.select_slice(t, 2, 0)])
+    with pytest.raises(ValueError, match="stack: mode 4 of a tensor with 4 modes"):
+        ft.stack([t], mode=4)
+
+
 # --- gradients and transformations -------------------------------------------------------------------
 
 
@@ -449,6 +530,8 @@ def tucker_functions():
         "norm": (ft.norm, lambda x: (x**2).sum() ** 0.5),
         "orthogonalize": (lambda t: (ft.orthogonalize(t).core ** 2).sum(), lambda x: (x**2).sum()),
         "add": (lambda t: (ft.add(t, ft.scale(t, 2.0)).to_tensor() ** 2).sum(), lambda x: 9 * (x**2).sum()),
+        "select_slice": (lambda t: (ft.select_slice(t, 1, 2).to_tensor() ** 3).sum(), lambda x: (x[:, 2] ** 3).sum()),
+        "stack": (lambda t: (ft.stack([t, ft.scale(t, 2.0)]).to_tensor() ** 2).sum(), lambda x: 5 * (x**2).sum()),
         "permute_modes": (lambda t: (ft.permute_modes(t, (2, 0, 1)).to_tensor() ** 3).sum(), lambda x: (x**3).sum()),
     }
 
