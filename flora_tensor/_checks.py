@@ -25,6 +25,11 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + rest
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters as escapes, so that a file's names can steer nothing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def check_mode(where: str, mode: Any, ndim: int) -> int:
     """Return ``mode`` as a number from 0 to ``ndim - 1``; negative modes count from the end."""
     mode = as_int(where, "mode", mode)

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import fnmatch
+import hashlib
 import json
 import os
 import secrets
@@ -21,7 +22,16 @@ import numpy as np
 
 from flora_tensor._errors import InputError
 
-__all__ = ["canonical_json", "locked", "parse_json", "read_json", "staged_directory", "staged_file", "write_file"]
+__all__ = [
+    "canonical_json",
+    "locked",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "staged_directory",
+    "staged_file",
+    "write_file",
+]
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -46,11 +56,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated[:100]!r} stands twice")
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"the key {name[:100]!r} stands twice")
+        table[name] = value
     return table
 
 
@@ -60,11 +70,21 @@ def _refuse_constant(text: str) -> float:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of at most 100 MB."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise InputError(f"{path}: more than {MAX_JSON_BYTES} bytes; a file of this kind is smaller")
     return parse_json(data, str(path))
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading and return its descriptor; pipes, devices and directories are refused."""
+    # Without O_NONBLOCK a named pipe would block for ever.
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InputError(f"{path}: not a regular file")
+    return fd
 
 
 def create_exclusive(path: Path) -> int:
@@ -73,19 +93,30 @@ def create_exclusive(path: Path) -> int:
     return os.open(path, flags, 0o666)
 
 
-def write_at(fd: int, data: "bytes | np.ndarray", position: int) -> None:
-    """Write all of ``data``, bytes or contiguous uint8, at a position of an open file."""
+def write_at(fd: int, data: "bytes | np.ndarray", position: int, path: Path) -> None:
+    """Write all of ``data``, bytes or contiguous uint8, at a position of an open file, whose path an error names."""
     view, done = data.data if isinstance(data, np.ndarray) else memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done : done + (1 << 30)], position + done)
+    with naming(path):
+        while done < len(view):
+            done += os.pwrite(fd, view[done : done + (1 << 30)], position + done)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Name the file in what the system says of its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Create a file with this content and flush it to the disk."""
     fd = create_exclusive(path)
     try:
-        write_at(fd, data, 0)
-        os.fsync(fd)
+        write_at(fd, data, 0, path)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -127,7 +158,7 @@ def locked(where: str, target: Path) -> Generator[None]:
     """
     import fcntl
 
-    lock = target.parent / f".{target.name}.lock"
+    lock = _hidden(target, "lock")
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
@@ -149,6 +180,14 @@ def locked(where: str, target: Path) -> Generator[None]:
         os.close(fd)
 
 
+def _hidden(target: Path, what: str) -> Path:
+    """Return the name of a file that stands beside an output while it is written."""
+    name = target.name
+    if len(os.fsencode(name)) > 200:  # a file system's names end at 255 bytes
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return target.parent / f".{name}.{what}"
+
+
 @contextlib.contextmanager
 def staged_directory(
     where: str, target: Path, *, overwrite: bool, owned: Collection[str], lock: bool = True
@@ -163,7 +202,7 @@ def staged_directory(
     with locked(where, target) if lock else contextlib.nullcontext():
         check_target(where, target, overwrite=overwrite, owned=owned)
         _remove_leftovers(target)
-        stage = target.parent / f".{target.name}.partial-{secrets.token_hex(6)}"
+        stage = _hidden(target, f"partial-{secrets.token_hex(6)}")
         stage.mkdir()
         try:
             yield stage
@@ -198,7 +237,7 @@ def _is_owned(entry: Path, owned: Collection[str]) -> bool:
 def _remove_leftovers(target: Path) -> None:
     """Clear what killed runs left; the lock proves that none of them is alive."""
     for entry in target.parent.iterdir():
-        if entry.name.startswith(f".{target.name}.partial-"):
+        if entry.name.startswith(_hidden(target, "partial-").name):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -227,7 +266,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _swap_in_two_steps(stage: Path, target: Path) -> None:
     """Replace a directory that holds files: the old one steps aside, and comes back if the new one cannot enter."""
-    aside = target.parent / f".{target.name}.old-{secrets.token_hex(6)}"
+    aside = _hidden(target, f"old-{secrets.token_hex(6)}")
     target.rename(aside)
     try:
         stage.rename(target)
@@ -249,7 +288,7 @@ def staged_file(where: str, target: Path, *, overwrite: bool) -> Generator[Path]
     with locked(where, target):
         old_mode = check_target_file(where, target, overwrite=overwrite)
         _remove_leftovers(target)
-        stage = target.parent / f".{target.name}.partial-{secrets.token_hex(6)}"
+        stage = _hidden(target, f"partial-{secrets.token_hex(6)}")
         try:
             yield stage
             if old_mode is not None:

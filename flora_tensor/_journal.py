@@ -84,14 +84,14 @@ class Journal:
     def add(self, task: str, name: str, options: str, inputs: str, payload: bytes) -> None:
         """Keep an outcome; its line is written when its bytes are."""
         line = _Line(task, name, inputs, options, self._end, len(payload), hashlib.sha256(payload).hexdigest())
-        write_at(self._data, payload, self._end)
+        write_at(self._data, payload, self._end, self.directory / "results.bin")
         self._end += len(payload)
         self._write(asdict(line))
         self._known[task, name, options] = line
 
     def _write(self, line: object) -> None:
         text = canonical_json(line).encode() + b"\n"
-        write_at(self._lines, text, self._position)
+        write_at(self._lines, text, self._position, self.directory / "journal.jsonl")
         self._position += len(text)
 
     def _bytes(self, line: _Line) -> np.ndarray:
@@ -124,7 +124,7 @@ class Journal:
         """Open the journal of a run to ``target``; remove it when the run ends, unless it can be continued.
 
         It stays after an interrupt, when memory or a worker gave out, and when the system failed in any way but a full
-        disk; not where the inputs or the options are refused, as the same would happen again.
+        disk or a limit on files; not where the inputs or the options are refused, as the same would happen again.
         """
         directory = partial_path(target)
         if os.path.lexists(directory) and not resume:
@@ -178,5 +178,5 @@ def _remove(directory: Path) -> None:
 
 def _can_continue(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return not isinstance(error, Exception) or isinstance(error, ResourceError | MemoryError | BrokenExecutor)

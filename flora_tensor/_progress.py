@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO
 
+from flora_tensor._checks import printable
+
 __all__ = ["ProgressLine"]
 
 
@@ -67,8 +69,7 @@ class ProgressLine:
             # Large tensors take longer than small ones: what is left is told by numbers where they are known.
             share = self._numbers / self._total() if self._numbers else done / total
             parts.append(f"{_duration(seconds * (1 - share) / share)} left")
-        printable = "".join(c if c.isprintable() else "?" for c in name[-40:])
-        return ", ".join([*parts, printable])
+        return ", ".join([*parts, printable(name[-40:])])
 
     def _total(self) -> int:
         return max(sum(numbers for numbers, _ in self._sizes.values()), self._numbers)

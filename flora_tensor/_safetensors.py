@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from flora_tensor._errors import InputError
-from flora_tensor._files import create_exclusive, parse_json, write_at
+from flora_tensor._files import create_exclusive, naming, parse_json, write_at
 
 __all__ = [
     "BITS",
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 MAX_HEADER_BYTES = 100_000_000
+_TRUNCATED = "it is truncated: download or save it again"
 # Sizes in bits, as the format's reference implementation has them (safetensors 0.8).
 BITS = {
     "F4": 4,
@@ -277,7 +278,7 @@ def read_into(fd: int, start: int, buffer: np.ndarray, path: Path) -> None:
     while done < n_bytes:
         count = os.preadv(fd, [view[done : done + (1 << 30)]], start + done)
         if count == 0:
-            raise InputError(f"{path}: ends at byte {start + done}, inside its data; the file is truncated")
+            raise InputError(f"{path}: ends at byte {start + done}, inside its data; {_TRUNCATED}")
         done += count
 
 
@@ -294,7 +295,7 @@ def read_header(fd: int, path: Path) -> Header:
     if length > MAX_HEADER_BYTES:
         raise InputError(f"{path}: the header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
     if 8 + length > size:
-        raise InputError(f"{path}: the header claims {length} bytes, but the file has {size}; it is truncated")
+        raise InputError(f"{path}: the header claims {length} bytes, but the file has {size}; {_TRUNCATED}")
     text = read_span(fd, 8, length, path).tobytes()
     if text[:1] != b"{":
         raise InputError(f"{path}: the header does not begin with '{{'; this is not a safetensors file")
@@ -350,7 +351,7 @@ def _check_cover(tensors: list[TensorInfo], data_start: int, size: int, path: Pa
             raise InputError(f"{path}: bytes {position} to {info.start} belong to no tensor")
         position = info.stop
     if position > size:
-        raise InputError(f"{path}: the tensors end at byte {position}, but the file has {size}; it is truncated")
+        raise InputError(f"{path}: the tensors end at byte {position}, but the file has {size}; {_TRUNCATED}")
     if position < size:
         raise InputError(f"{path}: {size - position} bytes after the last tensor, which belong to no tensor")
 
@@ -391,21 +392,22 @@ class SafetensorsWriter:
         }
         self._digests: dict[str, bytes] = {}
         self._fd = create_exclusive(path)
-        write_at(self._fd, len(text).to_bytes(8, "little") + text, 0)
+        write_at(self._fd, len(text).to_bytes(8, "little") + text, 0, path)
 
     def write(self, name: str, data: np.ndarray) -> None:
         """Write the bytes (uint8, contiguous) of one tensor to its place."""
         start, stop = self._spans[name]
         if data.nbytes != stop - start or name in self._digests:
             raise ValueError(f"SafetensorsWriter: {data.nbytes} bytes for {name!r}, which takes {stop - start}, once")
-        write_at(self._fd, data, start)
+        write_at(self._fd, data, start, self.path)
         self._digests[name] = hashlib.sha256(data.data).digest()
 
     def finish(self) -> None:
         """Flush the file to the disk and prove that it reads back as it was written."""
         if missing := self._spans.keys() - self._digests.keys():
             raise ValueError(f"SafetensorsWriter: {sorted(missing)[:3]} were not written")
-        os.fsync(self._fd)
+        with naming(self.path):
+            os.fsync(self._fd)
         self.close()
         fd = os.open(self.path, os.O_RDONLY)
         try:

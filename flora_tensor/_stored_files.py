@@ -4,7 +4,6 @@ Both kinds hand out a tensor's bytes by name, and prove at every read that the f
 """
 
 import os
-import stat
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flora_tensor._errors import InputError
+from flora_tensor._files import open_regular
 from flora_tensor._safetensors import BITS, TensorInfo, read_header, read_into, read_span
 
 __all__ = ["PICKLE_SUFFIXES", "PickleFile", "SafetensorsFile", "StoredFile", "open_stored_file"]
@@ -32,7 +32,7 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
-        fd = _open_regular(path)
+        fd = open_regular(path)
         try:
             header = read_header(fd, path)
             return cls(path, header.tensors, header.metadata, _identity(os.fstat(fd)))
@@ -42,7 +42,7 @@ class SafetensorsFile:
     @contextmanager
     def opened(self) -> Generator[int]:
         """Open the file for one read, and prove that it is the one whose header was checked."""
-        fd = os.open(self.path, os.O_RDONLY)
+        fd = open_regular(self.path)
         try:
             if _identity(os.fstat(fd)) != self.identity:
                 raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
@@ -72,15 +72,6 @@ class SafetensorsFile:
             pass
 
 
-def _open_regular(path: Path) -> int:
-    # Without O_NONBLOCK a named pipe would block for ever.
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise InputError(f"{path}: not a regular file")
-    return fd
-
-
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
@@ -103,7 +94,7 @@ class PickleFile:
             raise ImportError(
                 f"{path}: reading a pickle file needs PyTorch; pip install 'flora-tensor[torch]'"
             ) from None
-        os.close(_open_regular(path))
+        os.close(open_regular(path))
         identity = _identity(path.stat())
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._files import check_free_space
 from flora_tensor._residual import residual_norm
@@ -89,7 +90,7 @@ def write_adapter(
         shapes={name: weight.row.shape for name, weight in weights.items()},
         whole=[*whole, *grown],
         extra={
-            "base_model_name_or_path": str(base.path),
+            "base_model_name_or_path": printable(str(base.path)),
             "base_fingerprint": base.original.fingerprint(),
             **({"resized": {name: list(sizes) for name, sizes in resized.items()}} if resized else {}),
         },

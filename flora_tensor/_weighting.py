@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import printable
 from flora_tensor._errors import InputError
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.moments import Moments, load_moments
@@ -123,7 +124,7 @@ class Calibration:
     @property
     def told(self) -> str:
         """Where the moments come from, in words."""
-        return str(self.source) if isinstance(self.source, Path) else f"{len(self.source)} moments in memory"
+        return printable(str(self.source)) if isinstance(self.source, Path) else f"{len(self.source)} moments in memory"
 
     def options(self) -> dict[str, str]:
         """Return what a report says of it."""

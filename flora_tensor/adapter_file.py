@@ -23,7 +23,7 @@ import numpy as np
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import some_names
 from flora_tensor._errors import InputError
-from flora_tensor._files import canonical_json, read_json, staged_directory, write_file
+from flora_tensor._files import canonical_json, open_regular, read_json, staged_directory, write_file
 from flora_tensor._safetensors import (
     READABLE,
     Header,
@@ -185,7 +185,7 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     _check_format(config, config_path)
     if not model_path.exists():
         raise InputError(f"{directory}: has no {MODEL_NAME}; the adapter is incomplete")
-    fd = os.open(model_path, os.O_RDONLY)
+    fd = open_regular(model_path)
     try:
         return _read_tensors(fd, model_path, config, strict=strict)
     finally:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import click
 
+from flora_tensor._checks import printable
 from flora_tensor._errors import InputError, ResourceError
 from flora_tensor._progress import ProgressLine
 from flora_tensor._version import __version__
@@ -71,7 +72,7 @@ class _Commands(click.Group):
                 traceback.print_exc()
             code, text = _verdict(error)
             if text:
-                click.echo(f"error: {' '.join(text.split())}", err=True)
+                click.echo(f"error: {printable(' '.join(text.split()))}", err=True)
         sys.exit(code or 0)
 
 
@@ -120,7 +121,7 @@ def _warnings_on_stderr() -> Generator[None]:
     """Show our warnings as one line each, without the source line that `warnings` adds."""
 
     def line(message: Warning | str, *_: Any, **__: Any) -> None:
-        click.echo(f"warning: {message}", err=True)
+        click.echo(f"warning: {printable(str(message))}", err=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", FloraWarning)

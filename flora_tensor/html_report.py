@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flora_tensor._checks import printable
 from flora_tensor._version import __version__
 from flora_tensor.rank_study import RankStudy
-from flora_tensor.report import ExtractionReport, TensorRow, printable
+from flora_tensor.report import ExtractionReport, TensorRow
 
 __all__ = ["report_html", "study_html"]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
-from flora_tensor._files import canonical_json, parse_json, staged_file
+from flora_tensor._files import canonical_json, open_regular, parse_json, staged_file
 from flora_tensor._safetensors import FLOATS, SafetensorsWriter, TensorInfo, decode, encode, read_header, read_span
 from flora_tensor._safetensors import dtype_code as code_of
 from flora_tensor._typing import Array
@@ -210,7 +210,7 @@ def load_moments(path: str | os.PathLike[str], names: Iterable[str] | None = Non
     [1.0, 1.0, 1.0]
     """
     path = Path(path)
-    fd = os.open(path, os.O_RDONLY)
+    fd = open_regular(path)
     try:
         header = read_header(fd, path)
         weights = _described(header.metadata, path)

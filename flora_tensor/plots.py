@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor.report import ExtractionReport, TensorRow, printable
+from flora_tensor._checks import printable
+from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import Frontier, ModeSpectra, Spectrum
 
 __all__ = ["plot_budgets", "plot_report", "plot_spectra", "save_figure"]

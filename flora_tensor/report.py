@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flora_tensor._checks import printable
 from flora_tensor._version import __version__
 from flora_tensor.adapter import Adapter
 from flora_tensor.tucker_tensor import norm
@@ -256,11 +257,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
         for row in cells
     )
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Return a text with its control characters as escapes, so that a file's names can steer nothing."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:

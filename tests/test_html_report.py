@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import run, save
+from flora_tensor._checks import printable
 from flora_tensor.allocation import budget_curve
 from flora_tensor.html_report import report_html, study_html
 from flora_tensor.plots import plot_report, save_figure
-from flora_tensor.report import ExtractionReport, TensorRow, printable
+from flora_tensor.report import ExtractionReport, TensorRow
 
 EVIL = "</td><script>alert('1')</script>.weight"
 _VOID = {"meta", "line", "circle", "polyline"}
