@@ -46,6 +46,7 @@ from flora_tensor.spectra import (
     hosvd_spectrum,
     mode_spectra,
 )
+from flora_tensor.stacking import TuckerStack
 from flora_tensor.tucker_tensor import (
     TuckerTensor,
     add,
@@ -78,6 +79,7 @@ __all__ = [
     "ResourceError",
     "Spectrum",
     "TuckerFit",
+    "TuckerStack",
     "TuckerTensor",
     "__version__",
     "add",

@@ -21,10 +21,10 @@ from flora_tensor._typing import Array
 from flora_tensor._weighting import Weighting
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
-    METADATA,
     MODEL_NAME,
     config_of,
     fitting_core,
+    metadata_of,
     tensor_key,
     whole_key,
     write_config,
@@ -74,7 +74,7 @@ def write_adapter(
     grown = new_rows(tuned, resized)
     rows = [(whole_key(n), tuned.info(n.removesuffix(NEW_ROWS)).dtype, shape) for n, shape in grown.items()]
     layout = [*_layout(tuned, weights, whole, dtype), *rows]
-    with SafetensorsWriter(directory / MODEL_NAME, layout, METADATA) as writer:
+    with SafetensorsWriter(directory / MODEL_NAME, layout, metadata_of({})) as writer:
         for name, item in stored.items():
             for part, content in item.parts().items():
                 writer.write(tensor_key(name, part), content.data)

@@ -1,14 +1,15 @@
 """The change of a model's weights, as an object: Tucker tensors by name, and what goes with each of them."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.magnitudes import channel_count, magnitude_change
+from flora_tensor.stacking import TuckerStack, member_arrangement
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Adapter"]
@@ -44,6 +45,10 @@ class Adapter(Mapping[str, TuckerTensor]):
     channels : mapping of str to tuple of two int, optional
         Where these channels are: the axis, and the groups that share it; (0, 1) where it is not given. See
         `flora_tensor.magnitudes`.
+    stacks : mapping of str to TuckerStack, optional
+        Weights of several layers that are stored as one Tucker tensor, by the stack's name (the pattern that their
+        names match, say). They count as the adapter's weights like all others and need not be in ``tensors``: each has
+        a core of its own and shares its factors with the rest of the stack. They have one scale and no magnitudes.
     missing_keys, unexpected_keys : tuple of str
         What `load_adapter` did not find, and what it did not know; both are empty unless it was called with
         ``strict=False``.
@@ -51,8 +56,8 @@ class Adapter(Mapping[str, TuckerTensor]):
     Raises
     ------
     ValueError
-        If an arrangement, a shape, a magnitude and a tensor do not fit each other, a scale is not a finite number, or a
-        name is used twice.
+        If an arrangement, a shape, a magnitude and a tensor do not fit each other, a scale is not a finite number, a
+        name is used twice, or the members of a stack differ in what they must share.
 
     Notes
     -----
@@ -87,8 +92,10 @@ class Adapter(Mapping[str, TuckerTensor]):
     unexpected_keys: tuple[str, ...] = ()
     magnitudes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    stacks: Mapping[str, TuckerStack] = field(default_factory=dict[str, TuckerStack])
 
     def __post_init__(self) -> None:
+        self._take_members()
         names = set(self.tensors)
         for option in ("arrangements", "scales", "shapes", "magnitudes", "channels"):
             if unknown := set(getattr(self, option)) - names:
@@ -103,8 +110,34 @@ class Adapter(Mapping[str, TuckerTensor]):
             object.__setattr__(self, name, MappingProxyType(table))
         channels = {n: _checked_channels(n, m, shapes[n], self.channels.get(n)) for n, m in self.magnitudes.items()}
         object.__setattr__(self, "channels", MappingProxyType(channels))
-        for name in ("tensors", "whole", "config", "dtypes", "magnitudes"):
+        for name in ("tensors", "whole", "config", "dtypes", "magnitudes", "stacks"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name, stack in self.stacks.items():
+            self._check_stack(name, stack)
+
+    def _take_members(self) -> None:
+        """Put the members of the stacks among the weights."""
+        tensors, arrangements, shapes = dict(self.tensors), dict(self.arrangements), dict(self.shapes)
+        taken: dict[str, str] = {}
+        for name, stack in self.stacks.items():
+            for member, part in zip(stack.members, stack.slices):
+                # What `dataclasses.replace` hands on is the same object; anything else would not be what is stored.
+                if member in taken or tensors.get(member, part) is not part:
+                    other = f"in the stack {taken[member]!r}" if member in taken else "given separately"
+                    raise ValueError(f"Adapter: {member!r} is in the stack {name!r} and {other}; keep one of the two")
+                taken[member], tensors[member] = name, part
+                arrangements[member], shapes[member] = stack.arrangement, stack.shape
+        for option, table in (("tensors", tensors), ("arrangements", arrangements), ("shapes", shapes)):
+            object.__setattr__(self, option, table)
+
+    def _check_stack(self, name: str, stack: TuckerStack) -> None:
+        if name in self.tensors or name in self.whole:
+            raise ValueError(f"Adapter: {name!r} is a stack's name and a tensor's; rename the stack")
+        if scaled := next((m for m in stack.members if m in self.magnitudes), None):
+            raise ValueError(f"Adapter: {scaled!r} of the stack {name!r} has a magnitude; take the stack apart first")
+        for what, table in (("scales", self.scales), ("stored types", self.dtypes)):
+            if len(values := dict.fromkeys(table.get(member) for member in stack.members)) > 1:
+                raise ValueError(f"Adapter: the members of the stack {name!r} have {what} {list(values)}; pass one")
 
     def __getitem__(self, name: str) -> TuckerTensor:
         return self.tensors[name]
@@ -119,7 +152,95 @@ class Adapter(Mapping[str, TuckerTensor]):
     def n_parameters(self) -> int:
         """How many numbers the adapter stores, Tucker tensors and whole tensors together."""
         whole = sum(math.prod(array.shape) for array in (*self.whole.values(), *self.magnitudes.values()))
-        return whole + sum(tensor.n_parameters for tensor in self.tensors.values())
+        return whole + sum(tensor.n_parameters for tensor in self.joined().tensors.values())
+
+    def joined(self) -> "Adapter":
+        """Take each stack for a single weight under the stack's name, with the layers as its first axis: as stored.
+
+        Returns
+        -------
+        Adapter
+            The same changes, without stacks.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> t = TuckerTensor(np.ones((1, 1, 1)), [np.ones((2, 1)), np.ones((3, 1)), np.ones((4, 1))])
+        >>> stack = TuckerStack(("0.weight", "1.weight"), t, Arrangement("o i"), (3, 4))
+        >>> adapter = Adapter({}, stacks={"*.weight": stack})
+        >>> list(adapter), adapter.joined().shapes["*.weight"], adapter.joined().arrangements["*.weight"].pattern
+        (['0.weight', '1.weight'], (2, 3, 4), 'layer o i')
+        """
+        if not self.stacks:
+            return self
+        members = {member for stack in self.stacks.values() for member in stack.members}
+
+        def table(own: Mapping[str, Any], joint: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in own.items() if name not in members} | joint
+
+        first = {name: stack.members[0] for name, stack in self.stacks.items()}
+        return replace(
+            self,
+            tensors=table(self.tensors, {name: stack.tensor for name, stack in self.stacks.items()}),
+            arrangements=table(self.arrangements, {n: stack.joint_arrangement for n, stack in self.stacks.items()}),
+            scales=table(self.scales, {name: self.scales[member] for name, member in first.items()}),
+            shapes=table(self.shapes, {name: stack.joint_shape for name, stack in self.stacks.items()}),
+            dtypes=table(self.dtypes, {n: self.dtypes[member] for n, member in first.items() if member in self.dtypes}),
+            stacks={},
+        )
+
+    def with_stacks(self, members: Mapping[str, Sequence[str]]) -> "Adapter":
+        """Take single weights for stacks: the inverse of `joined`.
+
+        Parameters
+        ----------
+        members : mapping of str to sequence of str
+            For the name of each such weight the names along its first axis.
+
+        Returns
+        -------
+        Adapter
+            The same changes, under the members' names.
+
+        Raises
+        ------
+        ValueError
+            If there is no such weight, or its shape and arrangement are not those of a stack of so many members.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> t = TuckerTensor(np.ones((1, 1, 1)), [np.ones((2, 1)), np.ones((3, 1)), np.ones((4, 1))])
+        >>> list(Adapter({"*.weight": t}).with_stacks({"*.weight": ["0.weight", "1.weight"]}))
+        ['0.weight', '1.weight']
+        """
+        stacks: dict[str, TuckerStack] = {}
+        for name, listed in members.items():
+            if name not in self.tensors:
+                raise ValueError(f"Adapter: the stack {name!r} has no tensor; pass the name of a weight")
+            own = member_arrangement(self.arrangements[name])
+            if own is None:
+                pattern = self.arrangements[name].pattern
+                raise ValueError(
+                    f"Adapter: the stack {name!r} is arranged as {pattern!r}; its first axis must be a mode"
+                )
+            stacks[name] = TuckerStack(tuple(listed), self.tensors[name], own, self.shapes[name][1:])
+
+        def rest(own: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in own.items() if name not in stacks}
+
+        def shared(own: Mapping[str, Any]) -> dict[str, Any]:
+            return rest(own) | {m: own[name] for name, s in stacks.items() if name in own for m in s.members}
+
+        return replace(
+            self,
+            tensors=rest(self.tensors),
+            arrangements=rest(self.arrangements),
+            shapes=rest(self.shapes),
+            scales=shared(self.scales),
+            dtypes=shared(self.dtypes),
+            stacks={**self.stacks, **stacks},
+        )
 
     def delta(self, name: str, *, dtype: Any = None) -> Any:
         """Form a weight's change s · ΔW as a dense array; with a magnitude, `change` is what is added to the weight.

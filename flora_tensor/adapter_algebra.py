@@ -36,7 +36,7 @@ __all__ = ["AdapterFit", "AdapterRow", "add_adapters", "round_adapter", "scale_a
 PathLike: TypeAlias = str | os.PathLike[str]
 AdapterLike: TypeAlias = PathLike | Mapping[str, TuckerTensor]
 # Entries of a config that describe tensors of the adapter it came with, and no longer hold for a new one.
-_OF_TENSORS = ("start_pattern", "adapter_dtypes", "dropout_pattern", "scale", "target_modules")
+_OF_TENSORS = ("start_pattern", "adapter_dtypes", "dropout_pattern", "scale", "target_modules", "stacks")
 # What rounding to the stored type may add to an error before a tolerance counts as missed.
 _ROUNDING = 1e-5
 
@@ -48,7 +48,7 @@ class AdapterRow:
     Attributes
     ----------
     name : str
-        The weight.
+        The weight, or the stack.
     shape : tuple of int
         Its shape.
     arrangement : str
@@ -85,7 +85,7 @@ class AdapterFit:
     adapter : Adapter
         The result, as `save_adapter` stores it.
     rows : tuple of AdapterRow
-        A row for every weight.
+        A row for every weight, a stack counting as one.
     relative_error : float
         √(Σ ‖stored − exact‖² / Σ ‖exact‖²) over all weights, measured on the stored bits.
     lower_bound : float or None
@@ -159,7 +159,7 @@ def round_adapter(
     """Lower the ranks of an adapter under one budget, or within one tolerance, for all its weights together.
 
     The factors are orthogonalized; then the spectra of the cores are those of the dense changes, which are never
-    formed. Tensors stored whole stay as they are, and do not count.
+    formed. Tensors stored whole stay as they are, and do not count. A stack is rounded as the one tensor that it is.
 
     Parameters
     ----------
@@ -210,7 +210,8 @@ def round_adapter(
     budget = _checked_budget("round", given)
     source = as_adapter(adapter)
     _check_tensors("round", source)
-    return _rounded("round", _Sum.of(source), budget, weights)
+    (joint,), stacks = _side_by_side([source])
+    return _restacked(_rounded("round", _Sum.of(joint), budget, weights), stacks)
 
 
 def add_adapters(
@@ -227,7 +228,8 @@ def add_adapters(
 
     Changes that are arranged alike get their factors side by side. Others meet in the modes that their arrangements
     share; where there are none, the change is stored dense, and a note says so. Without a budget only the rounding to
-    the stored type is lost.
+    the stored type is lost. A stack stays one where all adapters that change its members have it; else its members are
+    added up one by one.
 
     Parameters
     ----------
@@ -472,6 +474,7 @@ def _linear(
     """Form Σ w_k · adapter_k and store it, rounded if there is a budget."""
     whole = WholeTensors(where, sources, numbers, base, verify_base)
     values = whole.values()
+    sources, stacks = _side_by_side(sources)
     tensors: dict[str, Combination] = {}
     scales: dict[str, float] = {}
     for name in dict.fromkeys(name for source in sources for name in source):
@@ -492,7 +495,26 @@ def _linear(
         whole.codes(values),
         _common_config(sources),
     )
-    return _rounded(where, result, budget, None) if budget and tensors else _unrounded(where, result)
+    fit = _rounded(where, result, budget, None) if budget and tensors else _unrounded(where, result)
+    return _restacked(fit, stacks)
+
+
+def _side_by_side(sources: Sequence[Adapter]) -> tuple[list[Adapter], dict[str, tuple[str, ...]]]:
+    """Take stacks for single weights where all that change their members have them, and take the others apart."""
+    stacks: dict[str, tuple[str, ...]] = {}
+    for source in sources:
+        for name, stack in source.stacks.items():
+            alike = (s.stacks[name].members == stack.members for s in sources if name in s.stacks)
+            if all(alike) and all(name in s.stacks or not set(stack.members) & set(s.tensors) for s in sources):
+                stacks[name] = stack.members
+    kept = [replace(s, stacks={n: stack for n, stack in s.stacks.items() if n in stacks}) for s in sources]
+    return [source.joined() for source in kept], stacks
+
+
+def _restacked(fit: AdapterFit, stacks: Mapping[str, tuple[str, ...]]) -> AdapterFit:
+    """Give the members of the stacks their names back."""
+    left = {name: members for name, members in stacks.items() if name in fit.adapter}
+    return replace(fit, adapter=fit.adapter.with_stacks(left)) if left else fit
 
 
 def _combined(where: str, name: str, owners: Sequence[tuple[float, Adapter]]) -> tuple[Combination | None, float]:

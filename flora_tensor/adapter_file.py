@@ -6,6 +6,10 @@ The layout is the one of Hugging Face PEFT. For the parameter ``weight`` of a mo
 channels have a magnitude of their own (since format 1.1) has a tensor ``….magnitude`` beside the core, and an entry of
 ``magnitude_pattern`` in the config which says where the channels are. Tensors that are stored
 whole (biases, norms) keep their own name after ``base_model.model.`` and hold the new value, not the change.
+
+A stack of equal weights (since format 1.2) is stored as a single weight under the stack's name, such as
+``layers.*.fc.weight``, of the shape (L, …) and with an arrangement whose first mode counts the L layers; the config's
+table ``stacks`` lists for that name those of its members, in their order. What the layers share is stored once.
 """
 
 import json
@@ -42,7 +46,9 @@ from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["load_adapter", "save_adapter"]
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
+# What an adapter without stacks is written as, so that programs which know no newer one read it without a warning.
+_WITHOUT_STACKS = "1.1"
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME = "adapter_model.safetensors"
 REPORT_NAME = "extraction_report.json"
@@ -53,7 +59,17 @@ MARK = "tucker_update"
 # Binary exponents of a core's largest entry that a type stores well. Outside them a power of two moves into the
 # scale, exactly.
 _EXPONENTS = {"F64": (-900, 900), "F32": (-100, 100), "BF16": (-100, 100), "F16": (-2, 14)}
-METADATA = {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": FORMAT_VERSION})}
+
+
+def format_version(stacks: Mapping[str, Any]) -> str:
+    """Return the oldest version of the format that can hold an adapter."""
+    return FORMAT_VERSION if stacks else _WITHOUT_STACKS
+
+
+def metadata_of(stacks: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of the tensor file."""
+    version = format_version(stacks)
+    return {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": version})}
 
 
 def fitting_core(where: str, name: str, core: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
@@ -234,8 +250,9 @@ def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) 
     whole = {name: read(key) for name, key in plan.whole.items()}
     dtypes = {name: header.tensors[plan.parts[name]["core"]].dtype for name in tensors}
     dtypes |= {name: header.tensors[key].dtype for name, key in plan.whole.items()}
+    stacks = {name: members for name, members in plan.stacks.items() if name in tensors}
     try:
-        return Adapter(
+        joint = Adapter(
             tensors,
             {n: a for n, a in plan.arrangements.items() if n in tensors},
             {n: s for n, s in plan.scales.items() if n in tensors},
@@ -248,6 +265,7 @@ def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) 
             magnitudes,
             {n: c for n, c in plan.channels.items() if n in tensors},
         )
+        return joint.with_stacks(stacks) if stacks else joint
     except ValueError as error:
         raise InputError(f"{path.parent}: {error}") from None
 
@@ -272,6 +290,7 @@ class _Plan:
     scales: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     channels: dict[str, tuple[int, int]]
+    stacks: dict[str, list[str]]
 
     @classmethod
     def of(cls, header: Header, config: Mapping[str, Any], path: Path) -> "_Plan":
@@ -304,7 +323,7 @@ class _Plan:
             if "magnitude" in parts and name not in self.channels:
                 unexpected.append(parts["magnitude"])
         missing += [_key_or_name(n, "magnitude") for n in self.channels if "magnitude" not in self.parts.get(n, ())]
-        for table in (self.scales, self.shapes, self.arrangements):
+        for table in (self.scales, self.shapes, self.arrangements, self.stacks):
             missing += [_key_or_name(name, "core") for name in table if name not in self.parts]
         return list(dict.fromkeys(missing)), unexpected
 
@@ -332,7 +351,7 @@ def _key_or_name(name: str, part: str) -> str:
         return name
 
 
-def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any, Any]:
+def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Read the tables that the config keeps by weight name."""
     ranks = {n: _sizes(v, f"{where}: rank_pattern of {n!r}") for n, v in _table(config, "rank_pattern", where)}
     shapes = {n: _sizes(v, f"{where}: weight_shapes of {n!r}") for n, v in _table(config, "weight_shapes", where)}
@@ -341,9 +360,16 @@ def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any
         check_scale("scale", config.get("scale", 1.0))
         patterns = {n: _arrangement(n, v) for n, v in _table(config, "arrangement_pattern", where)}
         channels = {n: _channels(n, v) for n, v in _table(config, "magnitude_pattern", where)}
+        stacks = {n: _members(n, v) for n, v in _table(config, "stacks", where)}
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    return ranks, patterns, scales, shapes, channels
+    return ranks, patterns, scales, shapes, channels, stacks
+
+
+def _members(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
+        raise ValueError(f"stacks of {name!r} must be a list of names, not {str(value)[:100]}")
+    return value
 
 
 def _channels(name: str, value: Any) -> tuple[int, int]:
@@ -451,10 +477,11 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
     adapter = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
     if not adapter and not adapter.whole:
         raise ValueError("save_adapter: the adapter is empty; pass at least one tensor")
+    stacks, adapter = {name: stack.members for name, stack in adapter.stacks.items()}, adapter.joined()
     stored = dict(_stored_arrays(adapter))
     with staged_directory("save_adapter", Path(path), overwrite=overwrite, owned=OWNED_NAMES) as stage:
         layout = [(key, dtype, tuple(array.shape)) for key, (array, dtype) in stored.items()]
-        with SafetensorsWriter(stage / MODEL_NAME, layout, METADATA) as writer:
+        with SafetensorsWriter(stage / MODEL_NAME, layout, metadata_of(stacks)) as writer:
             for key, (array, dtype) in stored.items():
                 writer.write(key, encode_finite(key, to_numpy(array), dtype))
             writer.finish()
@@ -466,6 +493,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
             whole=adapter.whole,
             extra=adapter.config,
             channels=adapter.channels,
+            stacks=stacks,
         )
         write_config(stage / CONFIG_NAME, config)
         load_adapter(stage)
@@ -504,25 +532,30 @@ def config_of(
     whole: Iterable[str],
     extra: Mapping[str, Any],
     channels: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    stacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the content of `adapter_config.json`; keys of ``extra`` that we do not compute are kept."""
     default = check_scale("save_adapter: config's scale", extra.get("scale", 1.0))
     config: dict[str, Any] = {"task_type": None, "inference_mode": True, "base_model_name_or_path": None}
+    weights = [member for name in ranks for member in stacks.get(name, [name])]
     return {
         **config,
-        **extra,
+        **{key: value for key, value in extra.items() if key != "stacks"},
         "peft_type": "FLORA",
-        "target_modules": sorted({name.rpartition(".")[0] for name in ranks}),
+        "target_modules": sorted({name.rpartition(".")[0] for name in weights}),
         "rank_pattern": {name: list(r) for name, r in ranks.items()},
         "scale": default,
         "scale_pattern": {name: s for name, s in scales.items() if s != default},
         "arrangement_pattern": {
-            name: {"pattern": a.pattern, "sizes": dict(a.sizes)} for name, a in arrangements.items() if not a.is_native
+            name: {"pattern": a.pattern, "sizes": dict(a.sizes)}
+            for name, a in arrangements.items()
+            if name in stacks or not a.is_native
         },
         "weight_shapes": {name: list(shape) for name, shape in shapes.items()},
         "magnitude_pattern": {name: {"axis": axis, "groups": groups} for name, (axis, groups) in channels.items()},
+        **({"stacks": {name: list(members) for name, members in stacks.items()}} if stacks else {}),
         "whole": sorted(whole),
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(stacks),
         "flora_tensor_version": __version__,
     }
 

@@ -271,7 +271,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     -------
     dict
         ``weights`` (name, shape, arrangement, ranks, n_parameters, scale, delta_norm, stored type, whether its output
-        channels have magnitudes), ``whole``
+        channels have magnitudes, and for a stack of weights its ``members``), ``whole``
         (name, shape), ``n_parameters`` and the ``config``.
 
     References
@@ -286,6 +286,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     >>> round(describe_adapter(Adapter({"fc.weight": t}))["weights"][0]["delta_norm"], 12)
     2.0
     """
+    stacks, adapter = adapter.stacks, adapter.joined()
     weights = [
         {
             "name": name,
@@ -297,6 +298,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
             "delta_norm": _finite(abs(adapter.scales[name]) * float(norm(tensor))),
             "dtype": adapter.dtypes.get(name, ""),
             "magnitude": name in adapter.magnitudes,
+            **({"members": list(stacks[name].members)} if name in stacks else {}),
         }
         for name, tensor in adapter.items()
     ]

@@ -206,7 +206,7 @@ def test_conjugated_and_permuted_torch_views_are_stored_as_their_values(tmp_path
         ({"format_version": ...}, "not a flora_tensor adapter: format_version is None"),
         ({"format_version": "one"}, "format_version is 'one'; one such as '1.0' is needed"),
         ({"format_version": 1.0}, "format_version is 1.0"),
-        ({"format_version": "2.0"}, "format 2.0, but this version reads 1.1; upgrade flora-tensor"),
+        ({"format_version": "2.0"}, "format 2.0, but this version reads 1.2; upgrade flora-tensor"),
         ({"scale": "2"}, "scale is '2'; pass a finite number"),
         ({"scale": 1e39}, "scale is 1e[+]39; pass a finite number, below 2.128"),
         ({"scale": True}, "scale is True"),
@@ -324,7 +324,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_is_listed(written: Path
 
 def test_a_newer_minor_format_is_read_with_a_warning(written: Path):
     edit(written, format_version="1.7")
-    with pytest.warns(ft.FloraWarning, match=r"format 1.7 is newer than 1.1; what it adds is ignored"):
+    with pytest.warns(ft.FloraWarning, match=r"format 1.7 is newer than 1.2; what it adds is ignored"):
         ft.load_adapter(written)
 
 

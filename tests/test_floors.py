@@ -80,6 +80,7 @@ FLOORS = {
     "flora_tensor.tucker_tensor": 1,
     "flora_tensor.arrangement": 1,
     "flora_tensor.magnitudes": 1,
+    "flora_tensor.stacking": 2,
     "flora_tensor.algebra": 0,
 }
 TORCH_FLOOR = 10
