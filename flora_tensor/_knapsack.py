@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flora_tensor.spectra import FloatArray, IntArray
+from flora_tensor._rank_errors import FloatArray, IntArray
 
 # A search stops where the choice is within this share of its bound: no one can tell such choices apart.
 _NEAR = 1e-4

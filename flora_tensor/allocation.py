@@ -15,7 +15,8 @@ import numpy as np
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
 from flora_tensor._knapsack import Curve, Limit, refined, segments
-from flora_tensor.spectra import Frontier, IntArray, Spectrum
+from flora_tensor._rank_errors import IntArray
+from flora_tensor.spectra import Frontier, Spectrum
 
 __all__ = ["Allocation", "RankAssignment", "allocate_ranks"]
 

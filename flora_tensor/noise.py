@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks
+from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.spectra import FloatArray, Frontier, Spectrum, hosvd_spectrum
+from flora_tensor.spectra import Frontier, Spectrum, hosvd_spectrum
 
 __all__ = ["rounding_noise"]
 

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from flora_tensor._arrays import (
     array_namespace,
@@ -31,16 +30,11 @@ from flora_tensor._arrays import (
 )
 from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, with_fixed_signs
 from flora_tensor._checks import as_int, check_tensor
+from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid, table_of
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
 
 __all__ = ["Frontier", "ModeSpectra", "Spectrum", "error_table", "hosvd_spectrum", "mode_spectra"]
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
-# A full table beyond this many rank tuples (256 MiB) gives way to one on a coarse grid, exact at its points.
-_MAX_TABLE = 1 << 25
 
 # A frontier is listed over at most this many rank tuples; a geometric grid thins the modes beyond it.
 _MAX_FRONTIER = 1 << 20
@@ -145,14 +139,6 @@ class Spectrum:
         return to_numpy(self.values[0] if self.core is None else self.core).dtype
 
     @cached_property
-    def _squares(self) -> FloatArray:
-        """The core's squared magnitudes, in float64 and in units of 2**(2·exponent)."""
-        core = to_numpy(self.core)
-        magnitudes = np.abs(core).astype(np.float64) if np.iscomplexobj(core) else core.astype(np.float64)
-        magnitudes = np.ldexp(magnitudes, -self.exponent)
-        return magnitudes * magnitudes
-
-    @cached_property
     def exponent(self) -> int:
         """The power of two near ‖X‖; squares are kept in units of 4**exponent, whatever the magnitude of the data."""
         return math.frexp(self.norm)[1] if self.norm > 0 else 0
@@ -160,7 +146,7 @@ class Spectrum:
     @cached_property
     def table(self) -> "ErrorTable":
         """The errors of all rank tuples (on a grid where the whole table would not fit), as relative squares."""
-        return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_TABLE))
+        return ErrorTable.of_core(to_numpy(self.core), self.exponent, rank_grid(self.max_ranks))
 
     def table_around(self, ranks: Sequence[int], coarse: "ErrorTable") -> "ErrorTable":
         """Compute the errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one.
@@ -181,7 +167,7 @@ class Spectrum:
         ----------
         The errors are those of `error_table`.
         """
-        return ErrorTable.of_squares(self._squares, coarse.grid_around(ranks, self.max_ranks))
+        return ErrorTable.of_core(to_numpy(self.core), self.exponent, coarse.grid_around(ranks, self.max_ranks))
 
     def error(self, ranks: Sequence[int]) -> float:
         """Return the exact relative error ‖X − X_r‖ / ‖X‖ of the HOSVD truncated to ``ranks``.
@@ -214,8 +200,13 @@ class Spectrum:
         if len(given) <= 2:  # the core is diagonal
             tail = self.squared_tails[0]
             return math.sqrt(float(tail[min(given)]) / float(tail[0])) if tail[0] > 0 else 0.0
-        total = float(self._squares.sum())
-        return math.sqrt(_discarded(self._squares, given) / total) if total > 0 else 0.0
+        total = self._total
+        return math.sqrt(discarded(to_numpy(self.core), self.exponent, given) / total) if total > 0 else 0.0
+
+    @cached_property
+    def _total(self) -> float:
+        """‖core‖², in units of 4**exponent."""
+        return discarded(to_numpy(self.core), self.exponent, (0,) * len(self.shape))
 
     def lower_bound(self, ranks: Sequence[int]) -> float:
         """Return max_k tail_k: no tensor of multilinear ranks ``ranks`` has a smaller relative error.
@@ -312,7 +303,7 @@ class Spectrum:
 
     @cached_property
     def _frontier_table(self) -> "ErrorTable":
-        return ErrorTable.of_squares(self._squares, rank_grid(self.max_ranks, _MAX_FRONTIER))
+        return ErrorTable.of_core(to_numpy(self.core), self.exponent, rank_grid(self.max_ranks, _MAX_FRONTIER))
 
     def _with_one_whole(self, ranks: IntArray, errors: FloatArray) -> tuple[IntArray, FloatArray]:
         """Add the tuples that leave one mode whole, more directions than the other ranks could carry.
@@ -529,67 +520,6 @@ def prepare(where: str, x: Array) -> Prepared:
     return Prepared(xp, work, k, squared_norm(xp, work))
 
 
-@dataclass(frozen=True, eq=False)
-class ErrorTable:
-    """Squared errors of rank tuples on a grid: ``errors[i, j, …]`` belongs to ``(grid[0][i], grid[1][j], …)``."""
-
-    errors: FloatArray
-    grid: tuple[IntArray, ...]
-    total: float
-
-    @classmethod
-    def of_squares(cls, squares: FloatArray, grid: tuple[IntArray, ...]) -> "ErrorTable":
-        """Build the table of a core's squares at the points of ``grid``, each from 0 to the core's size."""
-        for mode, points in enumerate(grid):
-            if len(points) <= squares.shape[mode]:
-                squares = np.add.reduceat(squares, points[:-1], axis=mode)
-        errors = _table_of_squares(squares)
-        return cls(errors, grid, float(errors[(0,) * errors.ndim]))
-
-    def up_to(self, caps: Sequence[int]) -> "ErrorTable":
-        """Leave out the ranks above ``caps``."""
-        ends = [int(np.searchsorted(g, cap, side="right")) for g, cap in zip(self.grid, caps)]
-        errors = self.errors[tuple(slice(end) for end in ends)]
-        return ErrorTable(errors, tuple(g[:end] for g, end in zip(self.grid, ends)), self.total)
-
-    def is_dense_around(self, ranks: Sequence[int]) -> bool:
-        """Tell whether the neighbors of ``ranks`` on the grid are the numbers next to them."""
-        return all(high - low <= 2 for low, high in self._neighbors(ranks))
-
-    def grid_around(self, ranks: Sequence[int], max_ranks: Sequence[int]) -> tuple[IntArray, ...]:
-        """Return a grid with a few points everywhere and many between the neighbors of ``ranks``."""
-        each = max(24, int(_MAX_TABLE ** (1 / len(self.grid))) // 2)
-        grid: list[IntArray] = []
-        for (low, high), most in zip(self._neighbors(ranks), max_ranks):
-            inside = np.unique(np.linspace(low, high, min(each, high - low + 1)).round().astype(np.int64))
-            grid.append(np.unique(np.concatenate([[0], _thinned(most, 12), inside])))
-        return tuple(grid)
-
-    def _neighbors(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
-        at = [int(np.searchsorted(g, r)) for g, r in zip(self.grid, ranks)]
-        return [(int(g[max(i - 1, 0)]), int(g[min(i + 1, len(g) - 1)])) for g, i in zip(self.grid, at)]
-
-
-def rank_grid(max_ranks: Sequence[int], most: int) -> tuple[IntArray, ...]:
-    """Choose ranks 0 = g_0 < g_1 < … < g_last = m for each mode so that at most about ``most`` tuples result.
-
-    Small ranks are all kept; beyond them the points grow geometrically. The longest modes are thinned first.
-    """
-    counts = [m + 1 for m in max_ranks]
-    while math.prod(counts) > most and max(counts) > 24:
-        longest = max(range(len(counts)), key=counts.__getitem__)
-        counts[longest] = max(24, counts[longest] * 3 // 4)
-    return tuple(_thinned(m, count) for m, count in zip(max_ranks, counts))
-
-
-def _thinned(most: int, count: int) -> IntArray:
-    if count > most:
-        return np.arange(most + 1)
-    dense = count // 2
-    sparse = np.geomspace(dense, most, count - dense)
-    return np.unique(np.concatenate([np.arange(dense), np.rint(sparse).astype(np.int64), [most]]))
-
-
 def error_table(core: Array) -> FloatArray:
     """Compute the exact squared error of every rank tuple from the core of a full HOSVD.
 
@@ -628,36 +558,7 @@ def error_table(core: Array) -> FloatArray:
            [5., 1., 0.]])
     """
     check_tensor("error_table", core)
-    host = np.abs(to_numpy(core)).astype(np.float64)
-    return _table_of_squares(host * host)
-
-
-def _table_of_squares(squares: FloatArray) -> FloatArray:
-    """Sum the boxes of `error_table`; the longest mode is worked on last, where sums run along contiguous memory."""
-    order = sorted(range(squares.ndim), key=lambda k: (squares.shape[k], k))
-    back = np.argsort(order)
-    squares = np.transpose(squares, order)
-    errors = np.zeros(tuple(n + 1 for n in squares.shape))
-    for mode in reversed(range(squares.ndim)):
-        # Shapes: `free` (n_0, …, n_mode) sums over the modes behind; `box` has one entry more per mode.
-        free = squares if mode == squares.ndim - 1 else squares.sum(axis=tuple(range(mode + 1, squares.ndim)))
-        box = errors if mode == squares.ndim - 1 else np.zeros(tuple(n + 1 for n in free.shape))
-        box[(*(slice(1, None),) * mode, slice(None, -1))] = free
-        reverse = box[..., ::-1]
-        np.cumsum(reverse, axis=-1, out=reverse)
-        for before in range(mode):
-            np.cumsum(box, axis=before, out=box)
-        if box is not errors:
-            errors += box.reshape(box.shape + (1,) * (squares.ndim - 1 - mode))
-    return np.transpose(errors, back)
-
-
-def _discarded(squares: FloatArray, ranks: tuple[int, ...]) -> float:
-    """Sum the squares outside the leading block, box by box."""
-    total = 0.0
-    for mode, rank in enumerate(ranks):
-        total += float(squares[(*(slice(r) for r in ranks[:mode]), slice(rank, None))].sum())
-    return total
+    return table_of(to_numpy(core))
 
 
 def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int], *, partial: bool = False) -> Any:

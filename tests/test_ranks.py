@@ -167,7 +167,7 @@ def test_choices_from_coarse_grids_keep_their_promise_and_are_near_the_best(monk
     exact = ft.hosvd_spectrum(x)
     best = [ft.select_ranks(exact, max_parameters=b) for b in budgets]
     cheapest = [ft.select_ranks(exact, rtol=t) for t in tolerances]
-    monkeypatch.setattr("flora_tensor.spectra._MAX_TABLE", 2000)
+    monkeypatch.setattr("flora_tensor._rank_errors._MAX_TABLE", 2000)
     spectrum = ft.hosvd_spectrum(x)
     assert spectrum.table.errors.size < 20_000 < math.prod(n + 1 for n in spectrum.max_ranks)
     for budget, reference in zip(budgets, best):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from flora_tensor.spectra import ErrorTable, rank_grid
+from flora_tensor._rank_errors import ErrorTable, rank_grid
 from support import (
     EVERY_DTYPE,
     FLOATING,
@@ -261,9 +261,8 @@ def test_a_coarse_frontier_has_true_errors_and_hardly_loses(monkeypatch):
 @given(core=cores(min_dim=1), most=st.integers(2, 60), seed=seeds)
 def test_a_table_on_a_grid_is_the_full_table_at_its_points(core, most, seed):
     rng = np.random.default_rng(seed)
-    squares = np.abs(core) ** 2
     grid = tuple(np.unique(np.concatenate([[0, n], rng.integers(0, n + 1, 3)])) for n in core.shape)
-    table, full = ErrorTable.of_squares(squares, grid), ft.error_table(core)
+    table, full = ErrorTable.of_core(core, 0, grid), ft.error_table(core)
     assert np.allclose(table.errors, full[np.ix_(*grid)], rtol=1e-12, atol=1e-14 * float(full.flat[0]))
     assert table.total == pytest.approx(float(full.flat[0]), rel=1e-12)
 
@@ -297,11 +296,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.slow
 def test_the_table_of_a_large_kernel_fits_in_memory():
-    """A choice of ranks for 1280 x 1280 x 3 x 3: the core's squares and the table, 14.7 million numbers each."""
+    """A choice of ranks for 1280 x 1280 x 3 x 3: a table of 1281 x 1281 x 4 x 4 numbers, and little beside it."""
     pytest.importorskip("resource")
     run = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
-    numbers = 1280 * 1280 * 9 * 8 / 2**20 + 1281 * 1281 * 16 * 8 / 2**20  # MiB of the squares and of the table
-    assert float(run.stdout) <= 2.5 * numbers
+    assert float(run.stdout) <= 1.4 * 1281 * 1281 * 16 * 8 / 2**20  # MiB
 
 
 # --- refusals ----------------------------------------------------------------------------------------
