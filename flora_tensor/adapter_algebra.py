@@ -3,7 +3,6 @@
 All work is done in float64 on cores and factors. The error that is reported is measured on what is stored.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import as_int, check_finite, check_fraction, check_tolerance, exactly_one
 from flora_tensor._combining import Combination, Term, combine
 from flora_tensor._errors import InputError
+from flora_tensor._reporting import RowReport
 from flora_tensor._safetensors import FLOATS, dtype_code, round_to
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
@@ -77,7 +77,7 @@ class AdapterRow:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterFit:
+class AdapterFit(RowReport[AdapterRow]):
     """An adapter computed from others, and how near it is to the exact result.
 
     Attributes
@@ -96,12 +96,6 @@ class AdapterFit:
     rows: tuple[AdapterRow, ...]
     relative_error: float
     lower_bound: float | None = None
-
-    def __getitem__(self, name: str) -> AdapterRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
 
     @property
     def n_parameters(self) -> int:
@@ -122,10 +116,6 @@ class AdapterFit:
                 for row in self.rows
             ],
         }
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_table(self) -> str:
         """Return the report as a text table, with a line of totals."""

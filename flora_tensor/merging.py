@@ -1,6 +1,5 @@
 """An adapter put into a checkpoint, and two checkpoints compared: both one tensor at a time."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from flora_tensor._checks import some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
+from flora_tensor._reporting import Report, RowReport, plain
 from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._version import __version__
@@ -34,7 +34,7 @@ Progress: TypeAlias = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """What a merge did to each tensor; made by `merge_checkpoint`.
 
     Attributes
@@ -62,9 +62,10 @@ class MergeReport:
         """Return the report as plain values, ready for JSON."""
         return {"flora_tensor_version": __version__, **{key: list(value) for key, value in vars(self).items()}}
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+    def to_table(self) -> str:
+        """Return the counts, as one line of text."""
+        counts = f"{len(self.merged)} tensors merged, {len(self.replaced)} replaced, {len(self.copied)} copied"
+        return f"{counts}: {', '.join(self.files)}"
 
 
 def merge_checkpoint(
@@ -275,7 +276,7 @@ class DiffRow:
 
 
 @dataclass(frozen=True)
-class DiffReport:
+class DiffReport(RowReport[DiffRow]):
     """How two checkpoints differ, tensor by tensor; made by `diff_checkpoints`.
 
     Attributes
@@ -286,12 +287,6 @@ class DiffReport:
 
     rows: tuple[DiffRow, ...]
 
-    def __getitem__(self, name: str) -> DiffRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
-
     @property
     def is_equal(self) -> bool:
         """Whether no tensor differs."""
@@ -299,12 +294,8 @@ class DiffReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON; numbers that are not finite become ``None``."""
-        rows = [{key: _plain(value) for key, value in vars(row).items()} for row in self.rows]
+        rows = [{key: plain(value) for key, value in vars(row).items()} for row in self.rows]
         return {"equal": self.is_equal, "tensors": rows}
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_table(self) -> str:
         """Return the report as a text table, with a line of totals."""
@@ -323,12 +314,6 @@ class DiffReport:
         header = ["tensor", "shape", "type", "status", "max |Δ|", "‖Δ‖/‖A‖", "unchanged"]
         differing = sum(row.status != "equal" for row in self.rows)
         return f"{format_table(header, rows, 'llllrrr')}\n{differing} of {len(self.rows)} tensors differ"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def diff_checkpoints(

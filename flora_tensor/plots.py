@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import printable
+from flora_tensor._files import staged_file
 from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import Frontier, ModeSpectra, Spectrum
 
@@ -140,7 +142,8 @@ def plot_report(report: ExtractionReport, *, title: str = "Extraction") -> Any:
 
     Examples
     --------
-    >>> from flora_tensor.report import ExtractionReport, TensorRow
+    >>> from flora_tensor._files import staged_file
+    from flora_tensor.report import ExtractionReport, TensorRow
     >>> row = TensorRow("fc.weight", "tucker", shape=(8, 8), ranks=(1, 1), modes=(8, 8), n_parameters=17)
     >>> figure = plot_report(ExtractionReport((row,), 64, 17, 0, 0.25, curve=((0, 1.0), (17, 0.25), (64, 0.0))))
     >>> [axes.get_title() for axes in figure.axes][:2]
@@ -188,8 +191,33 @@ def _draw_heat(figure: Any, axes: Any, rows: Sequence[TensorRow], is_part: bool)
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, label="rank / size")
 
 
+def picture_formats() -> frozenset[str]:
+    """Return the kinds of files that `save_figure` can write, as the ends of their names.
+
+    Returns
+    -------
+    frozenset of str
+        Such as ``"png"``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+
+    References
+    ----------
+    The list is matplotlib's own.
+
+    Examples
+    --------
+    >>> {"png", "pdf", "svg"} <= picture_formats()
+    True
+    """
+    return frozenset(_figure(1.0, 1.0).canvas.get_supported_filetypes())
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, PDF or SVG, by the path's ending.
+    """Write a figure as PNG, PDF or SVG, by the path's ending; the file appears whole or not at all.
 
     Parameters
     ----------
@@ -218,7 +246,9 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     >>> path.stat().st_size > 1000
     True
     """
-    figure.savefig(path, dpi=130)
+    target = Path(path)
+    with staged_file("save_figure", target, overwrite=True) as stage:
+        figure.savefig(stage, format=target.suffix.removeprefix("."), dpi=130)
 
 
 def _label(name: str, most: int = 200) -> str:

@@ -1,6 +1,5 @@
 """What ranks a fine-tuning needs: the spectra of every weight's change, and what each budget would buy."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from flora_tensor._checks import check_fraction
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
+from flora_tensor._reporting import Report
 from flora_tensor._settings import matches
 from flora_tensor.allocation import allocate_ranks, budget_curve
 from flora_tensor.arrangement import Arrangement
@@ -51,7 +51,7 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
-class RankStudy:
+class RankStudy(Report):
     """Spectra of the changes of all weights; made by `study_ranks`.
 
     Attributes
@@ -126,10 +126,6 @@ class RankStudy:
             "budgets": [vars(row) for row in self.budgets],
             "curve": list(map(list, self.curve)),
         }
-
-    def to_json(self) -> str:
-        """Return the study as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_table(self) -> str:
         """Return the study as two text tables: the weights, and the budgets."""

@@ -3,13 +3,13 @@
 Nothing is dropped silently: a report has a row for every tensor of both checkpoints.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flora_tensor._checks import printable
+from flora_tensor._reporting import RowReport, plain
 from flora_tensor._version import __version__
 from flora_tensor.adapter import Adapter
 from flora_tensor.tucker_tensor import norm
@@ -77,19 +77,14 @@ class TensorRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, ready for JSON."""
-        row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        row = {key: plain(value) for key, value in vars(self).items()}
         if self.weighted_norm is None:
             del row["weighted_error"], row["weighted_norm"]
-        return {key: _finite(value) for key, value in row.items()}
-
-
-def _finite(value: Any) -> Any:
-    # JSON has no word for infinity.
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return row
 
 
 @dataclass(frozen=True)
-class ExtractionReport:
+class ExtractionReport(RowReport[TensorRow]):
     """What an extraction stored, what it left out and why, and how well the whole fits; made by `extract`.
 
     Attributes
@@ -135,12 +130,6 @@ class ExtractionReport:
     weighted_error: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
 
-    def __getitem__(self, name: str) -> TensorRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
-
     @property
     def ratio(self) -> float:
         """Numbers stored as Tucker tensors over numbers in the dense changes; 0 where there are none."""
@@ -177,17 +166,13 @@ class ExtractionReport:
                 "n_parameters": self.n_parameters,
                 "whole_parameters": self.whole_parameters,
                 "ratio": self.ratio,
-                "relative_error": _finite(self.relative_error),
-                **({} if self.weighted_error is None else {"weighted_error": _finite(self.weighted_error)}),
-                "lower_bound": _finite(self.lower_bound),
+                "relative_error": plain(self.relative_error),
+                **({} if self.weighted_error is None else {"weighted_error": plain(self.weighted_error)}),
+                "lower_bound": plain(self.lower_bound),
             },
-            "curve": [list(point) for point in self.curve],
+            "curve": plain(self.curve),
             "tensors": [row.to_dict() for row in self.rows],
         }
-
-    def to_json(self) -> str:
-        """Return the report as JSON text, the same for the same run."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_table(self) -> str:
         """Return the report as a text table, one line a tensor, and the totals below it."""
@@ -295,7 +280,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
             "ranks": list(tensor.ranks),
             "n_parameters": tensor.n_parameters + (len(adapter.magnitudes[name]) if name in adapter.magnitudes else 0),
             "scale": adapter.scales[name],
-            "delta_norm": _finite(abs(adapter.scales[name]) * float(norm(tensor))),
+            "delta_norm": plain(abs(adapter.scales[name]) * float(norm(tensor))),
             "dtype": adapter.dtypes.get(name, ""),
             "magnitude": name in adapter.magnitudes,
             **({"members": list(stacks[name].members)} if name in stacks else {}),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 import flora_tensor as ft
 from checkpoints import load, run, save
 from flora_tensor import cli
-from flora_tensor.cli import _ranks, _share, _size
+from flora_tensor.cli.options import ranks, share, size
 
 
 @pytest.fixture
@@ -91,13 +93,13 @@ def test_a_picture_of_the_spectra_is_drawn(pair: tuple[Path, Path], tmp_path: Pa
     ("text", "value"), [("5%", 0.05), ("0.05", 0.05), ("100%", 1.0), (" 2.5% ", 0.025), ("1", 1.0), ("1e-3", 1e-3)]
 )
 def test_shares_are_percent_or_fractions(text: str, value: float):
-    assert _share(text) == pytest.approx(value)
+    assert share(text) == pytest.approx(value)
 
 
 def test_ranks_and_sizes_are_read():
-    assert _ranks("16") == 16
-    assert _ranks("16,16,2,2") == [16, 16, 2, 2]
-    assert [_size(s) for s in ("1000", "5GB", "512MiB", "1.5k", "2B")] == [1000, 5 * 10**9, 512 * 2**20, 1500, 2]
+    assert ranks("16") == 16
+    assert ranks("16,16,2,2") == [16, 16, 2, 2]
+    assert [size(s) for s in ("1000", "5GB", "512MiB", "1.5k", "2B")] == [1000, 5 * 10**9, 512 * 2**20, 1500, 2]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,54 @@ def test_without_a_command_the_help_is_shown():
     assert ft.__version__ in run("--version").stdout
     for command in cli.main.commands:
         assert run(command, "--help").exit_code == 0
+    shell = subprocess.run(
+        [sys.executable, "-m", "flora_tensor"],
+        env={**os.environ, "_FLORA_TENSOR_COMPLETE": "bash_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "complete -o nosort -F" in shell.stdout
+
+
+@pytest.mark.parametrize("command", cli.main.commands.values(), ids=str)
+def test_the_examples_of_every_help_text_can_be_typed(command: click.Command):
+    lines = (command.epilog or "").splitlines()[2:]
+    assert lines
+    for line in lines:
+        program, name, *words = shlex.split(line)
+        assert (program, cli.main.commands[name]) == ("flora-tensor", command)
+        context = command.make_context(name, words, resilient_parsing=False)
+        assert context.params
+
+
+def test_a_report_cannot_replace_a_checkpoint_and_is_refused_before_the_work(pair: tuple[Path, Path], tmp_path: Path):
+    before = pair[1].read_bytes()
+    for option, path, message in (
+        ("--html", pair[1], "does not end in .html"),
+        ("--plot", pair[1], "does not end in .png, .pdf or .svg"),
+        ("--plot", tmp_path / "x.xyz", "does not end in .png"),
+        ("--html", tmp_path, "is a directory or lies in none"),
+        ("--plot", tmp_path / "gone" / "x.png", "is a directory or lies in none"),
+    ):
+        for command in (["extract", *pair, "-o", tmp_path / "out", "--ranks", "1"], ["ranks", *pair]):
+            refused = run(*command, option, path)
+            assert (refused.exit_code, refused.stdout) == (2, "")
+            assert message in refused.stderr
+    assert pair[1].read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_to_write_a_conversion_is_said_once(pair: tuple[Path, Path], tmp_path: Path):
+    run("extract", *pair, "-o", tmp_path / "a", "--ranks", "1", "--vectors", "skip")
+    for arguments in ([], [tmp_path / "x", "-o", tmp_path / "y"]):
+        refused = run("convert", tmp_path / "a", "--to", "flora", *arguments)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert "pass where to write once: as OUT, or with '-o' / '--out'" in refused.stderr
+    for arguments in ([tmp_path / "x"], ["-o", tmp_path / "y"]):
+        assert run("convert", tmp_path / "a", "--to", "flora", *arguments).exit_code == 0
+    for name in ("x", "y"):
+        assert list(ft.load_adapter(tmp_path / name)) == ["conv.weight"]
 
 
 def test_progress_is_drawn_on_a_terminal_s_stderr_only(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,123 @@
+"""How every command runs: what ends it, what is said on stderr, and the exit code.
+
+Exit codes: 0 done, 2 a wrong argument, 3 bad input, 4 a file that cannot be read or written, 5 not enough memory or a
+package that is missing, 130 interrupted, 143 terminated, 1 a mistake of ours.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import click
+
+from flora_tensor._checks import printable
+from flora_tensor._errors import InputError, ResourceError
+from flora_tensor._warnings import FloraWarning
+
+__all__ = ["Commands"]
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C or SIGTERM; click would print a line of its own for a bare KeyboardInterrupt."""
+
+    def __init__(self, cause: KeyboardInterrupt) -> None:
+        kept = getattr(cause, "__notes__", ["nothing was written"])
+        super().__init__(f"interrupted; {'; '.join(kept)}")
+        self.exit_code = 143 if isinstance(cause, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which cleans up as Ctrl-C does."""
+
+
+class Commands(click.Group):
+    """A group whose errors are one line on stderr, with an exit code that says of what kind they are."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _InterruptedError(interrupt) from None
+        except BrokenPipeError:
+            # The reader of our output has seen enough. Python flushes stdout once more at its end: let that go nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Run a command and leave the process with its exit code."""
+        given = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        try:
+            with _terminated_like_interrupted(), _warnings_on_stderr():
+                # Without standalone mode an exit code that click was asked for comes back as the result.
+                code = super().main(args=given, **extra)
+        except SystemExit:  # click has answered a shell that completes a line
+            raise
+        except BaseException as error:
+            if "--debug" in given:
+                traceback.print_exc()
+            code, text = _verdict(error)
+            if text:
+                click.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+        sys.exit(code or 0)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the one line that stand for an error."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code, ""
+    if isinstance(error, _InterruptedError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130, "interrupted; nothing was written"
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message()
+    if isinstance(error, InputError):
+        return 3, str(error)
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, ImportError | ResourceError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 5, (str(error) or "not enough memory") + kept
+    if isinstance(error, OSError):
+        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        return 4, text + kept
+    if isinstance(error, ValueError | TypeError):
+        return 2, str(error)
+    return 1, f"unexpected {type(error).__name__}: {error}; run again with --debug and report it"
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Generator[None]:
+    """Let SIGTERM clean up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Generator[None]:
+    """Show our warnings as one line each, without the source line that `warnings` adds."""
+
+    def line(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"warning: {printable(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FloraWarning)
+        warnings.showwarning = line
+        yield
