@@ -5,7 +5,7 @@ All of them scale the tensor by a power of two first (nothing overflows or vanis
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -52,7 +52,7 @@ from flora_tensor._checks import (
 from flora_tensor._randomized import large_modes, randomized_of, range_sizes
 from flora_tensor._typing import Array, DType, Namespace, Ranks
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.ranks import fewest_parameters, smallest_error
+from flora_tensor.ranks import check_budget, partial_ranks
 from flora_tensor.spectra import ModeSpectra, Prepared, Spectrum, prepare, spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
 
@@ -352,6 +352,8 @@ def tucker(
         )
     xp, k, norm = ready.xp, ready.exponent, ready.norm()
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
+    if target.max_parameters is not None:
+        check_budget("tucker", tuple(x.shape), target.max_parameters)
     fit = _fit(ready, tuple(x.shape), target, method, rng)
     result = left_whole(xp, all_orthogonal(xp, fit.result), whole_modes(ranks))
     decomposed = _finished("tucker", x, result, k)
@@ -394,13 +396,14 @@ def round_tucker(
     rtol : float, optional
         The error to stay within, relative to ‖A‖. ``rtol=0`` only drops what is exactly redundant.
     max_parameters : int, optional
-        How many numbers core and factors may store.
+        How many numbers core and factors may store, as ``n_parameters`` of the result counts them.
 
     Returns
     -------
     TuckerTensor
         The rounded tensor, with orthonormal factors. A mode that was whole (``None``) and keeps its full rank stays
-        whole.
+        whole. Given a tolerance or a budget, it stays whole too where that is the better choice: it then stores no
+        factor, and the others need not carry its rank.
 
     Raises
     ------
@@ -429,9 +432,13 @@ def round_tucker(
     upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
     ready = prepare("round_tucker", upright.core)
     target = _target("round_tucker", upright.ranks, ranks, rtol, max_parameters)
-    result = all_orthogonal(xp, _fit(ready, a.shape, target, "auto", None).result)
-    stay = [m for m, u in enumerate(upright.factors) if u is None and result.core.shape[m] == upright.ranks[m]]
-    result = left_whole(xp, result, {*stay, *whole_modes(ranks)})
+    whole = [mode for mode, u in enumerate(upright.factors) if u is None]
+    if target.max_parameters is not None:
+        check_budget("round_tucker", a.shape, target.max_parameters, whole)
+    fit = _fit(ready, a.shape, target, "auto", None, whole)
+    result = all_orthogonal(xp, fit.result)
+    stay = [mode for mode in whole if result.core.shape[mode] == upright.ranks[mode]]
+    result = left_whole(xp, result, {*stay, *fit.kept, *whole_modes(ranks)})
     factors = [
         inner if outer is None else outer if inner is None else xp.matmul(outer, inner)
         for outer, inner in zip(upright.factors, result.factors)
@@ -454,12 +461,13 @@ def _target(
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """A result, its bounds on the error times ‖x‖, and what ran."""
+    """A result, its bounds on the error times ‖x‖, what ran, and the modes to leave whole."""
 
     result: Truncation
     lower: float
     upper: float
     ran: str
+    kept: tuple[int, ...] = ()
 
 
 def _fit(
@@ -468,25 +476,29 @@ def _fit(
     target: Target,
     method: Method,
     rng: "int | np.random.Generator | None",
+    whole: Collection[int] = (),
 ) -> _Fit:
-    """Decompose a prepared tensor; parameters are counted by ``shape``."""
+    """Decompose a prepared tensor; parameters are counted by ``shape``, and modes in ``whole`` need no factor."""
     if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
         return _fit_directly(ready, target, method, rng)
     spectrum = spectrum_of(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
-    if target.max_parameters is not None:
-        chosen = smallest_error(spectrum, shape, target.max_parameters, "tucker")
-    else:
-        chosen = fewest_parameters(spectrum, shape, target.rtol**2) or spectrum.max_ranks
+    limit = target.rtol**2
+    chosen, kept = partial_ranks(spectrum, shape, whole, relative_squares=limit, budget=target.max_parameters) or (
+        spectrum.max_ranks,
+        (),
+    )
     if method not in ("auto", "hooi"):
         return _fit_directly(ready, Target(chosen), method, rng)
     result = _truncated(ready.xp, ready.x, spectrum, chosen)
     lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
     if len(shape) <= 2 or chosen == spectrum.max_ranks:
-        return _Fit(result, lower, upper, "hosvd at the best ranks")
+        return _Fit(result, lower, upper, "hosvd at the best ranks", kept)
+    if kept:  # a mode that is not cut may have more directions than the others now carry
+        result = all_orthogonal(ready.xp, result)
     result, sweeps = hooi_of(ready.xp, ready.x, result, MOST_SWEEPS, ENOUGH, ready.squares)
     if target.max_parameters is None:
-        result = _trimmed(ready.xp, result, shape, target.rtol, spectrum.norm)
-    return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi")
+        result, kept = _trimmed(ready.xp, result, shape, target.rtol, spectrum.norm, whole, kept)
+    return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi", kept)
 
 
 def _fit_directly(ready: Prepared, target: Target, method: Method, rng: "int | np.random.Generator | None") -> _Fit:
@@ -550,19 +562,27 @@ def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ..
     return Truncation(core, factors, list(spectrum.values), "exact")
 
 
-def _trimmed(xp: Namespace, result: Truncation, shape: Sequence[int], rtol: float, norm: float) -> Truncation:
+def _trimmed(
+    xp: Namespace,
+    result: Truncation,
+    shape: Sequence[int],
+    rtol: float,
+    norm: float,
+    whole: Collection[int],
+    kept: tuple[int, ...],
+) -> tuple[Truncation, tuple[int, ...]]:
     """Spend what HOOI gained: choose among the truncations of the improved core the smallest within the tolerance."""
-    kept = float_squares("tucker", xp, result.core)
-    allowed = rtol**2 * norm**2 - max(norm**2 - kept, 0.0)
-    if allowed <= 0 or kept == 0:
-        return result
-    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, kept))
-    ranks = fewest_parameters(inner, shape, allowed / kept)
-    if ranks is None or ranks == tuple(result.core.shape):
-        return result
-    small = _truncated(xp, result.core, inner, ranks)
+    left = float_squares("tucker", xp, result.core)
+    allowed = rtol**2 * norm**2 - max(norm**2 - left, 0.0)
+    if allowed <= 0 or left == 0:
+        return result, kept
+    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, left))
+    chosen = partial_ranks(inner, shape, whole, relative_squares=allowed / left)
+    if chosen is None or chosen[0] == tuple(result.core.shape):
+        return result, kept
+    small = _truncated(xp, result.core, inner, chosen[0])
     factors = [xp.matmul(u, v) for u, v in zip(result.factors, small.factors)]
-    return Truncation(small.core, factors, result.values, result.kind)
+    return Truncation(small.core, factors, result.values, result.kind), chosen[1]
 
 
 def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:

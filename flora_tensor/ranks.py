@@ -6,8 +6,9 @@ grows: for fixed other ranks only one rank of the longest mode needs a look.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -187,7 +188,8 @@ def select_ranks(
     else:
         stored = np.dtype(np.float16) if not isinstance(x, Spectrum) and is_low_precision(x.dtype) else spectrum.dtype
         budget = _budget(where, spectrum.shape, stored.itemsize, max_parameters, max_ratio, max_bytes)
-        ranks = smallest_error(spectrum, spectrum.shape, budget, where, caps)
+        check_budget(where, spectrum.shape, budget)
+        ranks = smallest_error(spectrum, spectrum.shape, budget, caps) or (1,) * len(spectrum.shape)
     return choice_of(spectrum, ranks, criterion, notes)
 
 
@@ -295,43 +297,106 @@ def choice_of(spectrum: Spectrum, ranks: tuple[int, ...], method: str, notes: tu
 
 
 def fewest_parameters(
-    spectrum: Spectrum, shape: Sequence[int], relative_squares: float, caps: Sequence[int] | None = None
+    spectrum: Spectrum,
+    shape: Sequence[int],
+    relative_squares: float,
+    caps: Sequence[int] | None = None,
+    kept: Collection[int] = (),
 ) -> tuple[int, ...] | None:
     """Return the ranks of fewest parameters whose squared error stays within ``relative_squares`` · ‖X‖², or None.
 
     Parameters are counted for a tensor of ``shape``, which is the spectrum's own unless a core stands for a larger
-    tensor.
+    tensor. The modes in ``kept`` are left whole: they are not cut and store no factor.
     """
     caps = caps or spectrum.max_ranks
     if 0 in spectrum.shape:
         return (0,) * len(shape)
+    if len(kept) == len(shape):
+        return spectrum.max_ranks
     if len(shape) <= 2:  # a matrix: both ranks are equal, and so many as the tail demands
         tail = spectrum.squared_tails[0]
         rank = max(1, int(np.argmax(tail <= relative_squares * tail[0] * _SLACK)))
-        return (rank,) * len(shape) if rank <= min(caps) else None
-    return _search(spectrum, caps, lambda table: _fewest(table, shape, relative_squares * table.total * _SLACK))
+        return _uncut(spectrum, (rank,) * len(shape), kept) if rank <= min(caps) else None
+    found = _search(spectrum, caps, lambda table: _fewest(table, shape, relative_squares * table.total * _SLACK, kept))
+    return found and _uncut(spectrum, found, kept)
 
 
 def smallest_error(
-    spectrum: Spectrum, shape: Sequence[int], budget: int, where: str, caps: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Return the ranks of smallest error that store at most ``budget`` numbers for a tensor of ``shape``."""
+    spectrum: Spectrum,
+    shape: Sequence[int],
+    budget: int,
+    caps: Sequence[int] | None = None,
+    kept: Collection[int] = (),
+) -> tuple[int, ...] | None:
+    """Return the ranks of smallest error that store at most ``budget`` numbers, or None; as `fewest_parameters`."""
     caps = caps or spectrum.max_ranks
     if 0 in spectrum.shape:
         return (0,) * len(shape)
-    least = 1 + sum(shape)
-    if budget < least:
-        raise ValueError(
-            f"{where}: a budget of {budget} parameters for shape {tuple(shape)}, whose smallest Tucker tensor "
-            f"(rank 1 in every mode) stores {least}; pass at least {least}"
-        )
+    if stored_numbers((1,) * len(shape), shape, kept) > budget:
+        return None
+    if len(kept) == len(shape):
+        return spectrum.max_ranks
     if len(shape) <= 2:
         ranks = np.arange(1, min(caps) + 1)
-        tail = spectrum.squared_tails[0][ranks]
-        affordable = n_parameters_of([ranks] * len(shape), shape) <= budget
-        return (int(ranks[np.argmin(np.where(affordable, tail, np.inf))]),) * len(shape)
-    found = _search(spectrum, caps, lambda table: _best(table, shape, budget))
-    return found or (1,) * len(shape)
+        affordable = stored_numbers([ranks] * len(shape), shape, kept) <= budget
+        errors = np.where(affordable, spectrum.squared_tails[0][ranks], np.inf)
+        return _uncut(spectrum, (int(ranks[np.argmin(errors)]),) * len(shape), kept)
+    found = _search(spectrum, caps, lambda table: _best(table, shape, budget, kept))
+    return _uncut(spectrum, found or (1,) * len(shape), kept)
+
+
+def partial_ranks(
+    spectrum: Spectrum,
+    shape: Sequence[int],
+    whole: Collection[int],
+    *,
+    relative_squares: float = 0.0,
+    budget: int | None = None,
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Choose ranks, and which of the modes that may be left whole are; None where nothing is within the limit.
+
+    A whole mode stores no factor but fills the core: neither is better in general, so every subset is tried. Returns
+    the ranks, full ones where a mode is whole, and the whole modes.
+    """
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for kept in _subsets(whole):
+        if budget is not None:
+            ranks = smallest_error(spectrum, shape, budget, kept=kept)
+        else:
+            ranks = fewest_parameters(spectrum, shape, relative_squares, kept=kept)
+        if ranks is not None:
+            found.append((ranks, kept))
+
+    def merit(choice: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[float, float]:
+        error, stored = spectrum.error(choice[0]), float(stored_numbers(choice[0], shape, choice[1]))
+        return (error, stored) if budget is not None else (stored, error)
+
+    return min(found, key=merit) if len(found) > 1 else found[0] if found else None
+
+
+def stored_numbers(ranks: Sequence[Any], shape: Sequence[int], kept: Collection[int] = ()) -> Any:
+    """Return ∏ r_k + Σ I_k r_k, where the modes in ``kept`` fill the core and have no factor."""
+    core = [n if mode in kept else r for mode, (r, n) in enumerate(zip(ranks, shape))]
+    return n_parameters_of(core, [0 if mode in kept else n for mode, n in enumerate(shape)])
+
+
+def check_budget(where: str, shape: Sequence[int], budget: int, whole: Collection[int] = ()) -> None:
+    """Refuse a budget that the smallest Tucker tensor of ``shape`` exceeds; modes in ``whole`` need no factor."""
+    least = min(int(stored_numbers((1,) * len(shape), shape, kept)) for kept in _subsets(whole))
+    if 0 not in shape and budget < least:
+        raise ValueError(
+            f"{where}: a budget of {budget} parameters for shape {tuple(shape)}, whose smallest Tucker tensor "
+            f"stores {least}; pass at least {least}"
+        )
+
+
+def _subsets(modes: Collection[int]) -> Iterator[tuple[int, ...]]:
+    return chain.from_iterable(combinations(sorted(modes), n) for n in range(len(modes) + 1))
+
+
+def _uncut(spectrum: Spectrum, ranks: tuple[int, ...], kept: Collection[int]) -> tuple[int, ...]:
+    """Put the spectrum's own ranks in the modes that are not cut."""
+    return tuple(m if mode in kept else r for mode, (r, m) in enumerate(zip(ranks, spectrum.max_ranks)))
 
 
 # Tolerances are met up to the rounding of the sums that they are compared with.
@@ -353,9 +418,9 @@ def _search(
     return chosen
 
 
-def _fewest(table: ErrorTable, shape: Sequence[int], allowed: float) -> tuple[int, ...] | None:
+def _fewest(table: ErrorTable, shape: Sequence[int], allowed: float, kept: Collection[int]) -> tuple[int, ...] | None:
     """Return the cheapest tuple on the grid with an error of at most ``allowed``."""
-    split = _Split.of(table, shape)
+    split = _Split.of(table, shape, kept)
     # Errors fall along the longest mode: count those above the tolerance to find the first rank within it.
     first = np.count_nonzero(split.errors > allowed, axis=-1)
     index = np.maximum(first, np.searchsorted(split.points, split.least))
@@ -369,9 +434,9 @@ def _fewest(table: ErrorTable, shape: Sequence[int], allowed: float) -> tuple[in
     return split.tuple_at(_first_of_least(cost, error), rank)
 
 
-def _best(table: ErrorTable, shape: Sequence[int], budget: int) -> tuple[int, ...] | None:
+def _best(table: ErrorTable, shape: Sequence[int], budget: int, kept: Collection[int]) -> tuple[int, ...] | None:
     """Return the tuple on the grid of smallest error among those of at most ``budget`` parameters."""
-    split = _Split.of(table, shape)
+    split = _Split.of(table, shape, kept)
     affordable = (budget - split.other_sums) // (split.other_products + split.size)
     index = np.searchsorted(split.points, np.minimum(affordable, split.most), side="right") - 1
     rank = split.points[np.maximum(index, 0)]
@@ -394,27 +459,28 @@ class _Split:
     """A table with its longest mode last and rank 0 left out elsewhere, and what the other modes' ranks imply."""
 
     errors: FloatArray
-    mode: int
-    points: IntArray  # ranks of the longest mode, 0 included
+    mode: int  # the longest of those that may be cut
+    points: IntArray  # its ranks, 0 included
     size: int  # its size in the tensor
-    grids: tuple[IntArray, ...]  # ranks of the other modes
+    grids: tuple[IntArray, ...]  # ranks of the other modes: of one that is left whole, its size alone
     other_products: IntArray
     other_sums: IntArray
     least: IntArray  # the longest mode's rank must reach this, or another mode's rank would not be feasible …
     most: IntArray  # … and must not exceed this, or its own would not be
 
     @classmethod
-    def of(cls, table: ErrorTable, shape: Sequence[int]) -> "_Split":
-        mode = max(range(len(table.grid)), key=lambda k: len(table.grid[k]))
-        errors = np.moveaxis(table.errors, mode, -1)[(*(slice(1, None),) * (len(shape) - 1), slice(None))]
-        grids = tuple(g[1:] for k, g in enumerate(table.grid) if k != mode)
-        sizes = [n for k, n in enumerate(shape) if k != mode]
+    def of(cls, table: ErrorTable, shape: Sequence[int], kept: Collection[int]) -> "_Split":
+        mode = max((k for k in range(len(shape)) if k not in kept), key=lambda k: len(table.grid[k]))
+        others = [k for k in range(len(shape)) if k != mode]
+        chosen = tuple(slice(-1, None) if k in kept else slice(1, None) for k in others)
+        errors = np.moveaxis(table.errors, mode, -1)[(*chosen, slice(None))]
+        grids = tuple(np.array([shape[k]]) if k in kept else table.grid[k][1:] for k in others)
         ranks = np.meshgrid(*grids, indexing="ij", sparse=True)
         products = np.broadcast_to(math.prod(ranks[1:], start=ranks[0]), errors.shape[:-1])
-        sums = sum(n * r for n, r in zip(sizes, ranks)) + np.zeros_like(products)
+        sums = sum(shape[k] * r for k, r in zip(others, ranks) if k not in kept) + np.zeros_like(products)
         least = np.ones_like(products)
-        for r in ranks:  # r ≤ rank · (product of the others) ⇔ rank ≥ r² / product of all
-            least = np.maximum(least, -(-(r * r) // products))
+        for k, r in zip(others, ranks):  # r ≤ rank · (product of the others) ⇔ rank ≥ r² / product of all
+            least = least if k in kept else np.maximum(least, -(-(r * r) // products))
         return cls(errors, mode, table.grid[mode], shape[mode], grids, products, sums, least, products)
 
     def tuple_at(self, index: tuple[int, ...], rank: IntArray) -> tuple[int, ...]:

@@ -820,9 +820,53 @@ def test_rounding_to_ranks_and_budgets_is_as_good_as_from_the_dense_tensor(xp, p
     assert math.sqrt(max(tails)) - rounding <= truth.error(t) <= math.sqrt(sum(tails)) + rounding
     budget = 1 + sum(a.shape) + data.draw(st.integers(0, 60))
     t = ft.round_tucker(a, max_parameters=budget)
-    assert math.prod(t.ranks) + sum(n * r for n, r in zip(t.shape, t.ranks)) <= budget
+    assert t.n_parameters <= budget
     best = ft.select_ranks(x, max_parameters=budget).relative_error
     assert truth.error(t) <= best + rounding
+
+
+def partial_choices(x: np.ndarray, whole):
+    """Return the numbers stored by, and the relative error of, every rank tuple of the HOSVD with every set of modes
+    left whole.
+    """
+    spectrum = ft.hosvd_spectrum(x)
+    for kept in itertools.chain.from_iterable(itertools.combinations(whole, n) for n in range(len(whole) + 1)):
+        cut = [[n] if k in kept else range(1, m + 1) for k, (n, m) in enumerate(zip(x.shape, spectrum.max_ranks))]
+        for ranks in itertools.product(*cut):
+            others = [math.prod(ranks[:k] + ranks[k + 1 :]) for k in range(x.ndim)]
+            if all(r <= o for k, (r, o) in enumerate(zip(ranks, others)) if k not in kept):
+                stored = math.prod(ranks) + sum(n * r for k, (n, r) in enumerate(zip(x.shape, ranks)) if k not in kept)
+                yield stored, spectrum.error([min(r, m) for r, m in zip(ranks, spectrum.max_ranks)])
+
+
+@given(
+    shape=shapes(min_dim=1, max_dim=5, max_ndim=4, max_size=150),
+    whole=st.sets(st.integers(0, 3), min_size=1),
+    seed=seeds,
+    extra=st.integers(0, 80),
+    rtol=st.sampled_from((0.0, 0.03, 0.2, 0.5, 0.8, 1.0)),
+)
+def test_rounding_with_whole_modes_stores_no_more_than_the_best_of_all_choices(shape, whole, seed, extra, rtol):
+    whole = sorted(mode for mode in whole if mode < len(shape))
+    rng = np.random.default_rng(seed)
+    x = dense(
+        rng.standard_normal(shape) * 0.3 ** np.indices(shape).sum(axis=0), [orthonormal(rng, n, n) for n in shape]
+    )
+    turns = [None if k in whole else orthonormal(rng, n, n) for k, n in enumerate(shape)]
+    a = TuckerTensor(dense(x, [None if u is None else u.T for u in turns]), turns)
+    choices, rounding = list(partial_choices(x, whole)), tolerance("float64", sum(shape))
+    least = min(stored for stored, _ in choices)
+    t = ft.round_tucker(a, max_parameters=least + extra)
+    assert t.n_parameters <= least + extra
+    assert Truth.of(x).error(t) <= min(e for stored, e in choices if stored <= least + extra) + rounding
+    t = ft.round_tucker(a, rtol=rtol)
+    assert Truth.of(x).error(t) <= rtol + rounding
+    assert t.n_parameters <= min(stored for stored, e in choices if e <= rtol)
+    assert_orthonormal(t)
+    with pytest.raises(
+        ValueError, match=f"round_tucker: a budget of {least - 1} parameters .* stores {least}; pass at"
+    ):
+        ft.round_tucker(a, max_parameters=least - 1)
 
 
 def test_rounding_a_sum_finds_its_true_ranks_without_forming_it(xp, monkeypatch):
