@@ -102,7 +102,9 @@ def degrees_of_freedom(ranks: Sequence[int], shape: Sequence[int]) -> int:
     return math.prod(ranks) + sum(n * r - r * r for n, r in zip(shape, ranks))
 
 
-def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[tuple[int, ...], float]:
+def projected_edge(
+    spectrum: Spectrum, deviation: float | None = None, likely: tuple[int, ...] | None = None
+) -> tuple[tuple[int, ...], float]:
     """Count the directions above the noise edge, mode by mode, each seen through the signal subspaces of the others.
 
     Projecting the other modes on what is known of the signal shrinks the unfolding from ∏ I_j to ∏ r_j columns: the
@@ -111,18 +113,19 @@ def projected_edge(spectrum: Spectrum, deviation: float | None = None) -> tuple[
 
     Without a known deviation the noise need not be equally strong in all slices of a tensor (three modes or more):
     dividing slices by numbers leaves the multilinear ranks as they are, so the slices are balanced until what the model
-    leaves over is equally strong in all of them.
+    leaves over is equally strong in all of them. ``likely`` are the ranks of `bic`, where they are known already.
 
     Returns the ranks (all zero: no signal) and the standard deviation of the noise, in the units of ``spectrum``.
     """
     spectrum = _occupied(spectrum)
     found = _edge_of(spectrum, deviation)
     if deviation is None and len(spectrum.shape) > 2 and spectrum.norm > 0.0 and spectrum.factors:
-        found = min([found, *_balanced_edges(spectrum, found)], key=lambda f: _preference(f, spectrum.shape))
+        balanced = _balanced_edges(spectrum, found, likely)
+        found = min([found, *balanced], key=lambda f: _preference(f, spectrum.shape))
     return found.ranks, found.deviation
 
 
-def _balanced_edges(spectrum: Spectrum, plain: "_Edge") -> Iterator["_Edge"]:
+def _balanced_edges(spectrum: Spectrum, plain: "_Edge", likely: tuple[int, ...] | None) -> Iterator["_Edge"]:
     """Find ranks with the slices balanced, from two guesses of how uneven the noise is.
 
     The first is the energy of the slices, right where a few are very loud. The second is what the ranks of least BIC
@@ -134,29 +137,41 @@ def _balanced_edges(spectrum: Spectrum, plain: "_Edge") -> Iterator["_Edge"]:
         return
     x = multi_mode_dot(spectrum.core, spectrum.factors)
     yield _balance(x, energy)
+    likely = bic(spectrum) if likely is None else likely
+    if likely == plain.ranks or not any(likely):  # without a model all is left over: that was the first guess
+        return
     core = _host_core(spectrum)
-    likely = bic(spectrum)
     rest = _rest(core, [np.eye(m) for m in core.shape], likely)
     left_over = _unevenness(_slice_squares(rest, spectrum.factors), spectrum.shape)
-    if left_over is not None and likely != plain.ranks:
+    if left_over is not None:
         yield _balance(x, left_over)
 
 
 def _balance(x: Array, uneven: list[FloatArray]) -> "_Edge":
-    """Divide slices by the strength of their noise, and renew both until they stand still."""
+    """Divide slices by the strength of their noise, and renew both until they stand still.
+
+    On the way to even noise the model shrinks, or what it leaves over evens out. Where neither happens there is no bulk
+    of noise to be found, and further rounds only wander.
+    """
     shape = tuple(x.shape)
     weights = [np.ones(n) for n in shape]
-    found: _Edge | None = None
+    best: _Edge | None = None
+    size, spread = math.inf, math.inf
     for _ in range(_MOST_BALANCINGS):
         weights = [w * np.sqrt(u) for w, u in zip(weights, uneven)]
         found = _edge_of(hosvd_spectrum(_divided(x, weights)))
         still = _unevenness(found.left_over, shape)
+        new_size = degrees_of_freedom(found.ranks, shape)
+        new_spread = 0.0 if still is None else sum(float(np.var(u)) for u in still)
+        if best is not None and new_size >= size and new_spread > 0.9 * spread:
+            break
+        mean_square = math.prod(float(np.mean(w * w)) for w in weights)
+        best = found._replace(deviation=found.deviation * math.sqrt(mean_square))
         if still is None:
             break
-        uneven = still
-    assert found is not None
-    mean_square = math.prod(float(np.mean(w * w)) for w in weights)
-    return found._replace(deviation=found.deviation * math.sqrt(mean_square))
+        uneven, size, spread = still, new_size, new_spread
+    assert best is not None
+    return best
 
 
 def _preference(edge: "_Edge", shape: Sequence[int]) -> tuple[bool, int]:
@@ -281,14 +296,16 @@ def bic(spectrum: Spectrum) -> tuple[int, ...]:
     return tuple(int(r) for r in ranks[int(np.argmin(score))])
 
 
-def gavish_donoho(spectrum: Spectrum, deviation: float | None = None) -> tuple[int, ...]:
+def gavish_donoho(
+    spectrum: Spectrum, deviation: float | None = None, likely: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
     """Keep what lowers each unfolding's mean squared error: σ > λ*(β) √n τ, one noise level for all modes.
 
     Gavish and Donoho, *The optimal hard threshold for singular values is 4/√3*, IEEE TIT 60 (2014), equation 11. With
     the median rule for the noise, a mode of three singular values would take its own signal for noise.
     """
     spectrum = _occupied(spectrum)
-    tau = projected_edge(spectrum)[1] if deviation is None else deviation
+    tau = projected_edge(spectrum, likely=likely)[1] if deviation is None else deviation
     entries = math.prod(spectrum.shape)
     found: list[int] = []
     for values, size in zip(spectrum.values, spectrum.shape):

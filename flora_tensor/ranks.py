@@ -241,11 +241,12 @@ def _by_noise_rule(
 ) -> RankChoice:
     if method not in get_args(NoiseRule):
         raise ValueError(f"{where}: method is {method!r}; pass one of {', '.join(map(repr, get_args(NoiseRule)))}")
+    likely = bic(spectrum)
     rules: dict[str, Callable[[], tuple[int, ...]]] = {
-        "noise": lambda: projected_edge(spectrum, floor)[0],
+        "noise": lambda: projected_edge(spectrum, floor, likely)[0],
         "evbmf": lambda: evbmf(spectrum),
-        "bic": lambda: bic(spectrum),
-        "gavish-donoho": lambda: gavish_donoho(spectrum, floor),
+        "bic": lambda: likely,
+        "gavish-donoho": lambda: gavish_donoho(spectrum, floor, likely),
     }
     ranks = rules[method]()
     other = "noise" if method == "bic" else "bic"

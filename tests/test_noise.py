@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
+from flora_tensor import noise
+from flora_tensor import ranks as ranks_module
 from flora_tensor.noise import edge_squared, projected_edge, worth_storing
 from support import dense, orthonormal, seeds
 
@@ -106,6 +108,34 @@ def test_slices_of_unequal_noise_do_not_mislead_the_projected_edge(shape, kind):
             assert estimate == pytest.approx(deviation * math.sqrt(np.mean(noise**2)), rel=0.35)
     assert right[0] >= 9
     assert right[1] >= (4 if kind == "one loud" else 9)
+
+
+def test_a_noise_rule_computes_each_answer_once_and_gives_up_soon_where_there_is_no_bulk(monkeypatch):
+    """Without a bulk of noise the balancing of slices cannot end well; each of its rounds is a full HOSVD."""
+    calls = Counter[str]()
+
+    def counted(module, name):
+        original = getattr(module, name)
+
+        def call(*arguments):
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((noise, "hosvd_spectrum"), (noise, "bic"), (ranks_module, "bic")):
+        counted(module, name)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        fall = [np.arange(1, n + 1) ** -0.6 for n in (32, 32, 5, 5)]
+        x = dense(rng.standard_normal((32, 32, 5, 5)), [orthonormal(rng, f.size, f.size) * f for f in fall])
+        x *= np.exp(rng.standard_normal((32, 1, 1, 1)))
+        spectrum = ft.hosvd_spectrum(x)
+        for method in ("noise", "evbmf", "bic", "gavish-donoho"):
+            calls.clear()
+            ft.select_ranks(spectrum, method=method)
+            assert calls["bic"] == 1
+            assert calls["hosvd_spectrum"] <= 8
 
 
 def test_noise_of_unequal_strength_is_no_signal():
