@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flora_tensor._algorithms import Target
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._files import check_free_space
-from flora_tensor._residual import residual_norm
+from flora_tensor._residual import PLAIN, residual_norm
 from flora_tensor._resized import NEW_ROWS, new_rows
 from flora_tensor._safetensors import BITS, SafetensorsWriter, decode, encode, round_to
 from flora_tensor._settings import Settings
@@ -29,10 +30,11 @@ from flora_tensor.adapter_file import (
     whole_key,
     write_config,
 )
-from flora_tensor.algebra import multi_mode_dot
+from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.checkpoint import Checkpoint
-from flora_tensor.decomposition import tucker
+from flora_tensor.decomposition import tucker_of
 from flora_tensor.report import TensorRow
+from flora_tensor.spectra import prepare
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Part", "Stored", "check_space", "decompose", "write_adapter"]
@@ -127,7 +129,7 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
-    fitted, weighting = _fitted(delta, arranged, weight, settings)
+    fitted, known, weighting = _fitted(delta, arranged, weight, settings)
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
@@ -137,16 +139,23 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     if exponent:
         stored = TuckerTensor(np.ldexp(stored.core.astype(np.float64), exponent), stored.factors)
     norm = weight.row.delta_norm or 0.0
+    if known is None or known < PLAIN or not _equal(stored, fitted):
+        known = residual_norm(arranged, stored, norm) / norm
     row = replace(
         weight.row,
         arrangement=weight.arrangement.pattern,
         modes=weight.arranged_shape,
         ranks=weight.ranks,
         n_parameters=stored.n_parameters,
-        relative_error=residual_norm(arranged, stored, norm) / norm,
+        relative_error=known,
         weighted_error=_output_error(arranged, stored, weight, weighting),
     )
     return scale, row, parts
+
+
+def _equal(a: TuckerTensor, b: TuckerTensor) -> bool:
+    pairs = ((u, v) for u, v in zip(a.factors, b.factors) if u is not None and v is not None)
+    return all(np.array_equal(u, v) for u, v in [(a.core, b.core), *pairs])
 
 
 def _output_error(
@@ -163,37 +172,47 @@ def _output_error(
 
 def _fitted(
     delta: np.ndarray, arranged: np.ndarray, weight: Weight, settings: Settings
-) -> tuple[TuckerTensor, Weighting | None]:
-    """Decompose a change, scaled by its input's second moment and back where a calibration gave one that fits."""
+) -> tuple[TuckerTensor, float | None, Weighting | None]:
+    """Decompose a change; return its relative error too, where the decomposition measured it with NumPy.
+
+    The change is scaled by its input's second moment, and back, where a calibration gave one that fits.
+    """
     assert weight.arrangement is not None
     if not (weight.is_weighted and settings.calibration) or weight.ranks == arranged.shape:
-        return _fit(on_device(arranged, settings.device), weight, settings).map(to_numpy), None
+        found, error = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0)
+        return found.map(to_numpy), error if settings.device is None else None, None
     weighting = settings.calibration.weighting(weight.row.name, delta.shape)
     assert weighting is not None
     scaled = on_device(weight.arrangement.arrange(weighting.scale(delta)), settings.device)
-    return weighting.unscale(_fit(scaled, weight, settings).map(to_numpy), weight.arrangement), weighting
+    found, _ = _fit(scaled, weight, settings, weight.row.weighted_norm or 0.0)
+    return weighting.unscale(found.map(to_numpy), weight.arrangement), None, weighting
 
 
-def _fit(arranged: Array, weight: Weight, settings: Settings) -> TuckerTensor:
+def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[TuckerTensor, float]:
     """Decompose at the chosen ranks; under a tolerance at least as well as the spectrum promised."""
-    ranks = tuple(None if rank == size else rank for rank, size in zip(weight.ranks, arranged.shape))
-    if not any(ranks):  # all modes whole: the change itself
-        return TuckerTensor(arranged, (None,) * len(ranks))
-    whole = ranks.index(None) if len(ranks) == 2 and None in ranks else None
-    if whole is not None:  # both bases of a matrix, for the leading directions, cost less than all of one side's
-        ranks = (next(r for r in ranks if r is not None),) * 2
-    fit = tucker(arranged, ranks)
+    shape, ranks = tuple(x.shape), weight.ranks
+    cut = [k for k, (rank, size) in enumerate(zip(ranks, shape)) if rank < size]
+    if not cut:  # all modes whole: the change itself
+        return TuckerTensor(x, (None,) * len(shape)), 0.0
+    if len(cut) == 1:  # both bases of a matrix, for the leading directions, cost less than all of one side's
+        x, target, whole = unfold(x, cut[0]), Target((ranks[cut[0]],) * 2), ()
+    else:
+        target, whole = Target(ranks), [k for k in range(len(shape)) if k not in cut]
+    ready = prepare("extract", x, norm * norm)
+    fit = tucker_of(x, ready, target, whole)
     if (
         "rtol" in settings.budget
         and weight.predicted is not None
         and fit.relative_error > weight.predicted * (1 + 1e-6)
     ):
         # The promise is the truncated HOSVD's; fast ways come within a hair, and that hair counts for a tolerance.
-        fit = min(fit, tucker(arranged, ranks, method="hosvd"), key=lambda f: f.relative_error)
-    return fit.tucker if whole is None else _left_whole(fit.tucker, whole)
+        fit = min(fit, tucker_of(x, ready, target, whole, "hosvd"), key=lambda f: f.relative_error)
+    return (_of_matrix(fit.tucker, cut[0], shape) if len(cut) == 1 else fit.tucker), fit.relative_error
 
 
-def _left_whole(matrix: TuckerTensor, mode: int) -> TuckerTensor:
-    """Multiply one factor of a matrix into the core, so that this mode stores none."""
-    core = multi_mode_dot(matrix.core, [matrix.factors[mode]], modes=[mode])
-    return TuckerTensor(core, tuple(None if k == mode else u for k, u in enumerate(matrix.factors)))
+def _of_matrix(matrix: TuckerTensor, mode: int, shape: tuple[int, ...]) -> TuckerTensor:
+    """Fold the decomposition of an unfolding back: the factor of its columns goes into the core."""
+    core = multi_mode_dot(matrix.core, [matrix.factors[1]], modes=[1])
+    ranks = tuple(core.shape[0] if k == mode else n for k, n in enumerate(shape))
+    factors = tuple(matrix.factors[0] if k == mode else None for k in range(len(shape)))
+    return TuckerTensor(fold(core, mode, ranks), factors)

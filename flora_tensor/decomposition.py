@@ -5,7 +5,7 @@ All of them scale the tensor by a power of two first (nothing overflows or vanis
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -345,17 +345,30 @@ def tucker(
     """
     if method not in get_args(Method):
         raise ValueError(f"tucker: method is {method!r}; pass one of {', '.join(map(repr, get_args(Method)))}")
-    ready = _on_host(prepare("tucker", x))
+    ready = prepare("tucker", x)
+    target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
+    if target.max_parameters is not None:
+        check_budget("tucker", tuple(x.shape), target.max_parameters)
+    return tucker_of(x, ready, target, whole_modes(ranks), method, rng)
+
+
+def tucker_of(
+    x: Array,
+    ready: Prepared,
+    target: Target,
+    whole: Iterable[int] = (),
+    method: Method = "auto",
+    rng: "int | np.random.Generator | None" = None,
+) -> TuckerFit:
+    """Do what `tucker` does with a prepared tensor and a checked target; ``whole`` modes get no factor."""
+    ready = _on_host(ready)
     if ready.squares is None:
         raise ValueError(
             "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
         )
     xp, k, norm = ready.xp, ready.exponent, ready.norm()
-    target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
-    if target.max_parameters is not None:
-        check_budget("tucker", tuple(x.shape), target.max_parameters)
     fit = _fit(ready, tuple(x.shape), target, method, rng)
-    result = left_whole(xp, all_orthogonal(xp, fit.result), whole_modes(ranks))
+    result = left_whole(xp, all_orthogonal(xp, fit.result), whole)
     decomposed = _finished("tucker", x, result, k)
     relative_error = _relative_error(ready, result, decomposed)
     return TuckerFit(

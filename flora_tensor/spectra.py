@@ -495,8 +495,8 @@ class Prepared(NamedTuple):
         return math.sqrt(float_squares("norm", self.xp, self.x) if self.squares is None else self.squares)
 
 
-def prepare(where: str, x: Array) -> Prepared:
-    """Check a tensor and bring it to the working type and to magnitudes near 1.
+def prepare(where: str, x: Array, squares: float | None = None) -> Prepared:
+    """Check a tensor and bring it to the working type and to magnitudes near 1; ``squares`` is ‖x‖² where it is known.
 
     One pass over the data does for nearly all: Σ x² in float64 tells whether float32 numbers are finite, how large they
     are, and what their norm is. Only where it leaves the range of float64 are the entries looked at.
@@ -505,8 +505,9 @@ def prepare(where: str, x: Array) -> Prepared:
     if len(x.shape) == 0:
         check_tensor(where, x)
     work = xp.astype(x, working_dtype(xp, x.dtype), copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = squared_norm(xp, work)
+    if squares is None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = squared_norm(xp, work)
     if squares is None:
         return Prepared(xp, work, 0, None)
     if 1e-200 < squares < 1e200:
