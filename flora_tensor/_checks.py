@@ -25,6 +25,14 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + rest
 
 
+def size_text(n_bytes: int) -> str:
+    """Return a number of bytes in words, in powers of 1000."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if n_bytes >= 1000**power:
+            return f"{n_bytes / 1000**power:.3g} {unit}"
+    return f"{n_bytes} bytes"
+
+
 def printable(text: str) -> str:
     """Return a text with its control characters as escapes, so that a file's names can steer nothing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

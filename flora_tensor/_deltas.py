@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from flora_tensor._errors import InputError, ResourceError
+from flora_tensor._errors import InputError
+from flora_tensor._memory import require_memory
 from flora_tensor._safetensors import BITS, decode_into
 from flora_tensor._settings import PathLike
 from flora_tensor._typing import Array
@@ -286,19 +287,4 @@ def check_memory(where: str, base: Checkpoint, tuned: Checkpoint, name: str, max
     bases = sum(n * min(n, size // n) for n in shape)
     # Two sides, an unfolding and the core; squares and error table in float64; singular vectors and their workspace.
     need = size * (4 * item + 16) + 3 * item * bases
-    free = max_memory if max_memory is not None else _available_memory()
-    if free is not None and need > free:
-        raise ResourceError(
-            f"{where}: {name!r} of shape {shape} needs about {need / 2**30:.2g} GiB, but {free / 2**30:.2g} GiB are "
-            "allowed; exclude it, or use a machine with more memory"
-        )
-
-
-def _available_memory() -> int | None:
-    """Return how many bytes the machine has free, where it tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # pragma: no cover - not Linux
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
+    require_memory(where, name, shape, need, max_memory)

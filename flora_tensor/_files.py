@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from flora_tensor._checks import size_text
 from flora_tensor._errors import InputError
 
 __all__ = [
@@ -139,7 +140,10 @@ def check_free_space(where: str, target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(_existing_parent(target)).free
     if free < need:
         raise OSError(
-            errno.ENOSPC, f"{where}: the result takes {need} bytes, but the disk has {free} free", str(target)
+            errno.ENOSPC,
+            f"{where}: the result takes {size_text(need)}, but the disk has {size_text(free)} free; "
+            "make room, or write elsewhere",
+            str(target),
         )
 
 

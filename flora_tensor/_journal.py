@@ -135,8 +135,14 @@ class Journal:
                 )
                 raise FileExistsError(errno.EEXIST, message, str(directory))
             _remove(directory)
+        is_new = not os.path.lexists(directory)
         directory.mkdir(exist_ok=True)
-        journal = cls(directory)
+        try:
+            journal = cls(directory)
+        except BaseException:
+            if is_new:
+                _remove(directory)
+            raise
         try:
             yield journal
         except BaseException as error:

@@ -15,6 +15,7 @@ from flora_tensor._checks import some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
+from flora_tensor._memory import require_memory
 from flora_tensor._reporting import Report, RowReport, plain
 from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
@@ -226,6 +227,8 @@ def _summed(base: Checkpoint, info: TensorInfo, adapter: Adapter) -> np.ndarray:
         return _rounded(base, info, to_numpy(adapter.whole[name]), "the stored value")
     if name not in adapter:
         return raw
+    # The bytes and their decoding; ΔW and what it is formed from, and a magnitude's W + ΔW, in float64.
+    require_memory("merge", name, info.shape, 2 * info.n_bytes + 24 * info.n_elements)
     weight = decode(raw, info.dtype, info.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         total = adapter.change(name, weight, dtype=np.float64)
