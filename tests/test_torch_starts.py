@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import flora_tensor as ft
 from flora_tensor import Arrangement, Moments, TuckerTensor
-from flora_torch import adapter_parameters, attach, collect_gradients, collect_moments
+from flora_torch import adapter_parameters, attach, collect_gradients, collect_moments, disabled
 from flora_torch.initialize import INITS, context, from_delta, from_moments, minor, start_update
 from flora_torch.moment_starts import mode_moments
 from support import distance, same_bits, tolerance
@@ -75,6 +75,56 @@ def test_the_start_is_the_model_bit_for_bit(init, path):
     assert any(moved)
     if init in ("principal", "minor", "context"):
         assert all(moved), "a start that is not zero moves the factors, too"
+
+
+HEADS = {"heads": 4}
+
+
+@pytest.mark.parametrize("init", ["principal", "minor"])
+@pytest.mark.parametrize(
+    ("base", "shapes", "arrangements"),
+    [
+        (
+            lambda: nn.Linear(48, 64),
+            [(7, 48)],
+            [
+                None,
+                Arrangement("(heads d) i -> heads d i", HEADS),
+                Arrangement("o (heads d) -> heads o d", HEADS),
+                Arrangement("o (heads d) -> o heads d", HEADS),
+            ],
+        ),
+        (lambda: nn.Conv2d(12, 16, 3), [(2, 12, 9, 9)], [None, "o (i h w)", "(o h) (i w)", "h w o i", "o h w i"]),
+        (lambda: nn.ConvTranspose2d(12, 16, 3), [(2, 12, 9, 9)], [None, "(i h) (o w)"]),
+        (lambda: nn.Conv3d(8, 8, 3), [(2, 8, 5, 5, 5)], [None]),
+        (lambda: nn.Bilinear(8, 9, 10), [(3, 8), (3, 9)], [None]),
+        (lambda: nn.GRUCell(8, 8), [(3, 8)], [None]),
+    ],
+    ids=["linear", "conv2d", "transposed", "conv3d", "bilinear", "recurrent"],
+)
+def test_the_start_cancels_in_every_arrangement(base, shapes, arrangements, init):
+    """What is formed of the trained tensor and of its start has the same bits, with gradients and without."""
+    for arrangement in arrangements:
+        for dtype in (torch.float32, torch.float64):
+            check_cancels(base().to(dtype), shapes, init, arrangement)
+
+
+def test_the_start_cancels_where_it_is_compiled():
+    arrangement = Arrangement("o (heads d) -> heads o d", HEADS)
+    check_cancels(nn.Linear(48, 64).double(), [(7, 48)], "principal", arrangement, compiled=True)
+
+
+def check_cancels(base, shapes, init, arrangement, compiled=False):
+    model = nn.Sequential(base)
+    attach(model, ranks=0.5, init=init, arrangement=arrangement, path="dense", scale=0.7)
+    layer = torch.compile(model[0], backend="eager") if compiled else model[0]
+    dtype = next(base.parameters()).dtype
+    inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            changed = layer(*inputs)
+            with disabled(model):
+                assert torch.equal(changed, layer(*inputs))
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7)])

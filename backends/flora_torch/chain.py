@@ -111,8 +111,18 @@ class Made:
         assert core is not None
         partial = [core if scale == 1.0 else core * scale]
         for k in self._order(parameters) if self.modes else ():
-            partial.append(mode_dot(partial[-1], parameters[1 + k], k))
+            partial.append(_times(partial[-1], parameters[1 + k], k))  # type: ignore[arg-type]
         return partial
+
+
+def _times(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Multiply along one mode; the bits of the result do not depend on what requires a gradient."""
+    if not transforming():
+        return mode_dot(x, matrix, mode)
+    # torch takes a product of three axes with two in another way if an operand requires a gradient. Here, where none
+    # can be detached, a trained tensor and its start would not cancel: so there are two axes.
+    rows = x.movedim(mode, -1)
+    return (rows.reshape(-1, matrix.shape[1]) @ matrix.mT).reshape(*rows.shape[:-1], matrix.shape[0]).movedim(-1, mode)
 
 
 class Step:
@@ -454,9 +464,18 @@ class _Product(torch.autograd.Function):
 
 def form(parameters: Parameters, scale: float) -> Tensor:
     """Form the dense tensor; for its gradients nothing is stored but the parameters."""
-    if transforming() or not torch.is_grad_enabled():
+    if transforming():
         return _whole(parameters).weight(parameters, scale)
+    if not torch.is_grad_enabled():
+        return _form_detached(scale, parameters)
     return _Formed.apply(scale, *parameters)  # type: ignore[no-any-return]
+
+
+def _form_detached(scale: float, parameters: Parameters) -> Tensor:
+    # torch takes a batched product in another way if an operand requires a gradient, and the last bits of a trained
+    # tensor would not be those of its start.
+    given = [p if p is None else p.detach() for p in parameters]
+    return _whole(given).weight(given, scale)
 
 
 def _whole(parameters: Parameters) -> Made:
@@ -474,7 +493,7 @@ class _Formed(torch.autograd.Function):
     def forward(ctx: Any, scale: float, *parameters: Tensor | None) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(*parameters)
-        return _whole(parameters).weight(parameters, scale)
+        return _form_detached(scale, parameters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
