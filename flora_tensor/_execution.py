@@ -51,8 +51,9 @@ class Run:
         for done, task in enumerate(tasks):
             self.progress(phase, done, len(tasks), task.name)
             if done + 1 < len(tasks):  # the disk can be busy while we compute
-                self.base.prefetch(tasks[done + 1].name)
-                self.tuned.prefetch(tasks[done + 1].name)
+                for name in tasks[done + 1].members or (tasks[done + 1].name,):
+                    self.base.prefetch(name)
+                    self.tuned.prefetch(name)
             yield task, perform(self.base, self.tuned, self.job.settings, task)
 
     def _all_at_once(self, phase: str, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome | None]]:

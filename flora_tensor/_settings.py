@@ -45,6 +45,7 @@ class Settings:
     noise_floor: float | Literal["auto"] | None
     dry_run: bool
     share: float | None = None  # the budget as a share of what the headers list, where it is one
+    stack: tuple[str, ...] = ()
 
     def limit(self) -> dict[str, Any]:
         """Return the budget as `allocate_ranks` takes it."""
@@ -63,6 +64,7 @@ class Settings:
             **({"ranks": ranks} if ranks is not None else self.budget),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            **({"stack": list(self.stack)} if self.stack else {}),
             "arrangements": self.arrangement.pattern if self.arrangement else "auto",
             **({"heads": [heads.query for heads in self.heads]} if self.heads else {}),
             **({"weights": self.weights} if self.weights != "norm" else {}),
@@ -79,7 +81,8 @@ class Settings:
 
     def of_a_task(self) -> dict[str, Any]:
         """Return those of the options that the outcome for one tensor depends on, beside what was chosen for it."""
-        return {**self.options(), "include": (), "exclude": (), "vectors": "", **dict.fromkeys(self.budget, 0)} | {
+        elsewhere = {"include": (), "exclude": (), "stack": (), "vectors": "", **dict.fromkeys(self.budget, 0)}
+        return {**self.options(), **elsewhere} | {
             "device": str(self.device),
             "share": self.share,
             "dry_run": self.dry_run,
@@ -199,6 +202,23 @@ def heads_option(given: Any, *checkpoints: Checkpoint) -> tuple[Heads, ...]:
     if count < 1:
         raise ValueError(f"extract: heads is {count}; pass 'auto', None, or the number of heads")
     return (Heads(count, count),)
+
+
+def stack_option(given: str | Sequence[str] | None, settings: Settings) -> tuple[str, ...]:
+    """Return the patterns of stacks, refused beside options that stacks cannot be weighed under."""
+    patterns = tuple(dict.fromkeys(globs(given)))
+    if patterns and settings.ranks is not None:
+        raise ValueError(
+            "extract: stack with ranks: a stack is used where it is smaller at a budget; pass a budget or rtol"
+        )
+    if patterns and settings.calibration is not None:
+        raise ValueError(
+            "extract: stack with calibration: each layer's input has a moment of its own, so that layers scaled by "
+            "theirs share no factor; pass one of the two"
+        )
+    if patterns and settings.weights != "norm":
+        raise ValueError("extract: stack with weights='uniform' is not supported; pass weights='norm'")
+    return patterns
 
 
 def silent(phase: str, done: int, total: int, name: str) -> None:

@@ -4,9 +4,9 @@ Both kinds hand out a tensor's bytes by name, and prove at every read that the f
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from flora_tensor._errors import InputError
 from flora_tensor._files import open_regular
 from flora_tensor._safetensors import BITS, TensorInfo, read_header, read_into, read_span
 
-__all__ = ["PICKLE_SUFFIXES", "PickleFile", "SafetensorsFile", "StoredFile", "open_stored_file"]
+__all__ = ["PICKLE_SUFFIXES", "PickleFile", "SafetensorsFile", "StackedFile", "StoredFile", "open_stored_file"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -133,6 +133,58 @@ class PickleFile:
     def check_unchanged(self) -> None:
         if _identity(self.path.stat()) != self.identity:
             raise InputError(f"{self.path}: changed while it was being read; run again when nobody writes to it")
+
+
+@dataclass(frozen=True)
+class StackedFile:
+    """Tensors of one type and shape, in whatever files they are, as one tensor: their bytes one after the other."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    parts: "tuple[tuple[StoredFile | StackedFile, str], ...]"
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @classmethod
+    def of(cls, path: Path, name: str, parts: "Sequence[tuple[StoredFile | StackedFile, str]]") -> "StackedFile":
+        infos = [file.tensors[part] for file, part in parts]
+        first = infos[0]
+        assert all((info.dtype, info.shape) == (first.dtype, first.shape) for info in infos)
+        info = TensorInfo(name, first.dtype, (len(infos), *first.shape), 0, len(infos) * first.n_bytes)
+        return cls(path, {name: info}, tuple(parts))
+
+    def raw(self, name: str) -> np.ndarray:
+        assert name in self.tensors
+        return np.concatenate([file.raw(part) for file, part in self.parts])
+
+    @contextmanager
+    def reader(self, name: str) -> Generator[Callable[[int, np.ndarray], None]]:
+        size = self.tensors[name].n_bytes // len(self.parts)
+        with ExitStack() as opened:
+            at, current = -1, None  # one part is open at a time: they are read in their order
+
+            def read(start: int, buffer: np.ndarray) -> None:
+                nonlocal at, current
+                done = 0
+                while done < len(buffer):
+                    part, offset = divmod(start + done, size)
+                    count = min(size - offset, len(buffer) - done)
+                    if part != at or current is None:
+                        opened.close()
+                        file, name = self.parts[part]
+                        at, current = part, opened.enter_context(file.reader(name))
+                    current(offset, buffer[done : done + count])
+                    done += count
+
+            yield read
+
+    def prefetch(self, name: str) -> None:
+        assert name in self.tensors
+        for file, part in self.parts:
+            file.prefetch(part)
+
+    def check_unchanged(self) -> None:
+        for file, _ in self.parts:
+            file.check_unchanged()
 
 
 _TORCH_CODES = {

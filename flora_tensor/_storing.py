@@ -33,9 +33,8 @@ from flora_tensor.adapter_file import (
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.decomposition import tucker_of
-from flora_tensor.report import TensorRow
 from flora_tensor.spectra import prepare
-from flora_tensor.tucker_tensor import TuckerTensor
+from flora_tensor.tucker_tensor import TuckerTensor, select_slice
 
 __all__ = ["Part", "Stored", "check_space", "decompose", "write_adapter"]
 
@@ -73,10 +72,11 @@ def write_adapter(
 ) -> None:
     """Put the adapter's files together, in the order of the checkpoint, whatever the order of the work was."""
     weights = {name: item.weight for name, item in stored.items()}
+    stacks = {name: weight.members for name, weight in weights.items() if weight.members}
     grown = new_rows(tuned, resized)
     rows = [(whole_key(n), tuned.info(n.removesuffix(NEW_ROWS)).dtype, shape) for n, shape in grown.items()]
     layout = [*_layout(tuned, weights, whole, dtype), *rows]
-    with SafetensorsWriter(directory / MODEL_NAME, layout, metadata_of({})) as writer:
+    with SafetensorsWriter(directory / MODEL_NAME, layout, metadata_of(stacks)) as writer:
         for name, item in stored.items():
             for part, content in item.parts().items():
                 writer.write(tensor_key(name, part), content.data)
@@ -91,6 +91,7 @@ def write_adapter(
         arrangements={name: weight.arrangement for name, weight in weights.items() if weight.arrangement},
         shapes={name: weight.row.shape for name, weight in weights.items()},
         whole=[*whole, *grown],
+        stacks=stacks,
         extra={
             "base_model_name_or_path": printable(str(base.path)),
             "base_fingerprint": base.original.fingerprint(),
@@ -124,8 +125,8 @@ def _layout(
         yield whole_key(name), tuned.info(name).dtype, tuned.info(name).shape
 
 
-def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[float, TensorRow, dict[str, Part]]:
-    """Decompose one change at its ranks; return the scale, the row with the error of the stored bits, and the parts."""
+def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[float, Weight, dict[str, Part]]:
+    """Decompose one change at its ranks; return its scale, the weight with the errors of what is stored, the parts."""
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
@@ -139,7 +140,10 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     if exponent:
         stored = TuckerTensor(np.ldexp(stored.core.astype(np.float64), exponent), stored.factors)
     norm = weight.row.delta_norm or 0.0
-    if known is None or known < PLAIN or not _equal(stored, fitted):
+    errors = _member_errors(arranged, stored) if weight.members else ()
+    if errors:
+        known = math.hypot(*errors) / norm
+    elif known is None or known < PLAIN or not _equal(stored, fitted):
         known = residual_norm(arranged, stored, norm) / norm
     row = replace(
         weight.row,
@@ -150,7 +154,13 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
         relative_error=known,
         weighted_error=_output_error(arranged, stored, weight, weighting),
     )
-    return scale, row, parts
+    return scale, replace(weight, row=row, member_errors=errors), parts
+
+
+def _member_errors(arranged: np.ndarray, stored: TuckerTensor) -> tuple[float, ...]:
+    """Measure the error of each member of a stack, as `load_adapter` gives it."""
+    slices = (select_slice(stored, 0, k) for k in range(len(arranged)))
+    return tuple(residual_norm(x, part, frobenius_norm(x)) for x, part in zip(arranged, slices))
 
 
 def _equal(a: TuckerTensor, b: TuckerTensor) -> bool:

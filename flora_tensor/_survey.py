@@ -17,12 +17,13 @@ from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
 from flora_tensor._typing import Array
-from flora_tensor.allocation import allocate_ranks, budget_curve
+from flora_tensor.allocation import allocate_ranks, allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.noise import projected_edge, worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
+from flora_tensor.stacking import stacked_arrangement
 
 __all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "share_of", "survey"]
 
@@ -40,6 +41,8 @@ class Weight:
     digest: str = ""  # of the bits of both sides
     listed: tuple[int | None, ...] = ()  # up to which rank each frontier goes; None: all of them
     is_weighted: bool = False
+    members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
+    member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
 
     @property
     def is_short(self) -> bool:
@@ -123,11 +126,16 @@ def _check_globs(settings: Settings, names: Sequence[str]) -> None:
 
 
 def scan(
-    base: Checkpoint, tuned: Checkpoint, name: str, settings: Settings, widening: int = 0
+    base: Checkpoint,
+    tuned: Checkpoint,
+    name: str,
+    settings: Settings,
+    widening: int = 0,
+    members: tuple[str, ...] = (),
 ) -> TensorRow | tuple[Weight, np.ndarray]:
     """Look at one tensor in the first pass; one that is to be decomposed comes with its change.
 
-    ``widening`` counts how often the budget reached for more than was listed.
+    ``widening`` counts how often the budget reached for more than was listed; ``members`` are those of a stack.
     """
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
@@ -148,7 +156,9 @@ def scan(
     if zeros >= 0.5:
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
-    weight = Weight(row, settings.arrangements(name, a.shape), digest=change.digest)
+    arrangements = settings.arrangements(members[0] if members else name, a.shape[1:] if members else a.shape)
+    arrangements = tuple(map(stacked_arrangement, arrangements)) if members else arrangements
+    weight = Weight(row, arrangements, digest=change.digest, members=members)
     weighted = _weighted(weight, delta, settings)
     floor = change.noise if settings.caps_noise else settings.noise_floor
     # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
@@ -264,14 +274,18 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
 def choose(
     weights: dict[str, Weight], settings: Settings, *, keep_going: bool
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """Spread the budget over the weights.
+    """Spread the budget over the weights, of which some can be stacks of others.
 
     Return what no other choice of truncated HOSVDs could beat, and what other budgets would buy.
     """
     if settings.ranks is not None or not weights:
         return None, ()
     frontiers = {name: weight.frontiers for name, weight in weights.items()}
-    allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.limit())
+    stacks = {name: weight.members for name, weight in weights.items() if weight.members}
+    if stacks:
+        allocation = allocate_with_stacks(frontiers, stacks, **settings.limit())
+    else:
+        allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.limit())
     if not allocation.n_parameters and not keep_going:
         smallest = [int(f.n_parameters[1]) for w in weights.values() for f in w.frontiers if len(f) > 1]
         if not smallest:
@@ -283,7 +297,7 @@ def choose(
         raise ValueError(
             f"extract: the budget {settings.budget} holds nothing: the smallest tensor takes {least} numbers; raise it"
         )
-    curve = budget_curve(frontiers, weights=settings.weights)
+    curve = budget_curve(grouped_frontiers(frontiers, stacks), weights=settings.weights)
     for name, choice in allocation.choices.items():
         weight = weights[name]
         weight.arrangement = weight.arrangements[choice.option]

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,15 @@ __all__ = ["Job", "Outcome", "Task", "pack", "perform", "unpack"]
 class Task:
     """What is to be done with one tensor: look at it, or decompose it as ``weight`` says.
 
-    ``known`` is the digest of the inputs whose outcome is kept already, ``widening`` how often to look further.
+    ``known`` is the digest of the inputs whose outcome is kept already, ``widening`` how often to look further, and
+    ``members`` are the tensors of a stack, whose name is then no tensor's.
     """
 
     name: str
     weight: Weight | None = None
     known: str = ""
     widening: int = 0
+    members: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -44,7 +46,7 @@ class Task:
     def options(self, settings: Settings) -> str:
         """Return a digest of everything beside the inputs that the outcome depends on."""
         chosen = None if self.weight is None else _weight_fields(self.weight)
-        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen, self.widening]
+        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen, self.widening, self.members]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
 
 
@@ -112,6 +114,8 @@ def perform_job(job: Job, task: Task) -> Outcome | None:
 
 def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task) -> Outcome | None:
     """Do a task; ``None`` where its outcome is known and the inputs are still the same."""
+    if task.members:
+        base, tuned = (side.stacked(task.name, task.members) for side in (base, tuned))
     if task.known and read_digest(base, tuned, task.name) == task.known:
         return None
     if task.weight is not None:
@@ -119,7 +123,7 @@ def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task)
         if change is None or change.digest != task.weight.digest:
             raise InputError(f"{tuned.path}: changed while it was being read; run again when nobody writes to it")
         return Outcome(*_decomposed(task.weight, change.values, settings))
-    found = scan(base, tuned, task.name, settings, task.widening)
+    found = scan(base, tuned, task.name, settings, task.widening, task.members)
     if isinstance(found, TensorRow):
         return Outcome(found)
     weight, delta = found
@@ -131,8 +135,8 @@ def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task)
 def _decomposed(
     weight: Weight, delta: np.ndarray, settings: Settings
 ) -> tuple[TensorRow, Weight, float, dict[str, Part]]:
-    scale, row, parts = decompose(weight, delta, settings)
-    return row, replace(weight, row=row), scale, parts
+    scale, done, parts = decompose(weight, delta, settings)
+    return done.row, done, scale, parts
 
 
 # An outcome as bytes: one line of JSON, then the arrays that it lists, one after the other.

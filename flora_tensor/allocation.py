@@ -9,13 +9,14 @@ near the bound ends within 0.01 % of it or proves its choice the best one (`flor
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
 from flora_tensor._knapsack import Curve, Limit, refined, segments
-from flora_tensor._rank_errors import IntArray
+from flora_tensor._rank_errors import FloatArray, IntArray
 from flora_tensor.spectra import Frontier, Spectrum
 
 __all__ = ["Allocation", "RankAssignment", "allocate_ranks"]
@@ -131,8 +132,77 @@ def allocate_ranks(
     >>> allocate_ranks(spectra, max_parameters=7).ranks
     {'a': (1, 1), 'b': (0, 0)}
     """
+    limits = {"max_parameters": max_parameters, "max_ratio": max_ratio, "rtol": rtol}
+    return _allocated("allocate_ranks", spectra, limits, weights, search=True)
+
+
+def allocate_with_stacks(
+    spectra: Mapping[str, Sequence[Frontier]],
+    stacks: Mapping[str, Sequence[str]],
+    *,
+    max_parameters: int | None = None,
+    max_ratio: float | None = None,
+    rtol: float | None = None,
+) -> Allocation:
+    """Spread a budget or a tolerance where some weights can also be stored together, as one tensor.
+
+    ``stacks`` gives for some names of ``spectra`` the other names that each stands for; a member belongs to one stack.
+    In the allocation either a stack or its members have zeros for ranks.
+
+    For the choice of together or apart a stack is one curve: the joint tensor's points, and the corners that the hulls
+    of its members make when their segments are pooled. Whatever is chosen for the members lies on or above the hull of
+    these corners, so that the relaxation over such curves bounds every choice, stacks or none. With the stacks decided,
+    all points of all curves are allocated again; what that reaches is never above what the members alone reach.
+    """
     where = "allocate_ranks"
-    criterion = exactly_one(where, max_parameters=max_parameters, max_ratio=max_ratio, rtol=rtol)
+    limits = {"max_parameters": max_parameters, "max_ratio": max_ratio, "rtol": rtol}
+    apart = {name: given for name, given in spectra.items() if name not in stacks}
+    found = _allocated(where, apart, limits, None, search=True)
+    if not stacks:
+        return found
+    grouped = grouped_frontiers(spectra, stacks)
+    bound = _allocated(where, grouped, limits, None, search=False).lower_bound
+    choices = _allocated(where, grouped, limits, None, search=True).choices
+    chosen = [name for name in stacks if choices[name].option > 0]
+    if chosen:
+        members = {member for name in chosen for member in stacks[name]}
+        mixed = {n: f for n, f in apart.items() if n not in members} | {name: spectra[name] for name in chosen}
+        other = _allocated(where, mixed, limits, None, search=True)
+        found = min(found, other, key=lambda a: a.n_parameters if rtol is not None else a.relative_error)
+    none = {name: RankAssignment(0, (0,) * f[0].ranks.shape[1], 0, f[0].norm_squared) for name, f in spectra.items()}
+    reached = found.n_parameters if rtol is not None else found.relative_error
+    bound = min(bound, reached)  # equal to rounding where the relaxation is met
+    return replace(found, choices=none | found.choices, lower_bound=bound, gap=_gap(reached, bound))
+
+
+def grouped_frontiers(
+    spectra: Mapping[str, Sequence[Frontier]], stacks: Mapping[str, Sequence[str]]
+) -> dict[str, list[Frontier]]:
+    """Give each stack its members' sum as its first frontier, in the members' place."""
+    members = {member for names in stacks.values() for member in names}
+    rest = {name: list(given) for name, given in spectra.items() if name not in stacks and name not in members}
+    return rest | {name: [_summed_frontier([spectra[m] for m in stacks[name]]), *spectra[name]] for name in stacks}
+
+
+def _summed_frontier(several: Sequence[Sequence[Frontier]]) -> Frontier:
+    """Add weights up: the corners of the hull of all that can be chosen for them together."""
+    stored, errors = _corners([_Options.of(given, 1.0).curve for given in several])
+    norm_squared = math.fsum(given[0].norm_squared for given in several)
+    lower = np.concatenate([[True], np.diff(errors) < 0])  # rounding can make two errors one
+    stored, errors = stored[lower], errors[lower]
+    return Frontier(stored, errors, stored[:, None], norm_squared, sum(given[0].n_entries for given in several))
+
+
+def _allocated(
+    where: str,
+    spectra: Mapping[str, Spectrum | Frontier | Sequence[Spectrum | Frontier]],
+    limits: Mapping[str, Any],
+    weights: Mapping[str, float] | str | None,
+    *,
+    search: bool,
+) -> Allocation:
+    """Do what `allocate_ranks` says; without ``search`` the bound is that of the relaxation."""
+    criterion = exactly_one(where, **limits)
     if not spectra:
         raise ValueError(f"{where}: no weights; pass at least one name with its spectrum")
     options = {name: _frontiers(where, name, given) for name, given in spectra.items()}
@@ -141,12 +211,12 @@ def allocate_ranks(
     curves = [o.curve for o in made.values()]
     total = math.fsum(float(c.errors[0]) for c in curves)
     if criterion == "rtol":
-        limit = Limit(check_tolerance(where, rtol) ** 2 * total * (1 + 1e-13), is_budget=False)
+        limit = Limit(check_tolerance(where, limits["rtol"]) ** 2 * total * (1 + 1e-13), is_budget=False)
         at, price, bound = _cheapest(curves, limit.amount)
     else:
-        limit = Limit(_budget(where, options, max_parameters, max_ratio), is_budget=True)
+        limit = Limit(_budget(where, options, limits["max_parameters"], limits["max_ratio"]), is_budget=True)
         at, price, bound = _most_accurate(curves, int(limit.amount))
-    at, proven = refined(curves, at, limit, price, bound)
+    at, proven = refined(curves, at, limit, price, bound) if search else (at, False)
     choices = {name: made[name].choice(options[name], i) for name, i in zip(options, at)}
     stored = sum(choice.n_parameters for choice in choices.values())
     left = _summed(curves, at)
@@ -156,8 +226,11 @@ def allocate_ranks(
     if limit.is_budget:
         bound = math.sqrt(bound / total) if total else 0.0
     reached = error if limit.is_budget else float(stored)
-    gap = max(0.0, reached / bound - 1) if bound > 0 else (0.0 if reached <= 1e-12 else math.inf)
-    return Allocation(choices, stored, error, bound, gap)
+    return Allocation(choices, stored, error, bound, _gap(reached, bound))
+
+
+def _gap(reached: float, bound: float) -> float:
+    return max(0.0, reached / bound - 1) if bound > 0 else (0.0 if reached <= 1e-12 else math.inf)
 
 
 def budget_curve(
@@ -196,19 +269,24 @@ def budget_curve(
     total = math.fsum(float(c.errors[0]) for c in curves)
     if total == 0.0:
         return ()
+    stored, errors = _corners(curves)
+    wanted = np.geomspace(1, max(len(errors) - 1, 1), most).round().astype(np.int64)
+    kept = np.unique(np.concatenate([[0, len(errors) - 1], np.minimum(wanted, len(errors) - 1)]))
+    return tuple((int(stored[i]), math.sqrt(max(0.0, float(errors[i])) / total)) for i in kept)
+
+
+def _corners(curves: Sequence[Curve]) -> tuple[IntArray, FloatArray]:
+    """Return the corners of the summed curves' lower hull: numbers stored in all, and the summed error."""
     slope, owner, end = segments(curves)
     # Where a segment begins is where the one before it on its curve ends; the first begins at nothing stored.
     start = np.zeros_like(end)
     for k, c in enumerate(curves):
         start[owner == k] = c.hull[:-1]
-    cost = np.array([c_p[e] - c_p[s] for c_p, e, s in zip((curves[k].parameters for k in owner), end, start)])
-    stored = np.concatenate([[0], np.cumsum(cost)])
+    cost = np.array([c_p[e] - c_p[s] for c_p, e, s in zip((curves[k].parameters for k in owner), end, start)], np.int64)
+    stored = np.concatenate([np.zeros(1, np.int64), np.cumsum(cost)])
     # Summed from the end: small errors keep their digits.
     last = math.fsum(float(c.errors[-1]) for c in curves)
-    errors = last + np.append(np.cumsum((slope * cost)[::-1])[::-1], 0.0)
-    wanted = np.geomspace(1, max(len(errors) - 1, 1), most).round().astype(np.int64)
-    kept = np.unique(np.concatenate([[0, len(errors) - 1], np.minimum(wanted, len(errors) - 1)]))
-    return tuple((int(stored[i]), math.sqrt(max(0.0, float(errors[i])) / total)) for i in kept)
+    return stored, last + np.append(np.cumsum((slope * cost)[::-1])[::-1], 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from flora_tensor._checks import some_names
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json
 from flora_tensor._safetensors import FLOATS, READABLE, TensorInfo, decode, read_span
-from flora_tensor._stored_files import PICKLE_SUFFIXES, SafetensorsFile, StoredFile, open_stored_file
+from flora_tensor._stored_files import PICKLE_SUFFIXES, SafetensorsFile, StackedFile, StoredFile, open_stored_file
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -53,7 +53,7 @@ class Checkpoint:
     path: Path
     files: "tuple[StoredFile, ...]"
     aliases: Mapping[str, str]
-    _home: Mapping[str, StoredFile] = field(repr=False)
+    _home: Mapping[str, StoredFile | StackedFile] = field(repr=False)
     _original: "Checkpoint | None" = field(default=None, repr=False)
 
     @classmethod
@@ -120,6 +120,29 @@ class Checkpoint:
             replace(file, tensors={n: _cropped(i, rows.get(n)) for n, i in file.tensors.items()}) for file in self.files
         ]
         return replace(Checkpoint.of(self.path, files), _original=self.original)
+
+    def stacked(self, name: str, members: Sequence[str]) -> "Checkpoint":
+        """Add a tensor that is several others of one type and shape side by side; nothing is read for it yet.
+
+        Parameters
+        ----------
+        name : str
+            What it is called; no tensor has this name.
+        members : sequence of str
+            The tensors, in the order of its first axis.
+
+        Returns
+        -------
+        Checkpoint
+            The same files, with one tensor more.
+
+        Raises
+        ------
+        KeyError
+            If there is no such tensor.
+        """
+        parts = [(self._file(member), member) for member in members]
+        return replace(self, _home={**self._home, name: StackedFile.of(self.path, name, parts)})
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors that are stored, in file order."""
@@ -286,7 +309,7 @@ class Checkpoint:
                 digest.update(piece.data)
         return digest.hexdigest()
 
-    def _file(self, name: str) -> StoredFile:
+    def _file(self, name: str) -> StoredFile | StackedFile:
         try:
             return self._home[name]
         except KeyError:
@@ -299,7 +322,7 @@ def _cropped(info: TensorInfo, rows: int | None) -> TensorInfo:
     return replace(info, shape=(rows, *info.shape[1:]), stop=info.start + info.n_bytes // info.shape[0] * rows)
 
 
-def _sampled(file: StoredFile, info: TensorInfo) -> Iterator[np.ndarray]:
+def _sampled(file: StoredFile | StackedFile, info: TensorInfo) -> Iterator[np.ndarray]:
     if not isinstance(file, SafetensorsFile):
         data = file.raw(info.name)
         yield from (data[at : at + 64] for at in _sample_points(info.n_bytes))

@@ -35,7 +35,9 @@ from flora_tensor._settings import (
     heads_option,
     noise_option,
     silent,
+    stack_option,
 )
+from flora_tensor._stacks import find_stacks, look_at_stacks, settled, stacked_rows
 from flora_tensor._storing import Stored, check_space, write_adapter
 from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, share_of, survey
 from flora_tensor._tasks import Job, Outcome, Task
@@ -63,6 +65,7 @@ def extract(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     arrangements: str | Arrangement = "auto",
+    stack: str | Sequence[str] | None = None,
     heads: int | Literal["auto"] | None = "auto",
     calibration: PathLike | Moments | None = None,
     weights: Literal["norm", "uniform"] = "norm",
@@ -109,6 +112,11 @@ def extract(
     arrangements : "auto", pattern or Arrangement
         Which axes form a mode. ``"auto"`` chooses per weight under a budget and takes the weight's own axes with
         ``ranks``. A pattern counts for the weights it fits; the others keep their own axes.
+    stack : str or sequence of str, optional
+        Globs of names, such as ``"layers.*.fc.weight"``, each for weights of one shape. Where that is smaller at the
+        budget, all that match one and have changed are stored as one tensor ``layer o i`` (their other arrangements
+        likewise), sorted by the numbers in their names: the layers then share their factors, and each has a core of its
+        own. They are read as one tensor, which ``max_memory`` must hold, and once more than without.
     heads : "auto", int or None
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
@@ -166,7 +174,8 @@ def extract(
     Raises
     ------
     ValueError
-        If an option is out of its range, or the budget holds nothing.
+        If an option is out of its range, a stack's pattern does not match two weights or more of one shape or shares
+        one with another, or the budget holds nothing.
     InputError
         If a checkpoint is damaged, the two do not fit each other, a number is not finite, or nothing changed.
     ResourceError
@@ -228,7 +237,7 @@ def extract(
     )
     before, after = (open_checkpoint(path, allow_pickle=allow_pickle) for path in (base, tuned))
     found = {"heads": heads_option(heads, before, after), "share": share_of(settings.budget, before)}
-    settings = replace(settings, **found)
+    settings = replace(settings, **found, stack=stack_option(stack, settings))
     before, after = crop(before, after, settings)
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
     return _warned(rtol, _begun(run, out, resume=resume, overwrite=overwrite), settings)
@@ -262,6 +271,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     """Look at every tensor, choose the ranks, decompose, and put the directory together; or promise to."""
     settings, base, tuned = run.job.settings, run.base, run.tuned
     rows, candidates = survey(base, tuned, settings)
+    stacks = find_stacks(base, tuned, candidates, settings)
     if target is not None and settings.in_one_pass:
         check_space(target, tuned, expected_weights(base, tuned, candidates, settings), (), settings.dtype)
     tasks = [Task(name) for name in candidates]
@@ -276,16 +286,21 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
+    weights |= look_at_stacks(run, stacks, weights)
     lower_bound, curve = _chosen(run, weights, rows, keep_going=bool(whole or resized))
+    weights, members = settled(weights, rows)
     if target is None:
-        rows |= {name: predicted_row(weight) for name, weight in weights.items()}
+        for name, weight in weights.items():
+            rows |= stacked_rows(weight, members, dry_run=True) if weight.members else {name: predicted_row(weight)}
         return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     if not settings.in_one_pass:
-        tasks = [Task(name, weight) for name, weight in weights.items() if any(weight.ranks)]
+        tasks = [Task(name, weight, members=weight.members) for name, weight in weights.items() if any(weight.ranks)]
         check_space(target, tuned, [task.weight for task in tasks if task.weight], whole, settings.dtype)
         rows |= {name: rank_zero_row(weight) for name, weight in weights.items() if not any(weight.ranks)}
         found = run.do("decomposing", tasks)
-        rows |= {name: outcome.row for name, outcome in found.items()}
+        for name, outcome in found.items():
+            is_stack = outcome.weight is not None and outcome.weight.members
+            rows |= stacked_rows(outcome.weight, members, dry_run=False) if is_stack else {name: outcome.row}
     report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     if not (stored or whole or new_rows(tuned, resized)):

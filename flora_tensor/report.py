@@ -57,6 +57,9 @@ class TensorRow:
         a calibration.
     notes : tuple of str
         What else a reader should know.
+    stack : str
+        The stack that it is stored in: arrangement, ranks and modes are then the stack's, and ``n_parameters`` is this
+        tensor's share of what the stack stores. Empty for a tensor of its own.
     """
 
     name: str
@@ -74,12 +77,15 @@ class TensorRow:
     weighted_error: float | None = None
     weighted_norm: float | None = None
     notes: tuple[str, ...] = ()
+    stack: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, ready for JSON."""
         row = {key: plain(value) for key, value in vars(self).items()}
         if self.weighted_norm is None:
             del row["weighted_error"], row["weighted_norm"]
+        if not self.stack:
+            del row["stack"]
         return row
 
 
@@ -191,6 +197,7 @@ class ExtractionReport(RowReport[TensorRow]):
 
 def _cells(row: TensorRow) -> list[str]:
     stored = {"tucker": row.arrangement, "whole": "whole", "left out": f"- ({row.reason})"}[row.status]
+    stored += f" in {row.stack}" if row.stack else ""
     if row.notes:
         stored += f" [{'; '.join(row.notes)}]"
     error = "" if row.relative_error is None else f"{row.relative_error:.4g}"

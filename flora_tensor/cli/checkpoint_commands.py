@@ -48,6 +48,13 @@ _METHOD = (
         "--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode: o (i h w)."
     ),
     click.option(
+        "--stack",
+        multiple=True,
+        metavar="PATTERN",
+        help="Store the weights of one shape that match, such as 'layers.*.fc.weight', as one tensor where that is "
+        "smaller; repeatable.",
+    ),
+    click.option(
         "--heads", type=heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
     ),
     click.option(
@@ -131,6 +138,7 @@ _MACHINE = (
         "flora-tensor extract base/ tuned/ -o adapter",
         "flora-tensor extract base.safetensors tuned.safetensors -o adapter --rtol 0.1 --html report.html",
         "flora-tensor extract base/ tuned/ -o adapter --max-bytes 50MB --dtype bfloat16 --include '*attn*'",
+        "flora-tensor extract base/ tuned/ -o adapter --stack 'layers.*.attn.q_proj.weight'",
         "flora-tensor extract base/ tuned/ --dry-run",
     ),
 )
