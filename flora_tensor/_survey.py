@@ -43,6 +43,7 @@ class Weight:
     is_weighted: bool = False
     members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
     member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
+    floor: float | None = None  # the noise in an entry, where that bounds the ranks
 
     @property
     def is_short(self) -> bool:
@@ -167,6 +168,7 @@ def scan(
     for arrangement in weight.arrangements if settings.ranks is None else ():
         arranged = on_device(arrangement.arrange(weighted), settings.device)
         _list(weight, arrangement.is_native, arranged, floor, listed_ranks(arranged.shape, settings.share, widening))
+    weight.floor = floor
     if floor is not None and weight.frontiers:
         weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
@@ -283,7 +285,8 @@ def choose(
     frontiers = {name: weight.frontiers for name, weight in weights.items()}
     stacks = {name: weight.members for name, weight in weights.items() if weight.members}
     if stacks:
-        allocation = allocate_with_stacks(frontiers, stacks, **settings.limit())
+        floors = {name: floor for name in stacks if (floor := weights[name].floor) is not None}
+        allocation = allocate_with_stacks(frontiers, stacks, floors=floors, **settings.limit())
     else:
         allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.limit())
     if not allocation.n_parameters and not keep_going:

@@ -10,6 +10,7 @@ near the bound ends within 0.01 % of it or proves its choice the best one (`flor
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
 from flora_tensor._knapsack import Curve, Limit, refined, segments
 from flora_tensor._rank_errors import FloatArray, IntArray
+from flora_tensor.noise import worth_storing
 from flora_tensor.spectra import Frontier, Spectrum
 
 __all__ = ["Allocation", "RankAssignment", "allocate_ranks"]
@@ -143,16 +145,19 @@ def allocate_with_stacks(
     max_parameters: int | None = None,
     max_ratio: float | None = None,
     rtol: float | None = None,
+    floors: Mapping[str, float] = MappingProxyType({}),
 ) -> Allocation:
     """Spread a budget or a tolerance where some weights can also be stored together, as one tensor.
 
     ``stacks`` gives for some names of ``spectra`` the other names that each stands for; a member belongs to one stack.
-    In the allocation either a stack or its members have zeros for ranks.
+    In the allocation either a stack or its members have zeros for ranks. ``floors`` are the noise in stacks' entries:
+    what needs more numbers, together or apart, for no more than noise is not chosen.
 
     For the choice of together or apart a stack is one curve: the joint tensor's points, and the corners that the hulls
     of its members make when their segments are pooled. Whatever is chosen for the members lies on or above the hull of
     these corners, so that the relaxation over such curves bounds every choice, stacks or none. With the stacks decided,
-    all points of all curves are allocated again; what that reaches is never above what the members alone reach.
+    all points of all curves are allocated again; what that reaches is never above what the members alone reach, unless
+    these would store noise.
     """
     where = "allocate_ranks"
     limits = {"max_parameters": max_parameters, "max_ratio": max_ratio, "rtol": rtol}
@@ -160,7 +165,7 @@ def allocate_with_stacks(
     found = _allocated(where, apart, limits, None, search=True)
     if not stacks:
         return found
-    grouped = grouped_frontiers(spectra, stacks)
+    grouped = grouped_frontiers(spectra, stacks, floors)
     bound = _allocated(where, grouped, limits, None, search=False).lower_bound
     choices = _allocated(where, grouped, limits, None, search=True).choices
     chosen = [name for name in stacks if choices[name].option > 0]
@@ -168,20 +173,28 @@ def allocate_with_stacks(
         members = {member for name in chosen for member in stacks[name]}
         mixed = {n: f for n, f in apart.items() if n not in members} | {name: spectra[name] for name in chosen}
         other = _allocated(where, mixed, limits, None, search=True)
-        found = min(found, other, key=lambda a: a.n_parameters if rtol is not None else a.relative_error)
+        most = {name: max(int(f.n_parameters[-1]) for f in grouped[name]) for name in floors}
+        noisy = any(sum(found.choices[m].n_parameters for m in stacks[name]) > n for name, n in most.items())
+        better = (
+            other.n_parameters < found.n_parameters if rtol is not None else other.relative_error < found.relative_error
+        )
+        found = other if noisy or better else found
     none = {name: RankAssignment(0, (0,) * f[0].ranks.shape[1], 0, f[0].norm_squared) for name, f in spectra.items()}
     reached = found.n_parameters if rtol is not None else found.relative_error
-    bound = min(bound, reached)  # equal to rounding where the relaxation is met
+    bound = min(bound, reached)  # the two are equal, to rounding, where the relaxation is met
     return replace(found, choices=none | found.choices, lower_bound=bound, gap=_gap(reached, bound))
 
 
 def grouped_frontiers(
-    spectra: Mapping[str, Sequence[Frontier]], stacks: Mapping[str, Sequence[str]]
+    spectra: Mapping[str, Sequence[Frontier]],
+    stacks: Mapping[str, Sequence[str]],
+    floors: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, list[Frontier]]:
-    """Give each stack its members' sum as its first frontier, in the members' place."""
+    """Give each stack its members' sum as its first frontier, in the members' place; each up to its floor of noise."""
     members = {member for names in stacks.values() for member in names}
     rest = {name: list(given) for name, given in spectra.items() if name not in stacks and name not in members}
-    return rest | {name: [_summed_frontier([spectra[m] for m in stacks[name]]), *spectra[name]] for name in stacks}
+    joined = {name: [_summed_frontier([spectra[m] for m in stacks[name]]), *spectra[name]] for name in stacks}
+    return rest | {n: worth_storing(given, floors[n]) if n in floors else given for n, given in joined.items()}
 
 
 def _summed_frontier(several: Sequence[Sequence[Frontier]]) -> Frontier:
