@@ -54,6 +54,11 @@ class Weight:
         return any(end is not None and spent >= end for end in ends)
 
     @property
+    def is_listed(self) -> bool:
+        """Whether the chosen arrangement was judged by all of its singular values."""
+        return any(r is None for a, r in zip(self.arrangements, self.listed) if a == self.arrangement)
+
+    @property
     def arranged_shape(self) -> tuple[int, ...]:
         assert self.arrangement is not None
         return self.arrangement.shape(self.row.shape)

@@ -8,6 +8,7 @@ import json
 import os
 import time
 import traceback
+from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as nnf
 from torch import nn
 
+from flora_tensor import Adapter, Arrangement, TuckerStack, TuckerTensor
 from flora_torch import (
     FloraLayer,
     adapter_parameters,
     attach,
+    attach_adapter,
     collect_gradients,
     collect_moments,
     detach,
@@ -143,6 +146,29 @@ def ddp(rank, mesh, directory):
         one = adapted()
         retract_(one)
         assert same_files(save_adapter(parallel.module, directory / "two"), save_adapter(one, directory / "one"))
+
+
+def ddp_of_a_stack(rank, mesh, directory):
+    def shared():
+        generator = torch.Generator().manual_seed(4)
+        factors = [torch.randn(8, r, generator=generator).double() for r in (3, 2)]
+        joint = TuckerTensor(torch.randn(2, 3, 2, generator=generator).double(), (None, *factors))
+        names = ("first.weight", "second.weight")
+        model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), act=nn.Tanh(), second=nn.Linear(8, 8))).double()
+        stack = TuckerStack(names, joint, Arrangement("o i"), (8, 8))
+        attach_adapter(model, Adapter({}, stacks={"*.weight": stack}))
+        return model
+
+    x = torch.arange(32.0, dtype=torch.float64).reshape(4, 8) / 10
+    torch.manual_seed(0)
+    model = shared()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    torch.manual_seed(0)
+    one = shared()
+    one(x).square().mean().backward()
+    assert len(adapter_parameters(model)) == 4
+    check_close(named_gradients(model), named_gradients(one))
 
 
 def fsdp_gradients(rank, mesh, directory):
@@ -291,6 +317,7 @@ SCENARIOS = {
     each.__name__: each
     for each in (
         ddp,
+        ddp_of_a_stack,
         fsdp_gradients,
         fsdp_files,
         fsdp_training,

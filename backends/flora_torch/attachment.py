@@ -53,7 +53,7 @@ class LayerReport:
     asked, ranks : tuple of (int or None)
         The ranks asked for and those given; they differ where a rank was lowered to what is feasible.
     n_parameters : int
-        How many numbers are trained.
+        How many numbers are trained; what it shares with a layer before it is counted there.
     tied : tuple of str
         The weight's other names, which the update serves too.
 
@@ -460,7 +460,8 @@ def install(
         place.parent.add_module(place.key, wrapper)
     if freeze_model:
         freeze(model)
-    reports = tuple(report_of(plan, wrappers[id(plan.site.holders[0].module)]) for plan in plans)
+    counted: set[int] = set()
+    reports = tuple(report_of(plan, wrappers[id(plan.site.holders[0].module)], counted) for plan in plans)
     return AttachReport(adapter_name, reports, n_model, tuple(whole))
 
 
@@ -479,9 +480,11 @@ def _wrap(module: nn.Module, parameters: list[str], path: Path, memory: Memory, 
         raise ValueError(f"attach: {name}: {error}") from error
 
 
-def report_of(plan: Plan, wrapper: FloraLayer) -> LayerReport:
-    """Return what a plan did to its weight."""
+def report_of(plan: Plan, wrapper: FloraLayer, counted: set[int]) -> LayerReport:
+    """Return what a plan did to its weight; parameters that were counted before are not counted again."""
     update, site = plan.update, plan.site
+    own = [parameter for parameter in update.parameters() if id(parameter) not in counted]
+    counted.update(map(id, own))
     return LayerReport(
         site.name,
         type(wrapper).__name__,
@@ -489,7 +492,7 @@ def report_of(plan: Plan, wrapper: FloraLayer) -> LayerReport:
         update.arrangement.pattern,
         plan.asked,
         update.ranks,
-        update.n_parameters,
+        sum(parameter.numel() for parameter in own),
         tuple(name for name in site.names if name != site.name),
     )
 

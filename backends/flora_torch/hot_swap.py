@@ -88,9 +88,21 @@ def hotswap_adapter(
         weight = owners[name].original(table[name].holders[0].parameter)
         new = plan_of(adapter, given[name], table, None, None).update if name in given else None
         values += _values(name, update, new, weight)
+    _check_consistent(values)
     with torch.no_grad():
         for tensor, value in [*values, *whole]:
             tensor.copy_(value)
+
+
+def _check_consistent(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Refuse two values for a tensor that layers share."""
+    first: dict[int, Tensor] = {}
+    for tensor, value in values:
+        if tensor.numel() and not torch.equal(first.setdefault(tensor.data_ptr(), value), value):
+            raise ValueError(
+                "hotswap_adapter: layers share a factor in the model and have factors of their own in the new adapter; "
+                "attach it under another adapter_name"
+            )
 
 
 def _whole_values(adapter: Adapter, replaced: list[tuple[Place, str, Whole]]) -> list[tuple[Tensor, Tensor]]:

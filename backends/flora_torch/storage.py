@@ -36,6 +36,7 @@ from flora_torch.inventory import (
 )
 from flora_torch.kinds import drops_input
 from flora_torch.selection import Site, near, places, sites
+from flora_torch.stacks import check_shared, joined_stacks, share_factors
 from flora_torch.update import DROPOUTS, TuckerUpdate
 
 __all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of", "save_adapter"]
@@ -57,7 +58,8 @@ def attach_adapter(
     """Put Tucker tensors that are known already on a model, as trainable updates.
 
     Tensors that the adapter stores whole (biases, norms) replace the model's, frozen; `detach` puts the model's own
-    back. Nothing is changed if anything does not fit.
+    back. Layers of a stack share their factors, each a single parameter of all of them (of those on one device), and
+    have each a core of its own. Nothing is changed if anything does not fit.
 
     Parameters
     ----------
@@ -106,6 +108,7 @@ def attach_adapter(
         twice = {site.name for site in (p.site for p in plans)}
         if len(twice) < len(plans):
             raise ValueError("attach_adapter: two entries of the adapter are for one tied weight; keep one of them")
+        share_factors({name: plan.update for name, plan in zip(adapter, plans)}, adapter.stacks)
         report = install(model, plans, adapter_name, path, freeze_model, tuple(whole))
         for owner, local, value in whole.values():
             replace_whole(owner, local, value, adapter_name)
@@ -224,7 +227,8 @@ def save_adapter(
 ) -> FilePath:
     """Write one adapter of a model as an adapter directory, whole or not at all.
 
-    `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; a ``"principal"``
+    `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; so are factors that
+    layers share, as a stack with the layers' cores side by side; a ``"principal"``
     update as the difference of its two tensors, of twice the ranks, which any reader can merge.
 
     Where the parameters are spread over processes (``fully_shard``), all of them must call this, and the first writes
@@ -298,8 +302,11 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
     magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
     stored = {weight: _DTYPES[dtype] for weight, dtype in dtypes.items() if dtype in _DTYPES}
     stored |= {weight: _DTYPES[value.dtype] for weight, value in whole.items() if value.dtype in _DTYPES}
+    tensors = {weight: update.exported().map(_as_numpy) for weight, update in updates.items()}
+    stacks = joined_stacks(updates, tensors)
+    stacked = {member for stack in stacks.values() for member in stack.members}
     return Adapter(
-        {weight: update.exported().map(_as_numpy) for weight, update in updates.items()},
+        {weight: tensor for weight, tensor in tensors.items() if weight not in stacked},
         {weight: update.arrangement for weight, update in updates.items()},
         {weight: update.scale for weight, update in updates.items()},
         {weight: update.shape for weight, update in updates.items()},
@@ -308,6 +315,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
         stored,
         magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
         channels={weight: updates[weight].channels for weight in magnitudes},
+        stacks=stacks,
     )
 
 
@@ -398,6 +406,7 @@ def load_adapter(
     whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
+    check_shared("load_adapter", present, {name: plan.update for name, plan in zip(adapter, plans)})
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
     for owner, local, value, is_new in whole.values():
@@ -408,7 +417,10 @@ def load_adapter(
         else:
             note.other = value.to(note.other)
     layers = layers_by_weight(model)
-    reports = tuple(report_of(plan, layers[plan.site.name]) for plan in plans)
+    # What the plans hold was copied into the parameters that are there, which layers may share.
+    plans = [replace(plan, update=present[name]) for name, plan in zip(adapter, plans)]
+    counted: set[int] = set()
+    reports = tuple(report_of(plan, layers[plan.site.name], counted) for plan in plans)
     return AttachReport(adapter_name, reports, n_model_parameters(model), tuple(whole))
 
 
