@@ -14,6 +14,7 @@ times dearer.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -161,6 +162,40 @@ def below_reach(xp: Namespace, basis: Basis, rank: int) -> bool:
 def orthonormal_columns(xp: Namespace, matrix: Array) -> Array:
     """Return Q of the QR factorization of a tall matrix."""
     return xp.linalg.qr(matrix)[0]
+
+
+def complement(xp: Namespace, old: Array, new: Array) -> Array:
+    """Return as many orthonormal columns as ``new`` has, orthogonal to ``old``, that with it span what ``new`` does."""
+    for _ in range(2):
+        new = orthonormal_columns(xp, new - xp.matmul(old, xp.matmul(hermitian(xp, old), new)))
+        if float(xp.max(xp.abs(xp.matmul(hermitian(xp, old), new)))) <= 10 * epsilon(xp, new.dtype):
+            return new
+    # Where nothing but rounding is left of a direction, projecting it again leaves rounding again. Householder
+    # reflections complete a basis whatever they are given.
+    return orthonormal_columns(xp, xp.concat([old, new], axis=1))[:, old.shape[1] :]
+
+
+def gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
+    """Draw a matrix of standard normal numbers, of the type and on the device of ``x``; the same for every library."""
+    real = generator.standard_normal(shape)
+    drawn = real + 1j * generator.standard_normal(shape) if is_complex(xp, x.dtype) else real
+    return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)
+
+
+def column_blocks(xp: Namespace, x: Array, mode: int, width: int) -> Iterator[Array]:
+    """Cut an unfolding into blocks (n, ≤ ``width``) of its columns, in their order, without copying the whole."""
+    n = x.shape[mode]
+    before, after = math.prod(x.shape[:mode]), math.prod(x.shape[mode + 1 :])
+    slabs = xp.reshape(x, (before, n, after))
+    together = max(1, width // max(after, 1))
+    for start in range(0, before, together):
+        stop = min(before, start + together)
+        if stop == start + 1:
+            slab = slabs[start, ...]
+        else:
+            slab = xp.reshape(xp.permute_dims(slabs[start:stop, ...], (1, 0, 2)), (n, (stop - start) * after))
+        for left in range(0, slab.shape[1], width):
+            yield slab[:, left : min(left + width, slab.shape[1])]
 
 
 def _host_gram(x: Any, mode: int) -> Any:

@@ -31,8 +31,8 @@ from flora_tensor._algorithms import (
     hooi_of,
     st_hosvd_of,
 )
-from flora_tensor._arrays import epsilon, float_squares, hermitian, is_complex
-from flora_tensor._bases import leading_basis, mode_values, orthonormal_columns
+from flora_tensor._arrays import epsilon, float_squares, hermitian
+from flora_tensor._bases import complement, gaussian, leading_basis, mode_values, orthonormal_columns
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -89,7 +89,7 @@ class _Side:
         if old.shape[1] + new.shape[1] > most:
             kept = _coordinates(xp, self, mode, factors[mode])
             old, product = xp.matmul(old, kept), multi_mode_dot(product, [kept], modes=[mode], transpose=True)
-        new = _complement(xp, old, new)
+        new = complement(xp, old, new)
         added = multi_mode_dot(x, [new], modes=[mode], transpose=True)
         return _Side({mode: xp.concat([old, new], axis=1)}, xp.concat([product, added], axis=mode))
 
@@ -104,7 +104,7 @@ def randomized_of(
     sizes = range_sizes(x.shape, ranks)
     large = large_modes(x.shape, sizes)
     here, there = large[0::2], large[1::2]
-    sketch = _Side.of(x, {k: _gaussian(xp, x, (x.shape[k], sizes[k]), generator) for k in there}).product
+    sketch = _Side.of(x, {k: gaussian(xp, x, (x.shape[k], sizes[k]), generator) for k in there}).product
     sides = [_Side.of(x, {k: _range(xp, sketch, k, sizes[k], generator) for k in here}), None]
     factors: list[Array | None] = [None] * len(ranks)
     captured, last_gain, products = 0.0, math.inf, 2
@@ -185,17 +185,6 @@ def _inner(
     return hooi_of(xp, core, start, MOST_SWEEPS, ENOUGH, squares)[0]
 
 
-def _complement(xp: Namespace, old: Array, new: Array) -> Array:
-    """Return as many orthonormal columns as ``new`` has, orthogonal to ``old``, that with it span what ``new`` does."""
-    for _ in range(2):
-        new = orthonormal_columns(xp, new - xp.matmul(old, xp.matmul(hermitian(xp, old), new)))
-        if float(xp.max(xp.abs(xp.matmul(hermitian(xp, old), new)))) <= 10 * epsilon(xp, new.dtype):
-            return new
-    # Where nothing but rounding is left of a direction, projecting it again leaves rounding again. Householder
-    # reflections complete a basis whatever they are given.
-    return orthonormal_columns(xp, xp.concat([old, new], axis=1))[:, old.shape[1] :]
-
-
 def _coordinates(xp: Namespace, side: _Side, mode: int, factor: Array) -> Array:
     """Express a factor in its side's basis, whose span holds it; QR takes away what rounding added."""
     return orthonormal_columns(xp, xp.matmul(hermitian(xp, side.bases[mode]), factor))
@@ -215,12 +204,6 @@ def _range(xp: Namespace, x: Array, mode: int, size: int, generator: np.random.G
     matrix = unfold(x, mode)
     columns = matrix.shape[1]
     if columns > size:
-        drawn = xp.matmul(matrix, _gaussian(xp, x, (columns, size), generator))
+        drawn = xp.matmul(matrix, gaussian(xp, x, (columns, size), generator))
         matrix = xp.matmul(matrix, xp.matmul(hermitian(xp, matrix), drawn))
     return orthonormal_columns(xp, matrix)
-
-
-def _gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
-    real = generator.standard_normal(shape)
-    drawn = real + 1j * generator.standard_normal(shape) if is_complex(xp, x.dtype) else real
-    return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)

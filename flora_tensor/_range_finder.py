@@ -1,0 +1,297 @@
+"""An adaptive range finder: the leading part of a HOSVD, for tolerances and budgets that need no more of it.
+
+One mode's basis grows block by block, as a block Krylov space with full orthogonalization: a block of directions Q is
+multiplied by X once, which gives the next rows of the projected tensor B = Qᴴ X, and X times an orthonormal basis of
+these rows gives the next directions. The other long modes get theirs from B. Of what the bases capture, the core C, a
+full HOSVD is taken.
+
+Since all bases are orthonormal, a truncation of C's HOSVD to ranks r has the exact error ‖X‖² − ‖C‖² + E_C(r), E_C
+being the table of C: what is promised of it is kept, whatever the bases miss. That nothing which they miss would have
+been the better choice is seen from the errors beyond them, which are bounded from below (`PartialSpectrum`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums, to_numpy
+from flora_tensor._bases import column_blocks, complement, gaussian, orthonormal_columns
+from flora_tensor._typing import Array, Namespace
+from flora_tensor.algebra import multi_mode_dot, unfold
+from flora_tensor.spectra import ErrorTable, FloatArray, IntArray, Prepared, Spectrum, spectrum_of
+
+# Directions that are added at a time: this many, or the mode's 32nd part where that is more.
+_BLOCK = 16
+
+# The basis grows up to this share of its mode. Beyond it, Gram matrices and the full HOSVD cost less (measured).
+_WIDEST = 1 / 4
+
+# A rank is trusted up to this share of its basis: the last directions of a Krylov space are not yet the leading ones.
+_TRUSTED = 2 / 3
+
+# A squared error is taken as a difference of squares down to so many ε ‖X‖², else the residual itself is summed.
+_CANCELS = 1e3
+
+# Columns of the unfolding that are worked on at a time, in numbers: at least this many, or a 16th of the tensor.
+_AT_A_TIME = 1 << 17
+
+
+@dataclass(frozen=True, eq=False)
+class PartialSpectrum(Spectrum):
+    """The HOSVD of what some bases capture of a tensor, and the errors of truncating *the tensor* by it.
+
+    ``core`` is smaller than a full HOSVD's. Up to its shape errors are exact. Beyond it they are bounds from below: one
+    direction more takes at most the square of a singular value in the middle of those found off the error, as
+    singular values decrease, and all together at most ``missed``. So a choice of ranks within the core that is best
+    by this table is the best of all.
+
+    Attributes
+    ----------
+    missed : float
+        ‖X‖² − ‖core‖².
+    """
+
+    missed: float = 0.0
+
+    @property
+    def max_ranks(self) -> tuple[int, ...]:
+        """The multilinear ranks that a full HOSVD would have."""
+        return tuple(min(n, math.prod(self.shape) // n) for n in self.shape)
+
+    @cached_property
+    def table(self) -> ErrorTable:
+        """The errors of all rank tuples within the core, and of some beyond it."""
+        inside = ErrorTable.of_squares(self._squares, tuple(np.arange(m + 1) for m in self.core.shape))
+        errors, grid = inside.errors + self._missed, list(inside.grid)
+        for mode, most in enumerate(self.max_ranks):
+            points, gains = self._beyond(mode, most)
+            if len(points):
+                last = np.take(errors, [-1], axis=mode)
+                shape = [-1 if k == mode else 1 for k in range(errors.ndim)]
+                errors = np.concatenate([errors, last - gains.reshape(shape)], axis=mode)
+                grid[mode] = np.concatenate([grid[mode], points])
+        return ErrorTable(np.maximum(errors, 0.0), tuple(grid), inside.total + self._missed)
+
+    def table_around(self, ranks: Sequence[int], coarse: ErrorTable) -> ErrorTable:
+        """Return the same table: it is complete within the core."""
+        return coarse
+
+    @cached_property
+    def squared_tails(self) -> tuple[FloatArray, ...]:
+        """For each mode the least squared error that its rank leaves; see `Spectrum.squared_tails`."""
+        found: list[FloatArray] = []
+        for mode, (tail, most) in enumerate(zip(self._core_tails, self.max_ranks)):
+            beyond = np.arange(1, most - len(tail) + 2) * self._step(mode)
+            found.append(np.concatenate([tail + self._missed, np.maximum(self._missed - beyond, 0.0)]))
+        return tuple(found)
+
+    def lower_bound(self, ranks: Sequence[int]) -> float:
+        """Return √(max_k tail_k) / ‖X‖ over the core's tails: those of the tensor are no smaller."""
+        total = self._missed + float(self._core_tails[0][0])
+        return math.sqrt(max(float(t[r]) for t, r in zip(self._core_tails, ranks)) / total) if total > 0 else 0.0
+
+    def upper_bound(self, ranks: Sequence[int]) -> float:
+        """Return √(‖X‖² − ‖C‖² + Σ_k tail_k) / ‖X‖ over the core's tails, which the truncation's error stays within."""
+        total = self._missed + float(self._core_tails[0][0])
+        tails = sum(float(t[r]) for t, r in zip(self._core_tails, ranks))
+        return math.sqrt((self._missed + tails) / total) if total > 0 else 0.0
+
+    @cached_property
+    def _missed(self) -> float:
+        """``missed``, in units of 4**exponent."""
+        return math.ldexp(self.missed, -2 * self.exponent)
+
+    @cached_property
+    def _core_tails(self) -> tuple[FloatArray, ...]:
+        return tuple(suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
+
+    def _step(self, mode: int) -> float:
+        """Bound what one direction more takes off the squared error, in units of 4**exponent."""
+        tail = self._core_tails[mode]
+        middle = (len(tail) - 1) // 2
+        return float(tail[middle] - tail[middle + 1]) if len(tail) > 1 else 0.0
+
+    def _beyond(self, mode: int, most: int) -> tuple[IntArray, FloatArray]:
+        """Return ranks beyond the core and by how much they may lower the squared error, those up to the next too."""
+        size = self.core.shape[mode]
+        if size >= most:
+            return np.zeros(0, np.int64), np.zeros(0)
+        points = np.unique(np.minimum(size + 2 ** np.arange(most.bit_length()), most))
+        until = np.append(points[1:] - 1, most)
+        return points, np.minimum((until - size) * self._step(mode), self._missed)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Ranks, the spectrum that they were chosen from, and how many directions and products it took."""
+
+    spectrum: PartialSpectrum
+    ranks: tuple[int, ...]
+    directions: int
+    products: int
+
+
+def find_range(
+    ready: Prepared,
+    accuracy: float,
+    allowed: float | None,
+    pick: Callable[[Spectrum], tuple[int, ...]],
+    generator: np.random.Generator,
+) -> Found | None:
+    """Find the leading part of the HOSVD that a choice of ranks needs, or ``None`` where that is not a small part.
+
+    Parameters
+    ----------
+    ready : Prepared
+        The tensor.
+    accuracy : float
+        The share of the largest singular value down to which they must be right.
+    allowed : float, optional
+        The squared error to stay within; without it there is a budget.
+    pick : callable
+        Chooses ranks by a spectrum.
+    generator : numpy.random.Generator
+        Draws the first directions.
+
+    Returns
+    -------
+    Found or None
+        ``None`` where the basis of the longest mode would have to hold more than a quarter of its directions.
+    """
+    shape = tuple(ready.x.shape)
+    carried = [min(n, math.prod(shape) // n) if n else 0 for n in shape]
+    mode = max(range(len(shape)), key=lambda k: carried[k])
+    block, widest = max(_BLOCK, carried[mode] // 32), int(_WIDEST * carried[mode])
+    if widest < 2 * block or len(shape) < 2:
+        return None
+    space = _Space(ready, mode, block, generator)
+    widths = [2 * max(_BLOCK, n // 32) for n in carried]
+    while space.width + block <= widest:
+        space.grow()
+        if space.products < 4 or space.surely_misses(allowed, widest):
+            if space.needs(allowed) > widest:
+                return None
+            continue
+        while True:
+            spectrum = _spectrum(ready, space, widths, accuracy, generator)
+            ranks = pick(spectrum)
+            narrow = [k for k, r in enumerate(ranks) if not _is_trusted(spectrum, k, r)]
+            if not narrow:
+                return Found(spectrum, ranks, space.width, space.products)
+            if narrow == [mode] or mode in narrow:
+                break
+            for k in narrow:
+                widths[k] *= 2
+    return None
+
+
+def _is_trusted(spectrum: PartialSpectrum, mode: int, rank: int) -> bool:
+    size = spectrum.core.shape[mode]
+    return rank <= _TRUSTED * size or size == spectrum.factors[mode].shape[0]
+
+
+class _Space:
+    """A growing basis of one mode, and X projected onto it."""
+
+    def __init__(self, ready: Prepared, mode: int, block: int, generator: np.random.Generator) -> None:
+        self.xp, self.x, self.mode, self.block = ready.xp, ready.x, mode, block
+        self.squares = ready.norm() ** 2
+        self.generator = generator
+        self.basis: Array = None
+        self.rows: list[Array] = []  # X projected onto the blocks of the basis
+        self.captured = self.last = 0.0
+        self.products = 0
+
+    @property
+    def width(self) -> int:
+        return self.block * len(self.rows)
+
+    def grow(self) -> None:
+        """Add a block of directions."""
+        xp, x, mode = self.xp, self.x, self.mode
+        if self.basis is None:
+            columns = math.prod(x.shape) // x.shape[mode]
+            across = gaussian(xp, x, (columns, self.block), self.generator)
+        else:
+            # Orthonormal, not the rows themselves: these would square the singular values of what is sought, and lose
+            # below √ε of the largest.
+            across = orthonormal_columns(xp, hermitian(xp, unfold(self.rows[-1], mode)))
+        new = orthonormal_columns(xp, _times_rest(xp, x, mode, across))
+        new = new if self.basis is None else complement(xp, self.basis, new)
+        self.basis = new if self.basis is None else xp.concat([self.basis, new], axis=1)
+        self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
+        self.last = float_squares("tucker", xp, self.rows[-1])
+        self.captured += self.last
+        self.products += 2
+
+    def surely_misses(self, allowed: float | None, widest: int) -> bool:
+        """Tell, without a product, whether what is missed is more than ``allowed``."""
+        return allowed is not None and max(self.squares - self.captured - self._blur, self.last) > allowed
+
+    def needs(self, allowed: float | None) -> float:
+        """Estimate how wide the basis must be, if blocks to come capture as much as the last one."""
+        too_much = self.squares - self.captured - self._blur - (allowed or 0.0)
+        if allowed is None or self.products < 4 or too_much <= 0:
+            return 0.0
+        return self.width + self.block * too_much / self.last if self.last > 0 else math.inf
+
+    @property
+    def _blur(self) -> float:
+        return _CANCELS * epsilon(self.xp, self.x.dtype) * self.squares
+
+
+def _spectrum(
+    ready: Prepared, space: _Space, widths: Sequence[int], accuracy: float, generator: np.random.Generator
+) -> PartialSpectrum:
+    """Take the HOSVD of what the space, and bases of the other modes of given widths, capture."""
+    xp, x, mode = ready.xp, ready.x, space.mode
+    core = xp.concat(space.rows, axis=mode)
+    missed = _outside(xp, x, mode, space.basis, core, space.squares)
+    bases: dict[int, Array] = {mode: space.basis}
+    for k in sorted(range(len(core.shape)), key=lambda k: -core.shape[k]):
+        if k == mode or 2 * widths[k] >= core.shape[k]:
+            continue
+        bases[k] = _leading_range(xp, unfold(core, k), widths[k], generator)
+        projected = multi_mode_dot(core, [bases[k]], modes=[k], transpose=True)
+        missed += _outside(xp, core, k, bases[k], projected, space.squares)
+        core = projected
+    inner = spectrum_of(Prepared(xp, core, 0, float_squares("tucker", xp, core)), accuracy)
+    factors = tuple(xp.matmul(bases[k], u) if k in bases else u for k, u in enumerate(inner.factors))
+    return PartialSpectrum(inner.values, inner.core, factors, ready.norm(), tuple(x.shape), missed)
+
+
+def _outside(xp: Namespace, x: Array, mode: int, basis: Array, projected: Array, squares: float) -> float:
+    """Return ‖X − Q Qᴴ X‖², given Qᴴ X; ``squares`` is the scale that it is to be exact on."""
+    difference = float_squares("tucker", xp, x) - float_squares("tucker", xp, projected)
+    if difference > _CANCELS * epsilon(xp, x.dtype) * squares:
+        return difference
+    width = max(1, max(_AT_A_TIME, math.prod(x.shape) // 16) // x.shape[mode])
+    parts = zip(column_blocks(xp, x, mode, width), column_blocks(xp, projected, mode, width))
+    return sum(float_squares("tucker", xp, part - xp.matmul(basis, inside)) for part, inside in parts)
+
+
+def _times_rest(xp: Namespace, x: Array, mode: int, matrix: Array) -> Array:
+    """Multiply an unfolding (n, p) by a matrix (p, b) from the right, without copying the unfolding."""
+    width = max(1, max(_AT_A_TIME, math.prod(x.shape) // 16) // x.shape[mode])
+    total, at = None, 0
+    for part in column_blocks(xp, x, mode, width):
+        product = xp.matmul(part, matrix[at : at + part.shape[1], :])
+        total, at = product if total is None else total + product, at + part.shape[1]
+    return total
+
+
+def _leading_range(xp: Namespace, matrix: Array, size: int, generator: np.random.Generator) -> Array:
+    """Return an orthonormal basis that nearly holds the leading left singular vectors of a matrix.
+
+    Halko, Martinsson and Tropp, *Finding structure with randomness*, SIAM Review 53 (2011), algorithm 4.4.
+    """
+    if matrix.shape[1] <= size:
+        return orthonormal_columns(xp, matrix)
+    basis = orthonormal_columns(xp, xp.matmul(matrix, gaussian(xp, matrix, (matrix.shape[1], size), generator)))
+    for _ in range(2):
+        across = orthonormal_columns(xp, xp.matmul(hermitian(xp, matrix), basis))
+        basis = orthonormal_columns(xp, xp.matmul(matrix, across))
+    return basis
