@@ -186,6 +186,14 @@ def accumulation_dtype(xp: Namespace, x: Array) -> DType:
     return xp.float32
 
 
+def widest_dtype(xp: Namespace, x: Array) -> DType:
+    """Return the widest type of the same kind: float64 or complex128 where there are any."""
+    wide = accumulation_dtype(xp, x)
+    if is_complex(xp, x.dtype):
+        return xp.complex128 if wide == xp.float64 else xp.complex64
+    return wide
+
+
 def host_view(x: Array) -> Any | None:
     """Return ``x`` as a NumPy array that shares its memory, or ``None`` where there is no such memory.
 

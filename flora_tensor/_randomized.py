@@ -51,6 +51,10 @@ _FEWEST_PRODUCTS = 4
 # ever; measured on white noise, this ends at most 0.09 % above what HOOI converges to.
 _WORTHWHILE = 2e-4
 
+# While a product takes more than this share, gains have not settled to a ratio that tells what is to come: the first
+# ones find what stands out of a flat spectrum, the later ones sort what is left.
+_SETTLED = 2e-3
+
 # Products with the tensor, at most.
 _MOST_PRODUCTS = 60
 
@@ -121,9 +125,8 @@ def randomized_of(
         gain = captured - before if products > 2 else math.inf
         left = max(squares - captured, 0.0)
         rounding = epsilon(xp, x.dtype) * squares
-        done = gain <= max(_WORTHWHILE * left, rounding) or gain_to_come(gain, last_gain) <= max(
-            ENOUGH * left, rounding
-        )
+        settled = gain <= _SETTLED * left and gain_to_come(gain, last_gain) <= ENOUGH * left
+        done = gain <= max(_WORTHWHILE * left, rounding) or settled
         if (products >= _FEWEST_PRODUCTS and done) or products == _MOST_PRODUCTS:
             break
         last_gain, products = gain, products + 1

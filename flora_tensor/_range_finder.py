@@ -19,9 +19,10 @@ import numpy as np
 
 from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums, to_numpy
 from flora_tensor._bases import column_blocks, complement, gaussian, orthonormal_columns
+from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
-from flora_tensor.spectra import ErrorTable, FloatArray, IntArray, Prepared, Spectrum, spectrum_of
+from flora_tensor.spectra import Prepared, Spectrum, spectrum_of
 
 # Directions that are added at a time: this many, or the mode's 32nd part where that is more.
 _BLOCK = 16
@@ -30,7 +31,7 @@ _BLOCK = 16
 _WIDEST = 1 / 4
 
 # A rank is trusted up to this share of its basis: the last directions of a Krylov space are not yet the leading ones.
-_TRUSTED = 2 / 3
+_TRUSTED = 1 / 2
 
 # A squared error is taken as a difference of squares down to so many ε ‖X‖², else the residual itself is summed.
 _CANCELS = 1e3
@@ -64,7 +65,7 @@ class PartialSpectrum(Spectrum):
     @cached_property
     def table(self) -> ErrorTable:
         """The errors of all rank tuples within the core, and of some beyond it."""
-        inside = ErrorTable.of_squares(self._squares, tuple(np.arange(m + 1) for m in self.core.shape))
+        inside = Spectrum(self.values, self.core, (), self.norm, tuple(self.core.shape)).table
         errors, grid = inside.errors + self._missed, list(inside.grid)
         for mode, most in enumerate(self.max_ranks):
             points, gains = self._beyond(mode, most)
@@ -77,6 +78,7 @@ class PartialSpectrum(Spectrum):
 
     def table_around(self, ranks: Sequence[int], coarse: ErrorTable) -> ErrorTable:
         """Return the same table: it is complete within the core."""
+        del ranks
         return coarse
 
     @cached_property
@@ -168,23 +170,25 @@ def find_range(
     if widest < 2 * block or len(shape) < 2:
         return None
     space = _Space(ready, mode, block, generator)
+    space = _Space(ready, mode, block, generator)
     widths = [2 * max(_BLOCK, n // 32) for n in carried]
-    while space.width + block <= widest:
-        space.grow()
-        if space.products < 4 or space.surely_misses(allowed, widest):
-            if space.needs(allowed) > widest:
-                return None
+    wanted = float(2 * block)
+    while wanted <= widest:
+        while space.width < wanted:
+            space.grow()
+        if space.surely_misses(allowed):
+            wanted = max(space.width + block, space.needs(allowed))
             continue
-        while True:
-            spectrum = _spectrum(ready, space, widths, accuracy, generator)
-            ranks = pick(spectrum)
-            narrow = [k for k, r in enumerate(ranks) if not _is_trusted(spectrum, k, r)]
-            if not narrow:
-                return Found(spectrum, ranks, space.width, space.products)
-            if narrow == [mode] or mode in narrow:
-                break
-            for k in narrow:
-                widths[k] *= 2
+        spectrum = _spectrum(ready, space, widths, accuracy, generator)
+        ranks = pick(spectrum)
+        narrow = [k for k, r in enumerate(ranks) if not _is_trusted(spectrum, k, r)]
+        if not narrow:
+            return Found(spectrum, ranks, space.width, space.products)
+        if mode in narrow:
+            wanted = ranks[mode] / _TRUSTED
+            wanted = max(space.width + block, wanted if 2 * space.width > widest else min(wanted, 2 * space.width))
+        for k in narrow:
+            widths[k] = max(widths[k], min(2 * widths[k], math.ceil(ranks[k] / _TRUSTED)))
     return None
 
 
@@ -227,14 +231,14 @@ class _Space:
         self.captured += self.last
         self.products += 2
 
-    def surely_misses(self, allowed: float | None, widest: int) -> bool:
+    def surely_misses(self, allowed: float | None) -> bool:
         """Tell, without a product, whether what is missed is more than ``allowed``."""
         return allowed is not None and max(self.squares - self.captured - self._blur, self.last) > allowed
 
     def needs(self, allowed: float | None) -> float:
         """Estimate how wide the basis must be, if blocks to come capture as much as the last one."""
         too_much = self.squares - self.captured - self._blur - (allowed or 0.0)
-        if allowed is None or self.products < 4 or too_much <= 0:
+        if allowed is None or too_much <= 0:
             return 0.0
         return self.width + self.block * too_much / self.last if self.last > 0 else math.inf
 

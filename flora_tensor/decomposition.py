@@ -5,9 +5,9 @@ All of them scale the tensor by a power of two first (nothing overflows or vanis
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import array_api_compat
 import numpy as np
@@ -23,20 +23,18 @@ from flora_tensor._algorithms import (
     hosvd_of,
     left_whole,
     st_hosvd_of,
-    tail,
 )
 from flora_tensor._arrays import (
-    accumulation_dtype,
     array_namespace,
     epsilon,
     float_squares,
     host_view,
-    is_complex,
     is_differentiated,
     largest_magnitude,
     result_dtype,
     stop_gradient,
     times_power_of_two,
+    widest_dtype,
     working_dtype,
 )
 from flora_tensor._checks import (
@@ -49,16 +47,14 @@ from flora_tensor._checks import (
     feasible_ranks,
     whole_modes,
 )
-from flora_tensor._randomized import large_modes, randomized_of, range_sizes
-from flora_tensor._typing import Array, DType, Namespace, Ranks
+from flora_tensor._driver import RELIABLE, Fit, Method, Random, fit_to, residual_norm
+from flora_tensor._typing import Array, Ranks
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.ranks import check_budget, partial_ranks
-from flora_tensor.spectra import ModeSpectra, Prepared, Spectrum, prepare, spectrum_of
-from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize, reconstruct
+from flora_tensor.ranks import check_budget
+from flora_tensor.spectra import ModeSpectra, Prepared, prepare
+from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
-
-Method = Literal["auto", "hosvd", "st_hosvd", "hooi", "randomized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,13 +269,17 @@ def tucker(
     rtol: float | None = None,
     max_parameters: int | None = None,
     method: Method = "auto",
-    rng: "int | np.random.Generator | None" = None,
+    rng: Random = None,
 ) -> TuckerFit:
     """Decompose a tensor as well as its ranks, a tolerance or a parameter budget allow, and say how good the result is.
 
     Given a tolerance or a budget, the ranks are the optimum over *all* rank tuples of the full HOSVD (fewest parameters
     within the error, or smallest error within the parameters), then the factors are improved by HOOI, which only lowers
-    the error.
+    the error. With ``method="auto"``, where the longest mode has 128 entries or more, an adaptive range finder first
+    looks whether the leading directions suffice: a block Krylov basis grows until the ranks chosen take up at most half
+    of it, and is given up, for the full HOSVD, where it would have to hold more than a quarter of the mode. What the
+    basis misses is part of every error, so the tolerance is kept; the ranks are those of the full HOSVD where the
+    spectrum decays, and among tuples that cost nearly the same it may pick another where it does not.
 
     Given ranks, ``method="auto"`` goes by these rules, the first that fits:
 
@@ -358,7 +358,7 @@ def tucker_of(
     target: Target,
     whole: Iterable[int] = (),
     method: Method = "auto",
-    rng: "int | np.random.Generator | None" = None,
+    rng: Random = None,
 ) -> TuckerFit:
     """Do what `tucker` does with a prepared tensor and a checked target; ``whole`` modes get no factor."""
     ready = _on_host(ready)
@@ -366,18 +366,54 @@ def tucker_of(
         raise ValueError(
             "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
         )
-    xp, k, norm = ready.xp, ready.exponent, ready.norm()
-    fit = _fit(ready, tuple(x.shape), target, method, rng)
-    result = left_whole(xp, all_orthogonal(xp, fit.result), whole)
-    decomposed = _finished("tucker", x, result, k)
-    relative_error = _relative_error(ready, result, decomposed)
+    found = _measured(ready, x, target, method, rng, whole)
+    # Ranks are chosen by sums that rounding blurs, and rounds core and factors. Where that breaks the promise, less is
+    # asked for, and if it breaks again, all.
+    for share in (0.99, 0.0):
+        if not _breaks(x, target, found.error, found.decomposed):
+            break
+        asked = share * math.sqrt(max(2 * target.rtol**2 - found.error**2, 0.0))
+        found = _measured(ready, x, replace(target, rtol=asked), method, rng, ())
+    return _told(ready, x, found)
+
+
+class _Measured(NamedTuple):
+    """What ran, its result, that in the type of the input, and its relative error."""
+
+    fit: Fit
+    result: Truncation
+    decomposed: TuckerTensor
+    error: float
+
+
+def _measured(
+    ready: Prepared, x: Array, target: Target, method: Method, rng: Random, whole: Iterable[int]
+) -> _Measured:
+    fit = fit_to(ready, tuple(x.shape), target, method, rng)
+    result = left_whole(ready.xp, all_orthogonal(ready.xp, fit.result), whole)
+    decomposed = _finished("tucker", x, result, ready.exponent)
+    return _Measured(fit, result, decomposed, _relative_error(ready, result, decomposed, target.rtol))
+
+
+def _breaks(x: Array, target: Target, error: float, decomposed: TuckerTensor) -> bool:
+    """Tell whether a tolerance is not kept though higher ranks would; what rounding to a short type adds is allowed."""
+    if target.ranks is not None or target.max_parameters is not None or error <= target.rtol:
+        return False
+    xp, shape = array_namespace("tucker", x), tuple(x.shape)
+    return working_dtype(xp, x.dtype) == result_dtype(xp, x.dtype) and decomposed.ranks != feasible_ranks(shape, shape)
+
+
+def _told(ready: Prepared, x: Array, found: _Measured) -> TuckerFit:
+    """Put together what `tucker` returns."""
+    norm, k = ready.norm(), ready.exponent
+    fit, result, decomposed, error = found
     return TuckerFit(
         tucker=decomposed,
-        relative_error=relative_error,
+        relative_error=error,
         # Bounds are sums and differences of squares, which rounding blurs where errors are small: what was measured
         # stands.
-        error_bound=max(fit.upper / norm, relative_error) if norm else 0.0,
-        lower_bound=min(fit.lower / norm, relative_error) if norm else 0.0,
+        error_bound=max(fit.upper / norm, error) if norm else 0.0,
+        lower_bound=min(fit.lower / norm, error) if norm else 0.0,
         spectra=ModeSpectra(
             tuple(times_power_of_two(_like(x, v), k) for v in result.values),
             math.ldexp(norm, k),
@@ -442,13 +478,13 @@ def round_tucker(
         check_finite("round_tucker", part, "a")
     xp = array_namespace("round_tucker", a.core, *a.factors)
     dtype = result_dtype(xp, xp.result_type(a.core, *(u for u in a.factors if u is not None)))
-    upright = orthogonalize(a.map(lambda array: xp.astype(array, _wide(xp, array), copy=False)))
+    upright = orthogonalize(a.map(lambda array: xp.astype(array, widest_dtype(xp, array), copy=False)))
     ready = prepare("round_tucker", upright.core)
     target = _target("round_tucker", upright.ranks, ranks, rtol, max_parameters)
     whole = [mode for mode, u in enumerate(upright.factors) if u is None]
     if target.max_parameters is not None:
         check_budget("round_tucker", a.shape, target.max_parameters, whole)
-    fit = _fit(ready, a.shape, target, "auto", None, whole)
+    fit = fit_to(ready, a.shape, target, "auto", None, whole)
     result = all_orthogonal(xp, fit.result)
     stay = [mode for mode in whole if result.core.shape[mode] == upright.ranks[mode]]
     result = left_whole(xp, result, {*stay, *fit.kept, *whole_modes(ranks)})
@@ -470,132 +506,6 @@ def _target(
     if max_parameters is not None:
         return Target(max_parameters=as_int(where, "max_parameters", max_parameters))
     return Target(feasible_ranks(shape, shape) if ranks is None else check_ranks(where, ranks, shape))
-
-
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """A result, its bounds on the error times ‖x‖, what ran, and the modes to leave whole."""
-
-    result: Truncation
-    lower: float
-    upper: float
-    ran: str
-    kept: tuple[int, ...] = ()
-
-
-def _fit(
-    ready: Prepared,
-    shape: tuple[int, ...],
-    target: Target,
-    method: Method,
-    rng: "int | np.random.Generator | None",
-    whole: Collection[int] = (),
-) -> _Fit:
-    """Decompose a prepared tensor; parameters are counted by ``shape``, and modes in ``whole`` need no factor."""
-    if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
-        return _fit_directly(ready, target, method, rng)
-    spectrum = spectrum_of(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
-    limit = target.rtol**2
-    chosen, kept = partial_ranks(spectrum, shape, whole, relative_squares=limit, budget=target.max_parameters) or (
-        spectrum.max_ranks,
-        (),
-    )
-    if method not in ("auto", "hooi"):
-        return _fit_directly(ready, Target(chosen), method, rng)
-    result = _truncated(ready.xp, ready.x, spectrum, chosen)
-    lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
-    if len(shape) <= 2 or chosen == spectrum.max_ranks:
-        return _Fit(result, lower, upper, "hosvd at the best ranks", kept)
-    if kept:  # a mode that is not cut may have more directions than the others now carry
-        result = all_orthogonal(ready.xp, result)
-    result, sweeps = hooi_of(ready.xp, ready.x, result, MOST_SWEEPS, ENOUGH, ready.squares)
-    if target.max_parameters is None:
-        result, kept = _trimmed(ready.xp, result, shape, target.rtol, spectrum.norm, whole, kept)
-    return _Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi", kept)
-
-
-def _fit_directly(ready: Prepared, target: Target, method: Method, rng: "int | np.random.Generator | None") -> _Fit:
-    """Decompose to given ranks, or by the tolerance rule of the method itself."""
-    xp, x, squares = ready.xp, ready.x, ready.norm() ** 2
-    method, why, quick = _chosen(tuple(x.shape), target.ranks, method, is_differentiated(x))
-    if method == "hosvd":
-        result = hosvd_of(xp, x, target, squares)
-        tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
-        return _Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
-    if method == "randomized":
-        generator = np.random.default_rng(0 if rng is None else rng)
-        result, products = randomized_of(xp, x, target.ranks or (), generator, squares)
-        error = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
-        return _Fit(result, 0.0, error, f"randomized, {products} products with x: {why}")
-    order = cheapest_order(x.shape, target.ranks)
-    result = st_hosvd_of(xp, x, target, order, quick=quick, squares=squares)
-    tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
-    lower, upper = math.sqrt(tails[order[0]]), math.sqrt(sum(tails))
-    if method == "st_hosvd" or len(x.shape) <= 2:
-        return _Fit(result, lower, upper, f"st_hosvd: {why}")
-    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
-    return _Fit(result, lower, upper, f"st_hosvd, then {sweeps} sweeps of hooi: {why}")
-
-
-def _chosen(
-    shape: tuple[int, ...], ranks: tuple[int, ...] | None, method: Method, differentiated: bool
-) -> tuple[Method, str, bool]:
-    """Return the method, why it is that one, and whether the Gram kernel may be tried on float64 data too.
-
-    Picks by the rule of `tucker`, by counts of multiply-adds.
-    """
-    sizes = () if ranks is None else range_sizes(shape, ranks)
-    large = [] if ranks is None else large_modes(shape, sizes)
-    if method == "randomized" and (ranks is None or len(large) < 2):
-        return "hooi", "as asked, but fewer than two modes shrink to less than half", True
-    if method != "auto" or ranks is None:
-        return method, "as asked", method == "randomized"
-    if ranks == feasible_ranks(shape, shape):
-        return "hosvd", "nothing is cut", False
-    # About five products with X; beside them the sequential way forms one Gram matrix after the other (in float64) and
-    # takes its eigenvectors, about ten times n³.
-    sketched = 5.0 * math.prod(shape) * max((sizes[k] for k in large), default=0)
-    gram, left = 0.0, float(math.prod(shape))
-    for mode in cheapest_order(shape, ranks):
-        gram += left * shape[mode] + 10.0 * min(shape[mode], left / shape[mode]) ** 3
-        left *= ranks[mode] / shape[mode]
-    if len(large) >= 2 and sketched < gram and not differentiated:
-        return "randomized", "the ranks are small beside the sizes", True
-    if len(shape) <= 2:
-        return "st_hosvd", "of a matrix it is the best", True
-    return "hooi", "the ranks are not small beside the sizes", True
-
-
-def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> Truncation:
-    """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
-    if is_differentiated(x):
-        return hosvd_of(xp, x, Target(ranks))
-    core = spectrum.core[tuple(slice(r) for r in ranks)]
-    factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
-    return Truncation(core, factors, list(spectrum.values), "exact")
-
-
-def _trimmed(
-    xp: Namespace,
-    result: Truncation,
-    shape: Sequence[int],
-    rtol: float,
-    norm: float,
-    whole: Collection[int],
-    kept: tuple[int, ...],
-) -> tuple[Truncation, tuple[int, ...]]:
-    """Spend what HOOI gained: choose among the truncations of the improved core the smallest within the tolerance."""
-    left = float_squares("tucker", xp, result.core)
-    allowed = rtol**2 * norm**2 - max(norm**2 - left, 0.0)
-    if allowed <= 0 or left == 0:
-        return result, kept
-    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, left))
-    chosen = partial_ranks(inner, shape, whole, relative_squares=allowed / left)
-    if chosen is None or chosen[0] == tuple(result.core.shape):
-        return result, kept
-    small = _truncated(xp, result.core, inner, chosen[0])
-    factors = [xp.matmul(u, v) for u, v in zip(result.factors, small.factors)]
-    return Truncation(small.core, factors, result.values, result.kind), chosen[1]
 
 
 def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:
@@ -669,11 +579,11 @@ def _finished(where: str, x: Array, result: Truncation, k: int) -> TuckerTensor:
     return TuckerTensor(core, factors)
 
 
-def _relative_error(ready: Prepared, result: Truncation, fit: TuckerTensor) -> float:
+def _relative_error(ready: Prepared, result: Truncation, fit: TuckerTensor, rtol: float) -> float:
     """Measure ‖X − X̂‖ / ‖X‖ for a prepared tensor, its decomposition, and that in its final data type.
 
-    ‖X‖² − ‖G‖² is the squared error while it stands well above the rounding of the two norms; below, and where the
-    result was rounded to a shorter type, the residual itself is summed.
+    ‖X‖² − ‖G‖² is the squared error while it stands well above the rounding of the two norms; below, where the
+    result was rounded to a shorter type, and close to a tolerance, the residual itself is summed.
     """
     norm = ready.norm()
     if norm == 0.0:
@@ -681,35 +591,10 @@ def _relative_error(ready: Prepared, result: Truncation, fit: TuckerTensor) -> f
     xp, x = ready.xp, stop_gradient(ready.x)
     lost = norm**2 - float_squares("tucker", xp, result.core)
     same = str(fit.dtype).rsplit(".", maxsplit=1)[-1] == str(x.dtype).rsplit(".", maxsplit=1)[-1]
-    if same and lost > 1e4 * epsilon(xp, x.dtype) * norm**2:
-        return math.sqrt(lost) / norm
+    if same and lost > RELIABLE * epsilon(xp, x.dtype) * norm**2:
+        error = math.sqrt(lost) / norm
+        if not 0 < abs(error - rtol) < error / RELIABLE:
+            return error
     rounded = fit.map(lambda array: xp.astype(_like(x, _working(array)), x.dtype, copy=False))
     core = times_power_of_two(rounded.core, -ready.exponent)
-    return _residual_norm(xp, x, TuckerTensor(core, rounded.factors)) / norm
-
-
-def _residual_norm(xp: Namespace, x: Array, fit: TuckerTensor) -> float:
-    """Return ‖X − X̂‖, slab by slab along the longest mode, in float64 where there is float64."""
-    if 0 in x.shape:
-        return 0.0
-    wide = _wide(xp, x)
-    fit = fit.map(lambda array: xp.astype(array, wide, copy=False))
-    mode = max(range(len(x.shape)), key=lambda k: x.shape[k])
-    rows = max(1, (1 << 22) * x.shape[mode] // math.prod(x.shape))
-    total = 0.0
-    for start in range(0, x.shape[mode], rows):
-        slab = slice(start, min(start + rows, x.shape[mode]))
-        here = (*(slice(None),) * mode, slab, ...)
-        factors = tuple(u[slab, :] if k == mode and u is not None else u for k, u in enumerate(fit.factors))
-        core = fit.core if fit.factors[mode] is not None else fit.core[here]
-        rest = xp.astype(x[here], wide, copy=False) - reconstruct(TuckerTensor(core, factors))
-        total += float_squares("tucker", xp, rest)
-    return math.sqrt(total)
-
-
-def _wide(xp: Namespace, x: Array) -> DType:
-    """Return the widest type of the same kind: float64 or complex128 where there are any."""
-    wide = accumulation_dtype(xp, x)
-    if is_complex(xp, x.dtype):
-        return xp.complex128 if wide == xp.float64 else xp.complex64
-    return wide
+    return residual_norm(xp, x, TuckerTensor(core, rounded.factors), norm) / norm

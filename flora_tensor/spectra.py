@@ -56,6 +56,7 @@ class ModeSpectra:
     kind : str
         ``"exact"``: all singular values of X. ``"sequential"``: of the tensors that ST-HOSVD meets, mode by mode, each
         already truncated in the modes before; exact in the first mode, below the exact ones in the others.
+        ``"leading"``: the largest ones, as bases that hold nearly all of them see them, from below.
 
     References
     ----------

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
@@ -875,8 +876,7 @@ def test_rounding_a_sum_finds_its_true_ranks_without_forming_it(xp, monkeypatch)
     a = TuckerTensor(
         as_array(xp, rng.standard_normal((2, 3, 2))), [as_array(xp, rng.standard_normal((10**5, r))) for r in (2, 3, 2)]
     )
-    for module in ("tucker_tensor", "decomposition"):
-        monkeypatch.setattr(f"flora_tensor.{module}.reconstruct", lambda *_, **__: pytest.fail("the tensor was formed"))
+    monkeypatch.setattr("flora_tensor.tucker_tensor.reconstruct", lambda *_, **__: pytest.fail("the tensor was formed"))
     total = a
     for share in (0.5, -0.25):  # other bases of the same spaces, which nothing can know to be the same
         turned = [u * 2.0 for u in a.factors]
@@ -1113,6 +1113,122 @@ def test_tolerances_and_budgets_are_kept_at_size(method, shape, ranks):
     fit = ft.tucker(x, max_parameters=budget, method=method)
     assert fit.tucker.n_parameters <= budget
     assert truth.error(fit.tucker) <= 0.03
+
+
+# --- tolerances and budgets whose ranks are small: the adaptive range finder -------------------------
+
+WIDE = [(300, 256), (160, 144, 3, 3), (8, 200, 170)]
+
+
+def spread(shape, kind: str, dtype: str = "float32", seed: int = 0) -> np.ndarray:
+    """Return a tensor whose long modes decay ("exponential", "power"), or of low rank with noise, or white ("flat")."""
+    rng = np.random.default_rng(seed)
+    if kind == "noisy":
+        return noisy(shape, [min(n, 5) for n in shape], dtype, 0.02)
+    x = rng.standard_normal(shape)
+    for mode, n in enumerate(shape):
+        place = np.arange(n).reshape([-1 if k == mode else 1 for k in range(len(shape))])
+        if n > 8 and kind != "flat":
+            x = x * (np.exp(-0.8 * place) if kind == "exponential" else (1.0 + place) ** -1.5)
+        x = np.moveaxis(np.tensordot(orthonormal(rng, n, n), x, axes=(1, mode)), 0, mode)
+    return (x / frobenius(x)).astype(dtype)
+
+
+def full_choice(x: np.ndarray, **criterion) -> ft.RankChoice:
+    return ft.select_ranks(ft.hosvd_spectrum(x), **criterion)
+
+
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_the_range_finder_needs_no_more_ranks_than_the_full_hosvd(shape, rtol):
+    """In float32. HOOI may save a rank of what the full HOSVD needs, so the parameters are compared from above."""
+    x = spread(shape, "exponential")
+    truth, exact = Truth.of(x), full_choice(x, rtol=rtol)
+    fit = ft.tucker(x, rtol=rtol)
+    assert fit.method.startswith("adaptive range finder")
+    assert truth.error(fit.tucker) <= rtol * (1 + 1e-6)
+    assert fit.tucker.n_parameters <= exact.n_parameters
+    assert all(r <= s for r, s in zip(fit.tucker.ranks, exact.ranks))
+    tails = truth.tails(fit.tucker.ranks)
+    assert fit.lower_bound <= math.sqrt(max(tails)) * (1 + 1e-3) + 1e-7
+    assert fit.lower_bound <= fit.relative_error <= fit.error_bound
+    assert_orthonormal(fit.tucker)
+
+
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, "float32") for k in ("exponential", "power", "noisy", "flat")]
+    + [("exponential", "complex128"), ("noisy", "float64")],
+)
+@pytest.mark.parametrize("rtol", [0.5, 0.05, 1e-3])
+def test_tolerances_are_kept_whether_or_not_the_range_finder_gives_up(shape, kind, dtype, rtol):
+    x = spread(shape, kind, dtype)
+    truth, exact = Truth.of(x), full_choice(x, rtol=rtol)
+    fit = ft.tucker(x, rtol=rtol)
+    assert truth.error(fit.tucker) <= rtol * (1 + 1e-6)
+    assert fit.relative_error == pytest.approx(truth.error(fit.tucker), rel=1e-3)
+    assert fit.relative_error <= fit.error_bound
+    # Choices among tuples of nearly the same cost may differ where the spectrum does not end.
+    assert fit.tucker.n_parameters <= 1.02 * exact.n_parameters
+    small = max(exact.ranks[k] / shape[k] for k in range(len(shape)) if shape[k] > 100) < 1 / 16
+    assert fit.method.startswith("adaptive range finder") or not small
+    assert "not small beside the sizes" in fit.method or fit.method.startswith("adaptive range finder")
+
+
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("kind", ["exponential", "power", "noisy", "flat"])
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.1])
+def test_budgets_are_spent_as_well_as_by_the_full_hosvd(shape, kind, share):
+    x = spread(shape, kind)
+    truth, budget = Truth.of(x), max(1 + sum(shape), int(share * math.prod(shape)))
+    fit = ft.tucker(x, max_parameters=budget)
+    assert fit.tucker.n_parameters <= budget
+    error = truth.error(fit.tucker)
+    # Products end when they gain less than rounding hides, or 0.02 % of the squared error.
+    assert error <= 1.002 * full_choice(x, max_parameters=budget).relative_error + 1e-6
+    assert fit.relative_error == pytest.approx(error, rel=1e-3, abs=1e-9)
+    assert fit.lower_bound <= fit.relative_error <= fit.error_bound
+
+
+def test_the_range_finder_is_repeatable_and_leaves_small_or_differentiated_tensors_alone():
+    x = spread(WIDE[1], "exponential")
+    first, second = (ft.tucker(x, rtol=1e-3).tucker for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip((first.core, *first.factors), (second.core, *second.factors)))
+    scaled = ft.tucker(x * np.float32(2.0**40), rtol=1e-3).tucker
+    assert all(same_bits(a, b) for a, b in zip(first.factors, scaled.factors))
+    other = ft.tucker(x, rtol=1e-3, rng=7).tucker
+    assert distance(first.to_tensor(), other.to_tensor()) <= 2e-3
+    for tensor, method in (
+        (x[:100, :100], "auto"),
+        (x, "hooi"),
+        (x, "hosvd"),
+        (torch.tensor(x, requires_grad=True), "auto"),
+    ):
+        assert "range finder" not in ft.tucker(tensor, rtol=0.1, method=method).method
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_the_range_finder_is_exact_on_what_has_hardly_any_rank(dtype):
+    for shape in WIDE:
+        corner = np.zeros(shape, dtype)
+        corner[:4, :4] = np.arange(1.0, 5).reshape(4, *[1] * (len(shape) - 1))
+        for x, ranks in ((corner, (1,) * len(shape)), (np.ones(shape, dtype), (1,) * len(shape))):
+            fit = ft.tucker(x, rtol=1e-4)
+            assert fit.method.startswith("adaptive range finder")
+            assert fit.tucker.ranks == ranks
+            assert fit.relative_error <= tolerance(dtype, sum(shape))
+
+
+def test_float32_keeps_tolerances_where_differences_of_squares_cannot_see():
+    """HOOI's gain, computed as ‖X‖² − ‖G‖², was once spent twice below √eps."""
+    shape = (100, 100, 3, 3)
+    for kind in ("power", "exponential"):
+        x = spread(shape, kind)
+        for rtol in (1e-2, 1e-3, 1e-4, 1e-5, 2e-6):
+            fit = ft.tucker(x, rtol=rtol)
+            assert Truth.of(x).error(fit.tucker) <= rtol * (1 + 1e-6), (kind, rtol)
+            assert fit.relative_error <= rtol
 
 
 @pytest.mark.parametrize("name", ["torch", "array_api_strict"])

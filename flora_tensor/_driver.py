@@ -1,0 +1,236 @@
+"""What `tucker` does once it knows what is wanted: choose the ranks, choose the method, and combine the algorithms."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flora_tensor._algorithms import (
+    ENOUGH,
+    MOST_SWEEPS,
+    Target,
+    Truncation,
+    all_orthogonal,
+    cheapest_order,
+    hooi_of,
+    hosvd_of,
+    st_hosvd_of,
+    tail,
+)
+from flora_tensor._arrays import epsilon, float_squares, host_view, is_differentiated, stop_gradient, widest_dtype
+from flora_tensor._checks import feasible_ranks
+from flora_tensor._randomized import large_modes, randomized_of, range_sizes
+from flora_tensor._range_finder import Found, find_range
+from flora_tensor._residual import residual_norm as host_residual_norm
+from flora_tensor._typing import Array, Namespace
+from flora_tensor.ranks import partial_ranks
+from flora_tensor.spectra import Prepared, Spectrum, spectrum_of
+from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
+
+Method = Literal["auto", "hosvd", "st_hosvd", "hooi", "randomized"]
+Random = int | np.random.Generator | None
+
+# ‖X‖² − ‖G‖² is a squared error to four digits while it stands this many ε above the rounding of ‖X‖².
+RELIABLE = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A result, its bounds on the error times ‖x‖, what ran, and the modes to leave whole."""
+
+    result: Truncation
+    lower: float
+    upper: float
+    ran: str
+    kept: tuple[int, ...] = ()
+
+
+def fit_to(
+    ready: Prepared,
+    shape: tuple[int, ...],
+    target: Target,
+    method: Method,
+    rng: Random,
+    whole: Collection[int] = (),
+) -> Fit:
+    """Decompose a prepared tensor; parameters are counted by ``shape``, and modes in ``whole`` need no factor."""
+    if target.max_parameters is None and (target.ranks is not None or method in ("hosvd", "st_hosvd")):
+        return _fit_directly(ready, target, method, rng)
+    if method in ("auto", "randomized") and not whole and not is_differentiated(ready.x):
+        allowed = None if target.max_parameters is not None else target.rtol**2 * ready.norm() ** 2
+        generator = np.random.default_rng(0 if rng is None else rng)
+        found = find_range(ready, target.accuracy, allowed, lambda s: _best_ranks(s, shape, target)[0], generator)
+        if found is not None:
+            return _fit_found(ready, shape, target, found, generator)
+        why = ": their bases are not small beside the sizes"
+    else:
+        why = ", differentiable" if method == "auto" else ", as asked"
+    spectrum = spectrum_of(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
+    chosen, kept = _best_ranks(spectrum, shape, target, whole)
+    if method not in ("auto", "hooi"):
+        return _fit_directly(ready, Target(chosen), method, rng)
+    result = _truncated(ready.xp, ready.x, spectrum, chosen)
+    lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
+    if len(shape) <= 2 or chosen == spectrum.max_ranks:
+        return Fit(result, lower, upper, f"hosvd at the best ranks{why}", kept)
+    if kept:  # a mode that is not cut may have more directions than the others now carry
+        result = all_orthogonal(ready.xp, result)
+    start = result
+    result, sweeps = hooi_of(ready.xp, ready.x, start, MOST_SWEEPS, ENOUGH, ready.squares)
+    if target.max_parameters is None:
+        spare = target.rtol**2 * spectrum.norm**2
+        spare -= squared_residual(ready.xp, stop_gradient(ready.x), result, spectrum.norm**2)
+        # Where the error is all but rounding, sweeps may raise it.
+        result, kept = (start, kept) if spare < 0 else _trimmed(ready.xp, result, shape, spare, whole, kept)
+    return Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi{why}", kept)
+
+
+def _best_ranks(
+    spectrum: Spectrum, shape: tuple[int, ...], target: Target, whole: Collection[int] = ()
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Choose ranks for a budget or a tolerance, and modes to leave whole; all ranks where nothing less will do."""
+    limit, budget = target.rtol**2, target.max_parameters
+    found = partial_ranks(spectrum, shape, whole, relative_squares=limit, budget=budget)
+    return found or (spectrum.max_ranks, ())
+
+
+def _fit_found(
+    ready: Prepared, shape: tuple[int, ...], target: Target, found: Found, generator: np.random.Generator
+) -> Fit:
+    """Decompose to ranks that the range finder chose.
+
+    Under a budget as for given ranks. For a tolerance the truncation of what was found keeps it, so that is what
+    improves: HOOI inside the core that the bases leave, where sweeps cost next to nothing.
+    """
+    spectrum, ranks = found.spectrum, found.ranks
+    lower, upper = (bound(ranks) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
+    ran = f"adaptive range finder ({found.directions} directions, {found.products} products with x)"
+    if target.max_parameters is not None:
+        fit = _fit_directly(ready, Target(ranks), "auto", generator)
+        return Fit(fit.result, max(lower, fit.lower), fit.upper, f"{ran} for the ranks, then {fit.ran}")
+    xp, core = ready.xp, spectrum.core
+    eyes = [xp.eye(n, r, dtype=core.dtype, device=core.device) for n, r in zip(core.shape, ranks)]
+    start = Truncation(core[tuple(slice(r) for r in ranks)], eyes, list(spectrum.values), "leading")
+    captured = float_squares("tucker", xp, core)
+    inner, sweeps = hooi_of(xp, core, start, MOST_SWEEPS, ENOUGH, captured)
+    lost = spectrum.missed + squared_residual(xp, core, inner, captured)
+    inner, _ = _trimmed(xp, inner, shape, target.rtol**2 * spectrum.norm**2 - lost, (), ())
+    factors = [xp.matmul(u, v) for u, v in zip(spectrum.factors, inner.factors)]
+    result = Truncation(inner.core, factors, inner.values, inner.kind)
+    then = f", then {sweeps} sweeps of hooi inside it" if len(shape) > 2 else ""
+    return Fit(result, lower, upper, f"{ran}{then}: the ranks that the tolerance needs are small beside the sizes")
+
+
+def _fit_directly(ready: Prepared, target: Target, method: Method, rng: Random) -> Fit:
+    """Decompose to given ranks, or by the tolerance rule of the method itself."""
+    xp, x, squares = ready.xp, ready.x, ready.norm() ** 2
+    method, why, quick = _chosen(tuple(x.shape), target.ranks, method, is_differentiated(x))
+    if method == "hosvd":
+        result = hosvd_of(xp, x, target, squares)
+        tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+        return Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
+    if method == "randomized":
+        generator = np.random.default_rng(0 if rng is None else rng)
+        result, products = randomized_of(xp, x, target.ranks or (), generator, squares)
+        error = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
+        return Fit(result, 0.0, error, f"randomized, {products} products with x: {why}")
+    order = cheapest_order(x.shape, target.ranks)
+    result = st_hosvd_of(xp, x, target, order, quick=quick, squares=squares)
+    tails = [tail(v, u.shape[1]) for v, u in zip(result.values, result.factors)]
+    lower, upper = math.sqrt(tails[order[0]]), math.sqrt(sum(tails))
+    if method == "st_hosvd" or len(x.shape) <= 2:
+        return Fit(result, lower, upper, f"st_hosvd: {why}")
+    result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
+    return Fit(result, lower, upper, f"st_hosvd, then {sweeps} sweeps of hooi: {why}")
+
+
+def _chosen(
+    shape: tuple[int, ...], ranks: tuple[int, ...] | None, method: Method, differentiated: bool
+) -> tuple[Method, str, bool]:
+    """Return the method, why it is that one, and whether the Gram kernel may be tried on float64 data too.
+
+    Picks by the rule of `tucker`, by counts of multiply-adds.
+    """
+    sizes = () if ranks is None else range_sizes(shape, ranks)
+    large = [] if ranks is None else large_modes(shape, sizes)
+    if method == "randomized" and (ranks is None or len(large) < 2):
+        return "hooi", "as asked, but fewer than two modes shrink to less than half", True
+    if method != "auto" or ranks is None:
+        return method, "as asked", method == "randomized"
+    if ranks == feasible_ranks(shape, shape):
+        return "hosvd", "nothing is cut", False
+    # About five products with X; beside them the sequential way forms one Gram matrix after the other (in float64) and
+    # takes its eigenvectors, about ten times n³.
+    sketched = 5.0 * math.prod(shape) * max((sizes[k] for k in large), default=0)
+    gram, left = 0.0, float(math.prod(shape))
+    for mode in cheapest_order(shape, ranks):
+        gram += left * shape[mode] + 10.0 * min(shape[mode], left / shape[mode]) ** 3
+        left *= ranks[mode] / shape[mode]
+    if len(large) >= 2 and sketched < gram and not differentiated:
+        return "randomized", "the ranks are small beside the sizes", True
+    if len(shape) <= 2:
+        return "st_hosvd", "of a matrix it is the best", True
+    return "hooi", "the ranks are not small beside the sizes", True
+
+
+def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ...]) -> Truncation:
+    """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
+    if is_differentiated(x):
+        return hosvd_of(xp, x, Target(ranks))
+    core = spectrum.core[tuple(slice(r) for r in ranks)]
+    factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
+    return Truncation(core, factors, list(spectrum.values), "exact")
+
+
+def _trimmed(
+    xp: Namespace,
+    result: Truncation,
+    shape: Sequence[int],
+    spare: float,
+    whole: Collection[int],
+    kept: tuple[int, ...],
+) -> tuple[Truncation, tuple[int, ...]]:
+    """Spend what HOOI gained: choose the smallest truncation of the improved core that loses at most ``spare`` more."""
+    left = float_squares("tucker", xp, result.core)
+    if spare <= 0 or left == 0:
+        return result, kept
+    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, left))
+    chosen = partial_ranks(inner, shape, whole, relative_squares=spare / left)
+    if chosen is None or chosen[0] == tuple(result.core.shape):
+        return result, kept
+    small = _truncated(xp, result.core, inner, chosen[0])
+    factors = [xp.matmul(u, v) for u, v in zip(result.factors, small.factors)]
+    return Truncation(small.core, factors, result.values, result.kind), chosen[1]
+
+
+def squared_residual(xp: Namespace, x: Array, result: Truncation, squares: float) -> float:
+    """Return ‖X − X̂‖², given ‖X‖²: as ‖X‖² − ‖G‖² where that does not cancel, else as a sum over the residual."""
+    lost = squares - float_squares("tucker", xp, result.core)
+    if lost > RELIABLE * epsilon(xp, x.dtype) * squares:
+        return lost
+    fit = TuckerTensor(stop_gradient(result.core), tuple(stop_gradient(u) for u in result.factors))
+    return residual_norm(xp, x, fit, math.sqrt(squares)) ** 2
+
+
+def residual_norm(xp: Namespace, x: Array, fit: TuckerTensor, norm: float) -> float:
+    """Return ‖X − X̂‖, slab by slab, in float64 where there is float64 and float32 would not do."""
+    if 0 in x.shape or norm == 0.0:
+        return 0.0
+    host = host_view(x)
+    if host is not None and host.dtype in (np.float32, np.float64):
+        return host_residual_norm(host, fit.map(lambda array: np.asarray(host_view(array))), norm)
+    wide = widest_dtype(xp, x)
+    fit = fit.map(lambda array: xp.astype(array, wide, copy=False))
+    mode = max(range(len(x.shape)), key=lambda k: x.shape[k])
+    rows = max(1, (1 << 22) * x.shape[mode] // math.prod(x.shape))
+    total = 0.0
+    for start in range(0, x.shape[mode], rows):
+        slab = slice(start, min(start + rows, x.shape[mode]))
+        here = (*(slice(None),) * mode, slab, ...)
+        factors = tuple(u[slab, :] if k == mode and u is not None else u for k, u in enumerate(fit.factors))
+        core = fit.core if fit.factors[mode] is not None else fit.core[here]
+        rest = xp.astype(x[here], wide, copy=False) - reconstruct(TuckerTensor(core, factors))
+        total += float_squares("tucker", xp, rest)
+    return math.sqrt(total)
