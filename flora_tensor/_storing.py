@@ -130,7 +130,7 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
-    fitted, known, weighting = _fitted(delta, arranged, weight, settings)
+    fitted, known, bound, weighting = _fitted(delta, arranged, weight, settings)
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
@@ -153,6 +153,7 @@ def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[fl
         n_parameters=stored.n_parameters,
         relative_error=known,
         weighted_error=_output_error(arranged, stored, weight, weighting),
+        lower_bound=weight.bound if weight.bound is not None else bound,
     )
     return scale, replace(weight, row=row, member_errors=errors), parts
 
@@ -182,28 +183,32 @@ def _output_error(
 
 def _fitted(
     delta: np.ndarray, arranged: np.ndarray, weight: Weight, settings: Settings
-) -> tuple[TuckerTensor, float | None, Weighting | None]:
-    """Decompose a change; return its relative error too, where the decomposition measured it with NumPy.
+) -> tuple[TuckerTensor, float | None, float | None, Weighting | None]:
+    """Decompose a change; return its relative error too, where the decomposition measured it with NumPy, and a bound.
 
     The change is scaled by its input's second moment, and back, where a calibration gave one that fits.
     """
     assert weight.arrangement is not None
     if not (weight.is_weighted and settings.calibration) or weight.ranks == arranged.shape:
-        found, error = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0)
-        return found.map(to_numpy), error if settings.device is None else None, None
+        found, *told = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0)
+        return found.map(to_numpy), told[0] if settings.device is None else None, told[1], None
     weighting = settings.calibration.weighting(weight.row.name, delta.shape)
     assert weighting is not None
     scaled = on_device(weight.arrangement.arrange(weighting.scale(delta)), settings.device)
-    found, _ = _fit(scaled, weight, settings, weight.row.weighted_norm or 0.0)
-    return weighting.unscale(found.map(to_numpy), weight.arrangement), None, weighting
+    found, _, bound = _fit(scaled, weight, settings, weight.row.weighted_norm or 0.0)
+    return weighting.unscale(found.map(to_numpy), weight.arrangement), None, bound, weighting
 
 
-def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[TuckerTensor, float]:
-    """Decompose at the chosen ranks, at least as well as the spectrum promised."""
+def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[TuckerTensor, float, float | None]:
+    """Decompose at the chosen ranks, at least as well as the spectrum promised.
+
+    Returned are the decomposition, its relative error, and what no other of these ranks can go below, where the method
+    computed exact singular values.
+    """
     shape, ranks = tuple(x.shape), weight.ranks
     cut = [k for k, (rank, size) in enumerate(zip(ranks, shape)) if rank < size]
     if not cut:  # all modes whole: the change itself
-        return TuckerTensor(x, (None,) * len(shape)), 0.0
+        return TuckerTensor(x, (None,) * len(shape)), 0.0, 0.0
     if len(cut) == 1:  # both bases of a matrix, for the leading directions, cost less than all of one side's
         x, target, whole = unfold(x, cut[0]), Target((ranks[cut[0]],) * 2), ()
     else:
@@ -215,7 +220,8 @@ def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[Tuc
         # The promise is the truncated HOSVD's; fast ways come within a hair (2e-4 was measured). A tolerance counts
         # that hair, and where all ranks were listed the exact way costs what the list did.
         fit = min(fit, tucker_of(x, ready, target, whole, "hosvd"), key=lambda f: f.relative_error)
-    return (_of_matrix(fit.tucker, cut[0], shape) if len(cut) == 1 else fit.tucker), fit.relative_error
+    found = _of_matrix(fit.tucker, cut[0], shape) if len(cut) == 1 else fit.tucker
+    return found, fit.relative_error, fit.lower_bound or None
 
 
 def _of_matrix(matrix: TuckerTensor, mode: int, shape: tuple[int, ...]) -> TuckerTensor:

@@ -22,7 +22,7 @@ from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.noise import projected_edge, worth_storing
 from flora_tensor.report import TensorRow
-from flora_tensor.spectra import Frontier, cheapest_spectrum, hosvd_spectrum, n_parameters_of
+from flora_tensor.spectra import Frontier, Spectrum, cheapest_spectrum, hosvd_spectrum, n_parameters_of
 from flora_tensor.stacking import stacked_arrangement
 
 __all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "share_of", "survey"]
@@ -44,6 +44,8 @@ class Weight:
     members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
     member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
     floor: float | None = None  # the noise in an entry, where that bounds the ranks
+    bounds: tuple[Sequence[float], ...] = ()  # for each point of each frontier; none where it is an estimate
+    bound: float | None = None  # no tensor of the chosen ranks has a smaller error, in the same norm
 
     @property
     def is_short(self) -> bool:
@@ -187,15 +189,28 @@ def _list(weight: Weight, is_native: bool, arranged: Array, floor: float | None,
         spectrum = cheapest_spectrum("extract", arranged)
         caps = None if floor is None else projected_edge(spectrum, floor)[0]
         weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True, one_whole=True))
+        bounds = _lower_bounds(spectrum, weight.frontiers[-1].ranks)
         full = spectrum.max_ranks
     else:
         norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
         frontier, above = leading_frontier(arranged, rank, norm or 0.0, floor)
         weight.frontiers.append(frontier)
+        bounds: Sequence[float] = ()
         caps, full = (None, None) if above is None else ((above, above), None)
     weight.listed = (*weight.listed, rank if caps is None else None)
+    weight.bounds = (*weight.bounds, bounds)
     if caps is not None and caps != full and is_native:
         weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
+
+
+def _lower_bounds(spectrum: Spectrum, ranks: np.ndarray) -> list[float]:
+    """Return the relative error that no tensor of each of these rank tuples, shape (K, N), can go below.
+
+    A tensor of rank r_n in mode n has an unfolding of that rank, so its error is at least what Eckart and Young leave
+    of the unfolding: √(max_n Σ_{i≥r_n} σ_i²).
+    """
+    left = [t[np.minimum(r, len(t) - 1)] / (t[0] or 1.0) for t, r in zip(spectrum.squared_tails, ranks.T)]
+    return np.sqrt(np.max(left, axis=0)).tolist()
 
 
 def _scales_beside(side: Checkpoint, name: str) -> list[str]:
@@ -275,7 +290,9 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
         weight.row = replace(weight.row, notes=(*weight.row.notes, note))
     if settings.dry_run:
         arranged = on_device(weight.arrangement.arrange(delta), settings.device)
-        weight.predicted = hosvd_spectrum(arranged).error(weight.ranks)
+        spectrum = hosvd_spectrum(arranged)
+        weight.predicted = spectrum.error(weight.ranks)
+        weight.bound = spectrum.lower_bound(weight.ranks)
 
 
 def choose(
@@ -312,6 +329,9 @@ def choose(
         weight.ranks = choice.ranks
         total = weight.frontiers[choice.option].norm_squared
         weight.predicted = math.sqrt(choice.error_squared / total) if total else 0.0
+        if bounds := weight.bounds[choice.option]:
+            chosen = (weight.frontiers[choice.option].ranks == choice.ranks).all(axis=1)
+            weight.bound = bounds[int(np.flatnonzero(chosen)[0])]
     return allocation.lower_bound, curve
 
 
@@ -338,6 +358,7 @@ def predicted_row(weight: Weight) -> TensorRow:
         # In a dry run nothing is decomposed: under a calibration only the error that counts is known.
         relative_error=None if weight.is_weighted else weight.predicted,
         weighted_error=None if weight.row.weighted_norm is None else weight.predicted,
+        lower_bound=weight.bound,
     )
 
 

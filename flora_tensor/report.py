@@ -55,6 +55,9 @@ class TensorRow:
     weighted_norm : float or None
         ‖ΔW C^½‖, the root mean square of the change of the layer's output; ‖ΔW‖ where C was not known. ``None`` without
         a calibration.
+    lower_bound : float or None
+        No tensor of these ranks, in this arrangement, has a smaller error: √(max_n Σ_{i≥r_n} σ_i²) over the norm, of
+        the weighted error where there is one. ``None`` where singular values were estimated and not computed.
     notes : tuple of str
         What else a reader should know.
     stack : str
@@ -76,6 +79,7 @@ class TensorRow:
     delta_norm: float | None = None
     weighted_error: float | None = None
     weighted_norm: float | None = None
+    lower_bound: float | None = None
     notes: tuple[str, ...] = ()
     stack: str = ""
 
@@ -183,7 +187,9 @@ class ExtractionReport(RowReport[TensorRow]):
     def to_table(self) -> str:
         """Return the report as a text table, one line a tensor, and the totals below it."""
         lines = [_cells(row) for row in self.rows]
-        table = format_table(["tensor", "shape", "stored as", "ranks", "parameters", "error"], lines, "lllrrr")
+        table = format_table(
+            ["tensor", "shape", "stored as", "ranks", "parameters", "error", "at least"], lines, "lllrrrr"
+        )
         what = "would store" if self.dry_run else "stored"
         totals = (
             f"{self.count('tucker')} decomposed, {self.count('whole')} whole, {self.count('left out')} left out; "
@@ -200,7 +206,7 @@ def _cells(row: TensorRow) -> list[str]:
     stored += f" in {row.stack}" if row.stack else ""
     if row.notes:
         stored += f" [{'; '.join(row.notes)}]"
-    error = "" if row.relative_error is None else f"{row.relative_error:.4g}"
+    error, bound = ("" if e is None else f"{e:.4g}" for e in (row.relative_error, row.lower_bound))
     ranks = "×".join(map(str, row.ranks)) if row.status == "tucker" else ""
     return [
         row.name,
@@ -209,6 +215,7 @@ def _cells(row: TensorRow) -> list[str]:
         ranks,
         f"{row.n_parameters:,}" if row.n_parameters else "",
         error,
+        bound,
     ]
 
 

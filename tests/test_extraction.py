@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import einops
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import flora_tensor as ft
 from checkpoints import bits, load, raw, save, save_sharded
 from flora_tensor import _deltas
 from flora_tensor._deltas import read_change
+from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import open_checkpoint
 from flora_tensor.report import TensorRow
 
@@ -191,6 +193,39 @@ def test_the_default_is_five_percent(tmp_path: Path):
     assert report.options["max_ratio"] == 0.05
     assert 0 < report.n_parameters <= 0.05 * 64 * 64
     assert report.dense_parameters == 64 * 64
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("criterion", [{"max_ratio": 0.3}, {"rtol": 0.5}, {"ranks": 3}, {"max_ratio": 1.0}])
+def test_no_tensor_of_the_chosen_ranks_could_come_closer_than_the_bound(
+    criterion: dict[str, Any], dry_run: bool, tmp_path: Path
+):
+    shapes = {"conv": (12, 8, 3, 3), "fc": (20, 16), "q_proj.weight": (16, 12), "three": (6, 7, 8)}
+    changes = {name: normal(shape, k).double() for k, (name, shape) in enumerate(shapes.items())}
+    paths = pair(tmp_path, {n: torch.zeros_like(x) for n, x in changes.items()}, changes)
+    options = {"heads": 4, "noise_floor": None, "dtype": "float64", "dry_run": dry_run, **criterion}
+    report = ft.extract(*paths, tmp_path / "a", **options)
+    stored = [row for row in report.rows if row.status == "tucker"]
+    assert stored
+    for row in stored:
+        own = Arrangement.native(len(row.shape)).pattern
+        pattern = row.arrangement if "->" in row.arrangement else f"{own} -> {row.arrangement}"
+        x = einops.rearrange(changes[row.name].numpy(), pattern, **({"heads": 4} if "heads" in pattern else {}))
+        assert x.shape == row.modes
+        tails = [
+            np.linalg.norm(np.linalg.svd(np.moveaxis(x, k, 0).reshape(n, -1), compute_uv=False)[rank:])
+            for k, (n, rank) in enumerate(zip(row.modes, row.ranks))
+        ]
+        best = max(tails) / np.linalg.norm(x)
+        if "ranks" in criterion and not dry_run:  # of the modes whose exact singular values the method computed, if any
+            assert row.lower_bound is None or 0 < row.lower_bound <= best * (1 + 1e-6)
+            continue
+        assert row.lower_bound == pytest.approx(best, rel=1e-6, abs=1e-7)
+        assert row.lower_bound <= row.relative_error * (1 + 1e-6) + 1e-12
+        if len(x.shape) == 2:  # Eckart and Young: the bound is reached
+            assert row.relative_error == pytest.approx(row.lower_bound, rel=1e-5, abs=1e-12)
+    told = {row["name"]: row["lower_bound"] for row in json.loads(report.to_json())["tensors"]}
+    assert told == {row.name: row.lower_bound for row in report.rows}
 
 
 # Nothing is dropped silently ------------------------------------------------------------------------------------------
