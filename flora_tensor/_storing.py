@@ -10,6 +10,7 @@ import numpy as np
 
 from flora_tensor._algorithms import Target
 from flora_tensor._arrays import to_numpy
+from flora_tensor._base_notes import SAMPLES, sample_positions, text_of_samples
 from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._files import check_free_space
@@ -95,10 +96,23 @@ def write_adapter(
         extra={
             "base_model_name_or_path": printable(str(base.path)),
             "base_fingerprint": base.original.fingerprint(),
+            SAMPLES: {name: _samples(base, name) for name in stored if name in base},
             **({"resized": {name: list(sizes) for name, sizes in resized.items()}} if resized else {}),
         },
     )
     write_config(directory / CONFIG_NAME, config)
+
+
+def _samples(base: Checkpoint, name: str) -> str:
+    """Read the few numbers by which a model in memory is recognized as the base."""
+    info = base.info(name)
+    width = BITS[info.dtype] // 8
+    places = sample_positions(math.prod(info.shape))
+    raw = np.empty((len(places), width), np.uint8)
+    with base.reader(name) as read:
+        for row, place in zip(raw, places):
+            read(place * width, row)
+    return text_of_samples(decode(raw.reshape(-1), info.dtype, (len(places),)), info.dtype)
 
 
 def _read_new_rows(tuned: Checkpoint, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._base_notes import noted_layer
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json, staged_directory, staged_file, write_file
 from flora_tensor._lora_parts import Converted, LowRank, from_official, from_parts, low_rank_of
@@ -462,7 +463,7 @@ def to_peft_lora(
         The directory to write.
     kinds : mapping of str to {"embedding", "conv1d"}, optional
         The weights, by name, that belong to an embedding, or to a Conv1D of transformers, whose weight is (in, out).
-        The tensors do not tell.
+        The tensors do not tell; by default it is what `flora_torch.save_adapter` noted in the config.
     overwrite : bool, default False
         Whether a directory that exists is replaced.
 
@@ -475,7 +476,9 @@ def to_peft_lora(
     ------
     ValueError
         If there is nothing to write, a weight is not named ``….weight``, or ``kinds`` is wrong.
-    InputError, OSError
+    InputError
+        If the config notes a layer that PEFT has no LoRA of the same shape of, and as for `load_adapter`.
+    OSError
         As for `load_adapter` and `save_adapter`.
 
     References
@@ -492,7 +495,7 @@ def to_peft_lora(
     ('LORA', 2, ['block.fc'])
     """
     source = _exportable("to_peft_lora", adapter)
-    kinds = dict(kinds or {})
+    kinds = _noted_kinds(source) if kinds is None else dict(kinds)
     if unknown := [n for n, kind in kinds.items() if n not in source or kind not in ("embedding", "conv1d")]:
         raise ValueError(
             f"to_peft_lora: kinds has {unknown[0]!r}: {kinds[unknown[0]]!r}; pass 'embedding' or 'conv1d' of a weight"
@@ -520,6 +523,22 @@ def to_peft_lora(
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         write_file(stage / _CONFIG, (text + "\n").encode())
     return Path(out)
+
+
+def _noted_kinds(source: Adapter) -> dict[str, Kind]:
+    """Read from the config which weights are written in ways of their own."""
+    kinds: dict[str, Kind] = {}
+    for name in source:
+        layer = noted_layer(source.config, name)
+        kind = layer.get("kind")
+        if kind in ("transposed_convolution", "bilinear") or layer.get("groups", 1) != 1:
+            raise InputError(
+                f"to_peft_lora: {name!r} is of a {str(kind)[:40].replace('_', ' ')} with {layer.get('groups', 1)} "
+                "groups, of which PEFT has no LoRA of the same shape; leave it out, or use to_lycoris"
+            )
+        if kind in ("embedding", "transposed_linear"):
+            kinds[name] = "embedding" if kind == "embedding" else "conv1d"
+    return kinds
 
 
 def _lora_config(source: Adapter, ranks: Mapping[str, int], *, is_turned: bool) -> dict[str, Any]:

@@ -198,11 +198,24 @@ def test_embeddings_and_transposed_linear_layers(tmp_path: Path):
         ours = model(ids)
     convert.to_peft_lora(model, tmp_path / "lora")
     close(read_by_peft(tmp_path / "lora", words(), ids), ours)
+    # The directory notes what the model knows, so that the command line writes the same.
+    flora_torch.save_adapter(model, tmp_path / "ours")
+    assert run("convert", tmp_path / "ours", tmp_path / "by_command", "--to", "peft-lora").exit_code == 0
+    close(read_by_peft(tmp_path / "by_command", words(), ids), ours)
     for source in (words(), None):
         again = words()
         flora_torch.attach_adapter(again, convert.from_peft_lora(tmp_path / "lora", source))
         with torch.no_grad():
             close(again(ids), ours)
+
+
+def test_layers_that_peft_has_no_lora_for_are_refused_without_a_model_too(tmp_path: Path):
+    for layer in (nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3), nn.Bilinear(4, 5, 6)):
+        model = nn.Sequential(layer)
+        flora_torch.attach(model, ranks=2)
+        flora_torch.save_adapter(model, tmp_path / "a", overwrite=True)
+        with pytest.raises(ft.InputError, match=r"'0\.weight' is of a .* groups, of which PEFT has no LoRA"):
+            ft.to_peft_lora(tmp_path / "a", tmp_path / "lora")
 
 
 def test_whole_tensors_travel_with_a_lora(tmp_path: Path):

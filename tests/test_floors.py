@@ -29,6 +29,7 @@ FLOORS = {
     "flora_torch.inventory": 12,
     "flora_torch.storage": 12,
     "flora_torch.stacks": 12,
+    "flora_torch.base_check": 12,
     "flora_torch.in_place": 12,
     "flora_torch.row_adapters": 12,
     "flora_torch.hot_swap": 12,

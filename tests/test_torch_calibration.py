@@ -1,5 +1,6 @@
 """What is collected from data is what the layers' own outputs say."""
 
+import copy
 import re
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from flora_tensor import FloraWarning, load_moments
-from flora_torch import adapter_parameters, attach, collect_moments
+from flora_torch import adapter_parameters, attach, collect_moments, merge
 from support import same_bits, tolerance
 
 
@@ -208,11 +209,17 @@ class TestMoments:
             collect_moments(model, [torch.ones(1, 3)], target_modules="fc")
 
     def test_a_layer_that_is_read_and_not_called(self):
-        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True))
-        x = torch.randn(2, 3, 8)
-        with pytest.warns(FloraWarning, match=re.escape("'0.self_attn.out_proj.weight' never got an input")):
-            moments = collect_moments(model, [x])
-        assert set(moments) == {"0.linear1.weight", "0.linear2.weight"}
+        class Reader(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.called, self.read = nn.Linear(3, 3), nn.Linear(3, 2)
+
+            def forward(self, x):
+                return nnf.linear(self.called(x), self.read.weight)
+
+        with pytest.warns(FloraWarning, match=re.escape("'read.weight' never got an input")):
+            moments = collect_moments(Reader(), [torch.ones(1, 3)])
+        assert set(moments) == {"called.weight"}
 
     def test_an_input_that_does_not_fit_its_layer(self):
         class Folded(nn.Linear):
@@ -221,6 +228,99 @@ class TestMoments:
 
         with pytest.raises(ValueError, match=re.escape("'0.weight' got an input of shape (3, 5), which has no axis")):
             collect_moments(nn.Sequential(Folded(3, 2)), [torch.ones(3, 5)])
+
+
+class TestAttention:
+    """Projections that nn.MultiheadAttention reads instead of calling them."""
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_self_attention(self, batch_first, adapted):
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first, dropout=0.0)
+        model, x = nn.Sequential(layer).double(), torch.randn(2, 3, 8).double()
+        if adapted:
+            attach(model, ranks=2)
+            for parameter in adapter_parameters(model):
+                nn.init.normal_(parameter, std=0.5)
+        moments = collect_moments(model, [x, x[:1]])
+        assert "out_proj" not in vars(layer.self_attn)
+        rows = torch.cat([x, x[:1]]).reshape(-1, 8)
+        assert close(moments["0.self_attn.in_proj_weight"], rows.mT @ rows / 9, 9)
+        assert moments.counts["0.self_attn.in_proj_weight"] == 9
+        # The heads' results, from the definition.
+        whole = merge(copy.deepcopy(model)) if adapted else model
+        weight, bias = whole[0].self_attn.in_proj_weight, whole[0].self_attn.in_proj_bias
+        total = torch.zeros(8, 8).double()
+        for batch in (x, x[:1]):
+            tokens = batch if batch_first else batch.transpose(0, 1)
+            q, k, v = nnf.linear(tokens, weight, bias).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+            heads = torch.softmax(q @ k.mT / 2.0, -1) @ v
+            rows = heads.transpose(1, 2).reshape(-1, 8)
+            total += (rows.mT @ rows).detach()
+        assert close(moments["0.self_attn.out_proj.weight"], total / 9, 9)
+
+    def test_cross_attention(self):
+        class Cross(nn.Module):
+            def __init__(self, **sizes):
+                super().__init__()
+                self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+
+            def forward(self, q, k, v):
+                return self.attention(q, key=k, value=v, need_weights=False)
+
+        q, k, v = torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        moments = collect_moments(Cross(), [(q, k, v)])
+        rows = torch.cat([q.reshape(-1, 8), k.reshape(-1, 8), v.reshape(-1, 8)])
+        assert torch.allclose(moments["attention.in_proj_weight"], rows.mT @ rows / 26, rtol=1e-5, atol=1e-6)
+        k, v = torch.randn(2, 5, 6), torch.randn(2, 5, 7)
+        moments = collect_moments(Cross(kdim=6, vdim=7), [(q, k, v)])
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            rows = x.reshape(-1, x.shape[-1])
+            found = moments[f"attention.{name}_proj_weight"]
+            assert torch.allclose(found, rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+    def test_they_start_an_adapter(self):
+        model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)).eval(), torch.randn(2, 3, 8)
+        before = model(x)
+        moments = collect_moments(model, [x])
+        attach(model, ranks=2, init="from_moments", init_tensors=moments)
+        assert torch.equal(model(x), before)
+        found = model[0].self_attn.tucker_update["default"]["in_proj_weight"].factor_1
+        vectors = torch.linalg.eigh(moments["0.self_attn.in_proj_weight"]).eigenvectors[:, -2:]
+        assert torch.allclose(found @ found.mT, vectors @ vectors.mT, atol=1e-4)
+
+
+class TestMasks:
+    def test_padding_is_not_counted(self):
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=9, tie_word_embeddings=False)
+        model = GPT2LMHeadModel(config).eval()
+        ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        moments = collect_moments(model, [{"input_ids": ids, "attention_mask": mask}], mask="attention_mask")
+        # Each sequence by itself, without padding: a causal model computes the same of it.
+        alone = collect_moments(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :2]}])
+        assert set(moments) == set(alone)
+        for name in moments:
+            if name != "transformer.wpe.weight":  # positions are looked up once for the whole batch
+                assert moments.counts[name] == alone.counts[name], name
+                assert torch.allclose(moments[name], alone[name], rtol=1e-4, atol=1e-6), name
+
+    def test_flattened_tokens_and_callables(self):
+        model, x = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2)), torch.randn(2, 4, 3)
+        mask = torch.rand(2, 4) < 0.5
+        mask[0, 0] = True
+        moment = collect_moments(model, [x], mask=lambda batch: mask)["1.weight"]
+        rows = x[mask]
+        assert torch.allclose(moment, rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+    def test_refusals(self):
+        model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 4, 3)
+        with pytest.raises(ValueError, match="mask is 'attention_mask', and a batch has no such entry"):
+            collect_moments(model, [x], mask="attention_mask")
+        with pytest.raises(ValueError, match="the mask fits no input of a layer"):
+            collect_moments(model, [x], mask=lambda batch: torch.ones(5, 5))
+        with pytest.raises(ValueError, match="no layer got an input"):
+            collect_moments(model, [], mask="attention_mask")
 
 
 def test_what_is_collected_is_no_part_of_a_graph():

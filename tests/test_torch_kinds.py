@@ -126,7 +126,7 @@ def test_bag_of_weighted_rows_and_refusals():
     ids, weights = torch.tensor([[1, 2], [3, 4]]), torch.rand(2, 2).double()
     expected = nnf.embedding_bag(ids, layer.weight, mode="sum", per_sample_weights=weights)
     assert close(layer(ids, per_sample_weights=weights), expected)
-    with pytest.raises(ValueError, match=r"FloraEmbedding: the base has max_norm=1\.0"):
+    with pytest.raises(ValueError, match=r"FloraEmbeddingBag: the base has max_norm=1\.0"):
         FloraEmbeddingBag(nn.EmbeddingBag(3, 2, max_norm=1.0))
 
 

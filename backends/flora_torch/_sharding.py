@@ -5,7 +5,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["assign_", "gathered", "is_first_process", "is_sharded", "refuse_part", "refuse_sharded"]
+__all__ = [
+    "assign_",
+    "gathered",
+    "in_several_processes",
+    "is_first_process",
+    "is_sharded",
+    "refuse_part",
+    "refuse_sharded",
+    "summed",
+]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -35,6 +44,20 @@ def is_first_process() -> bool:
     """Tell whether this process is the one of all that writes files."""
     distributed: Any = torch.distributed
     return not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def in_several_processes() -> bool:
+    """Tell whether this process is one of several that know each other."""
+    distributed: Any = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, the same bits in each; every process must call this together."""
+    distributed: Any = torch.distributed
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total)
+    return total
 
 
 def refuse_sharded(where: str, weight: Tensor) -> None:

@@ -99,6 +99,8 @@ class AttachReport:
         Tensors that were replaced by a stored value.
     skipped : tuple of SkippedWeight
         Weights that were left out though nobody excluded them, and why; only where the whole model was asked for.
+    missing_keys, unexpected_keys : tuple of str
+        What `load_adapter` with ``strict=False`` did not find in the file, and what it did not know.
 
     References
     ----------
@@ -120,6 +122,8 @@ class AttachReport:
     n_model_parameters: int
     whole: tuple[str, ...] = ()
     skipped: tuple[SkippedWeight, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
     @property
     def n_parameters(self) -> int:

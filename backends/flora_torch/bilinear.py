@@ -8,7 +8,6 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora_torch.layers import FloraEmbedding
 from flora_torch.update import TuckerUpdate
 from flora_torch.weight_layer import WeightLayer
 
@@ -146,26 +145,6 @@ class FloraEmbeddingBag(WeightLayer):
     """
 
     _known = (nn.EmbeddingBag,)
-
-    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
-        self.check_base(base_layer)
-        super().__init__(base_layer, *args, **options)
-
-    @classmethod
-    def check_base(cls, module: nn.Module) -> None:
-        """Refuse an embedding that writes to its own weight.
-
-        Parameters
-        ----------
-        module : nn.Module
-            The embedding.
-
-        Raises
-        ------
-        ValueError
-            If it has ``max_norm``.
-        """
-        FloraEmbedding.check_base(module)
 
     @override
     def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from warnings import warn
 
@@ -18,13 +19,14 @@ from typing_extensions import override
 
 from flora_tensor import Arrangement, FloraWarning
 from flora_tensor.moments import Moments, save_moments
+from flora_torch._sharding import in_several_processes, is_first_process, summed
 from flora_torch.base_weight import describe
 from flora_torch.functional import ConvGeometry
 from flora_torch.initialize import default_dtype
 from flora_torch.kinds import wrapper_for
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear
 from flora_torch.selection import Holder, Pattern, Site, select
-from flora_torch.weight_layer import is_conv1d_of_transformers
+from flora_torch.weight_layer import is_conv1d_of_transformers, is_read_by_its_parent
 
 __all__ = ["collect_moments"]
 
@@ -44,11 +46,14 @@ def collect_moments(
     limit: int = 4096,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     overwrite: bool = False,
+    mask: "str | Callable[[Any], Tensor] | None" = None,
+    sum_over_processes: bool = True,
 ) -> Moments:
     """Run a model over batches and take the second moment E[x xᵀ] of what each weight is multiplied by.
 
     The mean goes over samples, positions (tokens, or the places of a kernel) and groups, each counted once; padding
-    counts as the layer sees it. The model runs in evaluation mode, without gradients, and is left as it was.
+    counts as the layer sees it, unless ``mask`` tells where it is. The model runs in evaluation mode, without
+    gradients, and is left as it was.
 
     ================================ ========== ==================================================================
     layer                            axes       moment
@@ -59,11 +64,14 @@ def collect_moments(
     transposed convolution           ``o``      of the channels of one position; zero between groups
     ``Conv1D`` of transformers       ``o``      of the features
     embedding                        ``o``      the share of each row among the looked-up ones, a diagonal
+    attention, ``in_proj_weight``    ``i``      of queries, keys and values together; once, where they are one tensor
+    attention, ``q_proj_weight``, …  ``i``      of the queries, the keys or the values
+    attention, ``out_proj``          ``i``      of the heads' results, which are computed once more for this
     ================================ ========== ==================================================================
 
     Where even the features or channels are more than ``limit``, the diagonal alone is kept, as a vector. A weight
     that several layers hold gets the mean over the inputs of all; one held by an embedding too, that of the others.
-    In several processes each sees its own batches; nothing is summed over processes.
+    In several processes (torch.distributed) each sees its own batches, and the mean is over those of all.
 
     Parameters
     ----------
@@ -86,6 +94,13 @@ def collect_moments(
         ``lambda model, batch: model(batch[0])``.
     overwrite : bool
         Whether a file that exists is replaced.
+    mask : str or callable, optional
+        Which tokens count, such as ``"attention_mask"``: the name of a batch's entry, or what gives it for a batch, of
+        shape (batch, tokens), true or nonzero where a token counts. It holds for look-ups and for features whose
+        leading axes are those of the mask, or its entries in a row; of any other input, all is counted.
+    sum_over_processes : bool
+        With ``False``, each process has the moments of its own batches. Otherwise all must call this, and the first
+        writes the file.
 
     Returns
     -------
@@ -96,14 +111,15 @@ def collect_moments(
     Raises
     ------
     ValueError
-        If no layer was reached, an entry is not finite, a pattern matches nothing, or an input does not fit its layer.
+        If no layer was reached, an entry is not finite, a pattern matches nothing, an input does not fit its layer, or
+        the mask fits no input.
     FileExistsError, OSError
         As for `flora_tensor.save_moments`.
 
     Warns
     -----
     FloraWarning
-        If a layer was never called; some parents read ``weight`` in its place, as nn.MultiheadAttention does.
+        If a layer was never called: some parents read ``weight`` in its place.
 
     References
     ----------
@@ -122,22 +138,45 @@ def collect_moments(
         raise FileExistsError(errno.EEXIST, "collect_moments: the file exists; pass overwrite=True", str(path))
     targets = [site for site in select(model, target_modules, exclude_modules) if _has_input(site)]
     sums = {site.name: [_sum_for(holder, patches, limit, device) for holder in site.holders] for site in targets}
+    every = [total for each in sums.values() for total in each]
     with ExitStack() as stack:
-        for total in (total for each in sums.values() for total in each):
+        for total in every:
             stack.enter_context(_watched(total))
         stack.enter_context(evaluating(model))
+        stack.enter_context(_layers_called())
         stack.enter_context(torch.no_grad())
         for batch in batches:
+            _tell_mask(every, batch, mask)
             _run(model, batch, forward)
+    if mask is not None and not any(total.masked for total in every) and any(total.n_rows for total in every):
+        raise ValueError("collect_moments: the mask fits no input of a layer; pass one of shape (batch, tokens)")
+    shared = sum_over_processes and in_several_processes()
+    for total in every if shared else ():
+        total.sum_over_processes()
     moments = _moments(targets, sums)
-    if path is not None:
+    if path is not None and (not shared or is_first_process()):
         save_moments(path, moments, overwrite=overwrite)
     return moments
 
 
 def _has_input(site: Site) -> bool:
     known = (FloraLinear, FloraConv, FloraConvTranspose, FloraEmbedding)
-    return all(wrapper_for(h.module, h.parameter) in known for h in site.holders)
+    return all(
+        wrapper_for(h.module, h.parameter) in known or isinstance(h.module, nn.MultiheadAttention) for h in site.holders
+    )
+
+
+def _tell_mask(sums: "list[_Sum]", batch: Any, mask: "str | Callable[[Any], Tensor] | None") -> None:
+    """Let all sums know which tokens of the next batch count."""
+    if mask is None:
+        return
+    if isinstance(mask, str) and not (isinstance(batch, Mapping) and mask in batch):
+        raise ValueError(
+            f"collect_moments: mask is {mask!r}, and a batch has no such entry; pass batches by keyword, or a callable"
+        )
+    counts: Tensor = batch[mask] if isinstance(mask, str) else mask(batch)
+    for total in sums:
+        total.counts = counts.bool()
 
 
 def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
@@ -161,20 +200,27 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
+def _layers_called() -> Generator[None, None, None]:
+    """Keep transformers of torch from reading their layers' weights in the place of calling them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def _watched(total: "_Sum") -> Generator[None, None, None]:
     """Add every input of a layer to its sum."""
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
-        inputs = args[0] if args else kwargs.get("input", kwargs.get("x"))
-        if isinstance(inputs, Tensor):
+        for inputs in total.inputs(module, args, kwargs):
             # Autocast would take the products in 16 bits.
             with torch.autocast(inputs.device.type, enabled=False):
-                total.see(inputs.detach())
+                total.see(total.counted(inputs.detach()))
 
-    # The wrapper of an adapted layer gets the base's own input, and does not always call the base.
-    layer: nn.Module = total.holder.wrapper or total.holder.module
-    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
+    handle = total.watched.register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield
     finally:
@@ -191,6 +237,45 @@ class _Sum:
         self.n_rows = 0
         # How many rows one input makes.
         self.places = 1
+        # Which tokens of the batch count, where that is known, and whether it was ever used.
+        self.counts: Tensor | None = None
+        self.masked = False
+
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose calls bring the inputs."""
+        # The wrapper of an adapted layer gets the base's own input, and does not always call the base.
+        return self.holder.wrapper or self.holder.module
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return what the weight is multiplied by in one call."""
+        del module
+        found = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        return [found] if isinstance(found, Tensor) else []
+
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Return those tokens of an input that count, as (tokens, features); all of it where the mask does not fit."""
+        counts, lead = self.counts, inputs.shape[:-1]
+        if counts is None or lead not in (counts.shape, (counts.numel(),)):
+            return inputs
+        self.masked = True
+        return inputs[counts.reshape(lead).to(inputs.device)]
+
+    def sum_over_processes(self) -> None:
+        """Add up what every process has summed; those that the layer was not reached in have nothing to add."""
+        weight = describe(self.holder.module, self.holder.parameter)
+        assert weight is not None
+        is_wide = self.total is not None and self.total.dtype == torch.float64
+        n_rows, n_wide = summed(torch.tensor([self.n_rows, int(is_wide)], device=weight.device)).tolist()
+        if not n_rows:
+            return
+        dtype = torch.float64 if n_wide else torch.float32
+        # Processes talk about tensors on the devices that the model is on.
+        shape = (self.size,) if self.diagonal else (self.size, self.size)
+        mine = torch.zeros(shape, dtype=dtype, device=weight.device)
+        home = self.device or (mine if self.total is None else self.total).device
+        self.total = summed(mine if self.total is None else self.total.to(mine)).to(home)
+        self.n_rows = n_rows
 
     def see(self, inputs: Tensor) -> None:
         """Add all x of one input of the layer."""
@@ -218,13 +303,60 @@ class _RowCounts(_Sum):
     """How often each row of an embedding was looked up: x is one-hot, so that x xᵀ is diagonal."""
 
     @override
+    def counted(self, inputs: Tensor) -> Tensor:
+        if self.counts is None or inputs.shape not in (self.counts.shape, (self.counts.numel(),)):
+            return inputs
+        self.masked = True
+        return inputs[self.counts.reshape(inputs.shape).to(inputs.device)]
+
+    @override
     def see(self, inputs: Tensor) -> None:
         rows = inputs.reshape(-1).to(torch.int64)
         self.add(torch.bincount(rows, minlength=self.size), len(rows))
 
 
+class _Projected(_Sum):
+    """What the in-projections of attention multiply: queries, keys and values."""
+
+    @override
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        names = ("query", "key", "value")
+        given = {**kwargs, **dict(zip(names, args))}
+        first = self.holder.parameter[0]
+        chosen = [given[name] for name in names if self.holder.parameter == "in_proj_weight" or name[0] == first]
+        # Of self-attention, each token is multiplied by the whole weight, and counts once.
+        return chosen if any(x is not chosen[0] for x in chosen) else chosen[:1]
+
+
+class _HeadResults(_Sum):
+    """What the out-projection of attention multiplies: it is read by its parent, whose call is repeated without it."""
+
+    @property
+    @override
+    def watched(self) -> nn.Module:
+        parent = self.holder.places[0].parent
+        assert parent is not None
+        return parent
+
+    @override
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        attention: Any = module
+        like = attention.out_proj.weight
+        # An attribute of the object comes before nn.Module's own look-up of a child.
+        identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
+        vars(attention)["out_proj"] = SimpleNamespace(weight=identity, bias=like.new_zeros(self.size))
+        try:
+            return [attention.forward(*args, **kwargs)[0]]
+        finally:
+            del vars(attention)["out_proj"]
+
+
 class _Positions(_Sum):
     """The channels of a transposed convolution's input, position by position."""
+
+    @override
+    def counted(self, inputs: Tensor) -> Tensor:
+        return inputs
 
     @override
     def rows(self, inputs: Tensor) -> Iterator[Tensor]:
@@ -241,6 +373,10 @@ class _Patches(_Sum):
         self.whole = len(axes.split()) > 1
         kernel: Any = holder.module.kernel_size
         self.places = 1 if self.whole else math.prod(kernel)
+
+    @override
+    def counted(self, inputs: Tensor) -> Tensor:
+        return inputs
 
     @override
     def rows(self, inputs: Tensor) -> Iterator[Tensor]:
@@ -294,6 +430,10 @@ def _sum_for(holder: Holder, patches: bool, limit: int, device: Any) -> _Sum:
         if patches and size <= limit:
             return _Patches(holder, " ".join(rest), size, limit, device)
         return _Patches(holder, rest[0], weight.shape[1], limit, device)
+    if isinstance(holder.module, nn.MultiheadAttention):
+        return _Projected(holder, rest[0], weight.shape[1], limit, device)
+    if is_read_by_its_parent(holder.module) and isinstance(holder.places[0].parent, nn.MultiheadAttention):
+        return _HeadResults(holder, rest[0], weight.shape[1], limit, device)
     transposed = is_conv1d_of_transformers(holder.module)
     return _Sum(holder, first if transposed else rest[0], weight.shape[0 if transposed else 1], limit, device)
 

@@ -73,7 +73,7 @@ def to_peft_lora(
     """
     adapter = _adapter(source, adapter_name, "to_peft_lora")
     owner = source if isinstance(source, nn.Module) else model
-    kinds: dict[str, Any] = {} if owner is None else _kinds(owner, adapter)
+    kinds: dict[str, Any] | None = None if owner is None else _kinds(owner, adapter)
     return ft.to_peft_lora(adapter, out, kinds=kinds, overwrite=overwrite)
 
 

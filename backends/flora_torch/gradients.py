@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import Arrangement, TuckerTensor, feasible_ranks
-from flora_torch._sharding import refuse_sharded
+from flora_torch._sharding import in_several_processes, refuse_sharded, summed
 from flora_torch.calibration import evaluating
 from flora_torch.initialize import Ranks, default_dtype, resolve_ranks
 from flora_torch.layers import adaptable
@@ -51,6 +51,7 @@ def collect_gradients(
     target_parameters: "Pattern | Sequence[Pattern] | None" = None,
     arrangement: Arrangement | str | Mapping[Any, Arrangement | str] | None = None,
     oversampling: int = 8,
+    sum_over_processes: bool = True,
 ) -> Gradients:
     """Take the mean gradient over batches with respect to whole weights, compressed while the backward pass runs.
 
@@ -61,6 +62,9 @@ def collect_gradients(
 
     The model runs in evaluation mode, so that no dropout disturbs the gradient and no statistics move, and is left as
     it was: modes, gradients and which parameters require them.
+
+    In several processes (torch.distributed) each sees its own batches, and the mean is over those of all: at the end,
+    one weight at a time, what each has kept is added up dense.
 
     Parameters
     ----------
@@ -76,6 +80,8 @@ def collect_gradients(
         As for `attach`.
     oversampling : int
         How many more directions than 2 r are kept for each mode.
+    sum_over_processes : bool
+        With ``False``, each process has the gradients of its own batches. Otherwise all must call this.
 
     Returns
     -------
@@ -119,6 +125,10 @@ def collect_gradients(
         finally:
             for hook in hooks:
                 hook.remove()
+    if sum_over_processes and in_several_processes():
+        gradients.n_batches = int(summed(torch.tensor(gradients.n_batches, device=targets[0].weight.device)))
+        for site in targets:
+            sums[site.name].sum_over_processes(site.weight)
     if not gradients.n_batches:
         raise ValueError("collect_gradients: there is no batch; pass at least one")
     for site in targets:
@@ -185,14 +195,27 @@ class _RunningSum:
             work = self.arrangement.arrange(gradient.to_dense()).to(default_dtype(gradient.dtype))
             if not bool(torch.isfinite(work).all()):
                 raise ValueError(f"collect_gradients: the gradient of {self.name!r} has NaN or infinite entries")
-            if self.tucker is not None:
-                work = work + self.tucker.to_tensor()
-            if all(r is None for r in self.ranks):
-                self.tucker = TuckerTensor(work.contiguous(), (None,) * work.dim())
-                return
-            fit = ft.tucker(work, self.ranks)
-            self.tucker = fit.tucker
-            self.lost += fit.relative_error * float(work.norm())
+            self._keep(work if self.tucker is None else work + self.tucker.to_tensor())
+
+    def sum_over_processes(self, weight: Tensor) -> None:
+        """Add up what every process has kept, and decompose the sum; one that was not reached adds nothing."""
+        kept = self.tucker
+        n_reached, self.lost = summed(
+            torch.tensor([float(kept is not None), self.lost], dtype=torch.float64, device=weight.device)
+        ).tolist()
+        if n_reached:
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                empty = weight.new_zeros(weight.shape, dtype=default_dtype(weight.dtype))
+                self._keep(summed(self.arrangement.arrange(empty) if kept is None else kept.to_tensor()))
+
+    def _keep(self, work: Tensor) -> None:
+        """Decompose the sum so far, and note what that leaves out."""
+        if all(r is None for r in self.ranks):
+            self.tucker = TuckerTensor(work.contiguous(), (None,) * work.dim())
+            return
+        fit = ft.tucker(work, self.ranks)
+        self.tucker = fit.tucker
+        self.lost += fit.relative_error * float(work.norm())
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def refusal(module: nn.Module, parameter: str) -> str | None:
     try:
         check_adaptable("", module, parameter)
         kind = wrapper_for(module, parameter)
-        if issubclass(kind, FloraEmbedding | FloraEmbeddingBag):
+        if issubclass(kind, WeightLayer):
             kind.check_base(module)
     except ValueError as error:
         return str(error).removeprefix(": ")

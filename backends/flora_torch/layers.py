@@ -308,31 +308,6 @@ class FloraEmbedding(WeightLayer):
 
     _known = (nn.Embedding,)
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
-        self.check_base(base_layer)
-        super().__init__(base_layer, *args, **options)
-
-    @classmethod
-    def check_base(cls, module: nn.Module) -> None:
-        """Refuse an embedding that writes to its own weight.
-
-        Parameters
-        ----------
-        module : nn.Module
-            The embedding.
-
-        Raises
-        ------
-        ValueError
-            If it has ``max_norm``.
-        """
-        limit = getattr(module, "max_norm", None)
-        if limit is not None:
-            raise ValueError(
-                f"{cls.__name__}: the base has max_norm={limit}, which rewrites its weight at every use; "
-                "set max_norm to None first"
-            )
-
     @classmethod
     @override
     def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,14 @@ from flora_tensor import TuckerTensor
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import assign_, gathered, is_first_process, is_sharded
 from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
+from flora_torch.base_check import (
+    VerifyBase,
+    check_layer,
+    check_option,
+    check_samples,
+    describe_bases,
+    dtype_codes,
+)
 from flora_torch.base_weight import adaptable
 from flora_torch.functional import Path
 from flora_torch.in_place import refuse_merged
@@ -41,8 +49,7 @@ from flora_torch.update import DROPOUTS, TuckerUpdate
 
 __all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of", "save_adapter"]
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in dtype_codes}
 
 
 def attach_adapter(
@@ -54,6 +61,7 @@ def attach_adapter(
     dropout: float | None = None,
     path: Path = "auto",
     freeze_model: bool = True,
+    verify_base: VerifyBase = "warn",
 ) -> AttachReport:
     """Put Tucker tensors that are known already on a model, as trainable updates.
 
@@ -76,6 +84,10 @@ def attach_adapter(
         As for `attach`; by default as it was trained.
     path, freeze_model
         As for `attach`.
+    verify_base : {"warn", "error", "ignore"}
+        What is done if the model's weights are not the numbers that the adapter's config notes; weights that are
+        quantized, computed or spread over processes are not compared. A weight that belongs to another kind of layer,
+        or to a convolution with other groups or another padding mode, is an error unless this is ``"ignore"``.
 
     Returns
     -------
@@ -85,8 +97,13 @@ def attach_adapter(
     Raises
     ------
     ValueError
-        If the model has no such weight (near names are listed), a shape differs, an entry is not finite, or an adapter
-        of this name is there already.
+        If the model has no such weight (near names are listed), a shape or the layer differs, an entry is no finite
+        real number or is too large for the update's type, or an adapter of this name is there already.
+
+    Warns
+    -----
+    FloraWarning
+        If the adapter was made for other weights.
 
     References
     ----------
@@ -100,15 +117,17 @@ def attach_adapter(
     >>> model[0].tucker_update["default"].delta().tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    adapter = as_adapter(source)
-    table = sites(model)
+    check_option("attach_adapter", verify_base)
+    adapter, table = as_adapter(source), sites(model)
     whole = {name: _whole_target(model, name, array) for name, array in _distinct(table, adapter.whole).items()}
     with all_or_nothing(model):
-        plans = [plan_of(adapter, name, table, dtype, dropout) for name in adapter]
+        plans = [plan_of(adapter, name, table, dtype, dropout, verify_base) for name in adapter]
         twice = {site.name for site in (p.site for p in plans)}
         if len(twice) < len(plans):
             raise ValueError("attach_adapter: two entries of the adapter are for one tied weight; keep one of them")
         share_factors({name: plan.update for name, plan in zip(adapter, plans)}, adapter.stacks)
+        if verify_base != "ignore":
+            check_samples(adapter, table, verify_base)
         report = install(model, plans, adapter_name, path, freeze_model, tuple(whole))
         for owner, local, value in whole.values():
             replace_whole(owner, local, value, adapter_name)
@@ -123,7 +142,12 @@ def as_adapter(source: Any) -> Adapter:
 
 
 def plan_of(
-    adapter: Adapter, name: str, table: Mapping[str, Site], dtype: torch.dtype | None, dropout: float | None
+    adapter: Adapter,
+    name: str,
+    table: Mapping[str, Site],
+    dtype: torch.dtype | None = None,
+    dropout: float | None = None,
+    verify_base: VerifyBase = "warn",
 ) -> Plan:
     """Build the update of one entry of an adapter."""
     site = table.get(name)
@@ -135,12 +159,14 @@ def plan_of(
             f"attach_adapter: {name!r} is of shape {tuple(weight.shape)} in the model and {adapter.shapes[name]} in "
             "the adapter; pass the adapter of this model"
         )
+    if verify_base != "ignore":
+        check_layer(adapter, name, site)
     for holder in site.holders:
         if holder.places[0].parent is None:
             raise ValueError(f"attach_adapter: {name!r} belongs to the model itself; put it into an nn.Sequential")
     trained = _DTYPE_NAMES.get(_hint(adapter, "adapter_dtypes", name, ""))
     chosen = dtype or trained or default_dtype(weight.dtype)
-    tucker = adapter[name].map(lambda array: as_torch(array, name).to(device=weight.device, dtype=chosen))
+    tucker = adapter[name].map(lambda array: _converted(array, name, weight.device, chosen))
     start = None
     if _hint(adapter, "start_pattern", name, False):
         tucker, start = TuckerUpdate.split(tucker)
@@ -151,7 +177,7 @@ def plan_of(
     options: dict[str, Any] = {"arrangement": adapter.arrangements[name], "scale": adapter.scales[name], "start": start}
     if name in adapter.magnitudes:
         wide = torch.promote_types(chosen, torch.float32)
-        magnitude = as_torch(adapter.magnitudes[name], name).to(device=weight.device, dtype=wide)
+        magnitude = _converted(adapter.magnitudes[name], name, weight.device, wide)
         options |= {"magnitude": magnitude, "channels": adapter.channels[name]}
     update = TuckerUpdate(tucker, tuple(weight.shape), **options, **chances)
     return Plan(site, update, update.ranks)
@@ -164,14 +190,35 @@ def _hint(adapter: Adapter, key: str, name: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
+def _converted(array: Any, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return an array of real numbers as a tensor of another type, which must hold them."""
+    tensor = as_torch(array, name)
+    if not tensor.is_floating_point():
+        raise ValueError(f"attach_adapter: {name!r} is of type {tensor.dtype}; cores and factors are real floats")
+    return _cast(tensor, name, device, dtype)
+
+
+def _cast(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(device=device, dtype=dtype)
+    if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
+        largest = float(tensor.abs().max())
+        raise ValueError(
+            f"attach_adapter: {name!r} has entries up to {largest:.3g}, which {dtype} does not hold; pass a wider "
+            "dtype, or a model of a wider type"
+        )
+    return result
+
+
 def as_torch(array: Any, name: str) -> Tensor:
-    """Return a copy of an array of any library as a tensor; what is not finite is refused."""
+    """Return a copy of an array of any library as a tensor; what is complex or not finite is refused."""
     if isinstance(array, Tensor):
         tensor = array.detach().clone()
     else:
         values = np.asarray(array)
         # torch knows no bfloat16 of NumPy's, and float32 holds all its values.
         tensor = torch.from_numpy(np.array(values.astype(np.float32) if values.dtype.name == "bfloat16" else values))
+    if tensor.is_complex():
+        raise ValueError(f"attach_adapter: {name!r} is of type {tensor.dtype}; an adapter holds real numbers")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"attach_adapter: {name!r} has NaN or infinite entries; the adapter is damaged")
     return tensor
@@ -214,7 +261,7 @@ def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, s
     taken = [dict(p.module.named_parameters(recurse=False)).get(other) for p, other, _ in whole_of(model)]
     if local in owner.__dict__.get(WHOLE, {}) or any(parameter is current for parameter in taken):
         raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
-    return owner, local, value.to(device=current.device, dtype=current.dtype)
+    return owner, local, _cast(value, name, current.device, current.dtype)
 
 
 def save_adapter(
@@ -299,9 +346,10 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
     for key in DROPOUTS:
         chances = {weight: getattr(update, key) for weight, update in updates.items()}
         config[f"{key}_pattern"] = {weight: chance for weight, chance in chances.items() if chance}
+    config |= describe_bases(sites(model), updates)
     magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
-    stored = {weight: _DTYPES[dtype] for weight, dtype in dtypes.items() if dtype in _DTYPES}
-    stored |= {weight: _DTYPES[value.dtype] for weight, value in whole.items() if value.dtype in _DTYPES}
+    stored = {weight: dtype_codes[dtype] for weight, dtype in dtypes.items() if dtype in dtype_codes}
+    stored |= {weight: dtype_codes[value.dtype] for weight, value in whole.items() if value.dtype in dtype_codes}
     tensors = {weight: update.exported().map(_as_numpy) for weight, update in updates.items()}
     stacks = joined_stacks(updates, tensors)
     stacked = {member for stack in stacks.values() for member in stack.members}
@@ -345,6 +393,8 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     freeze_model: bool = True,
+    strict: bool = True,
+    verify_base: VerifyBase = "warn",
 ) -> AttachReport:
     """Read an adapter directory into a model: attach it, or fill the adapter of this name that is there already.
 
@@ -361,6 +411,11 @@ def load_adapter(
         The adapter's name in the model.
     freeze_model : bool
         As for `attach`.
+    strict : bool
+        Whether a key of the tensor file that is unknown, or one that the config promises and the file lacks, is an
+        error. With ``strict=False`` the report lists both, and incomplete weights are left out.
+    verify_base : {"warn", "error", "ignore"}
+        As for `attach_adapter`.
 
     Returns
     -------
@@ -370,9 +425,15 @@ def load_adapter(
     Raises
     ------
     ValueError
-        If the directory is no adapter, does not fit the model, or does not fit the adapter that is there.
+        If the directory is no adapter, does not fit the model, or does not fit the adapter that is there. Nothing is
+        changed then.
     OSError
         If a file cannot be read.
+
+    Warns
+    -----
+    FloraWarning
+        If the adapter was made for other weights, or is of a newer minor format.
 
     References
     ----------
@@ -390,10 +451,22 @@ def load_adapter(
     >>> copy[0].tucker_update["default"].scale
     3.0
     """
-    adapter = ft.load_adapter(path)
+    check_option("load_adapter", verify_base)
+    adapter = ft.load_adapter(path, strict=strict)
+    keys = {"missing_keys": adapter.missing_keys, "unexpected_keys": adapter.unexpected_keys}
     present = updates_by_weight(model, adapter_name)
     if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
-        return attach_adapter(model, adapter, adapter_name=adapter_name, freeze_model=freeze_model)
+        report = attach_adapter(
+            model, adapter, adapter_name=adapter_name, freeze_model=freeze_model, verify_base=verify_base
+        )
+        return replace(report, **keys)
+    return replace(_filled(model, adapter, adapter_name, present, verify_base), **keys)
+
+
+def _filled(
+    model: nn.Module, adapter: Adapter, adapter_name: str, present: Mapping[str, TuckerUpdate], verify_base: VerifyBase
+) -> AttachReport:
+    """Fill an adapter that the model has with another one of the same form, everything checked before."""
     refuse_merged("load_adapter", layers_of(model, "load_adapter"))
     if differing := set(present) ^ set(adapter):
         raise ValueError(
@@ -401,12 +474,14 @@ def load_adapter(
             "load under another adapter_name"
         )
     table = sites(model)
-    plans = [plan_of(adapter, name, table, None, None) for name in adapter]
+    plans = [plan_of(adapter, name, table, verify_base=verify_base) for name in adapter]
     distinct = _distinct(table, adapter.whole)
     whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     check_shared("load_adapter", present, {name: plan.update for name, plan in zip(adapter, plans)})
+    if verify_base != "ignore":
+        check_samples(adapter, table, verify_base)
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
     for owner, local, value, is_new in whole.values():

@@ -50,6 +50,7 @@ class WeightLayer(FloraLayer):
         if not self.accepts(base_layer):
             known = ", ".join(kind.__name__ for kind in self._known)
             raise TypeError(f"{type(self).__name__}: the base is a {type(base_layer).__name__}; pass one of {known}")
+        self.check_base(base_layer)
         super().__init__(base_layer, path=path, memory=memory)
         # A class that overrides `forward` may do anything with its weight: such a base only ever runs as a whole.
         # A quantized one is known to give the product with the weight that it stands for, whatever its class.
@@ -59,6 +60,27 @@ class WeightLayer(FloraLayer):
             self.add_adapter(adapter_name, ranks, **options)
         elif options:
             raise TypeError(f"{type(self).__name__}: {', '.join(options)} without ranks; pass ranks too")
+
+    @classmethod
+    def check_base(cls, module: nn.Module) -> None:
+        """Refuse a base that writes to its own weight, as an embedding with ``max_norm`` does.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The base.
+
+        Raises
+        ------
+        ValueError
+            If it has ``max_norm``.
+        """
+        limit = getattr(module, "max_norm", None)
+        if limit is not None:
+            raise ValueError(
+                f"{cls.__name__}: the base has max_norm={limit}, which rewrites its weight at every use; "
+                "set max_norm to None first"
+            )
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
