@@ -96,7 +96,7 @@ def write_adapter(
         extra={
             "base_model_name_or_path": printable(str(base.path)),
             "base_fingerprint": base.original.fingerprint(),
-            SAMPLES: {name: _samples(base, name) for name in stored if name in base},
+            SAMPLES: {name: _samples(base, name) for key, w in weights.items() for name in w.members or [key]},
             **({"resized": {name: list(sizes) for name, sizes in resized.items()}} if resized else {}),
         },
     )

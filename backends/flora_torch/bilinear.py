@@ -125,6 +125,8 @@ class FloraEmbeddingBag(WeightLayer):
         The layer to adapt; subclasses too.
     ranks, adapter_name, path, **options
         As for `FloraLinear`, without dropout.
+    memory : {"normal", "low"}
+        Without effect: what is kept for the backward pass is thin in any case.
 
     Raises
     ------
