@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from flora_tensor._frontiers import n_parameters_of
 from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.arrangement import Arrangement
-from flora_tensor.spectra import n_parameters_of
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Combination", "Term", "combine"]

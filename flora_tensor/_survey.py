@@ -12,17 +12,18 @@ import numpy as np
 
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
-from flora_tensor._leading import leading_frontier, listed_ranks
+from flora_tensor._frontiers import Frontier, n_parameters_of
+from flora_tensor._leading import Look, full_look, leading_look, reach_of
+from flora_tensor._rank_errors import FloatArray
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
-from flora_tensor._typing import Array
 from flora_tensor.allocation import allocate_ranks, allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
-from flora_tensor.noise import projected_edge, worth_storing
+from flora_tensor.noise import worth_storing
 from flora_tensor.report import TensorRow
-from flora_tensor.spectra import Frontier, Spectrum, cheapest_spectrum, hosvd_spectrum, n_parameters_of
+from flora_tensor.spectra import hosvd_spectrum
 from flora_tensor.stacking import stacked_arrangement
 
 __all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "share_of", "survey"]
@@ -39,7 +40,7 @@ class Weight:
     ranks: tuple[int, ...] = ()
     predicted: float | None = None  # in the norm that the budget minimizes
     digest: str = ""  # of the bits of both sides
-    listed: tuple[int | None, ...] = ()  # up to which rank each frontier goes; None: all of them
+    ends: tuple[int | None, ...] = ()  # the numbers from which on a frontier may lack better choices; None: nowhere
     is_weighted: bool = False
     members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
     member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
@@ -51,14 +52,12 @@ class Weight:
     def is_short(self) -> bool:
         """Whether the budget reached for more than some frontier lists."""
         spent = _n_parameters(self.arranged_shape, self.ranks) if any(self.ranks) else 0
-        shapes = (arrangement.shape(self.row.shape) for arrangement in self.arrangements)
-        ends = (r and r * sum(shape) for shape, r in zip(shapes, self.listed))
-        return any(end is not None and spent >= end for end in ends)
+        return any(end is not None and spent >= end for end in self.ends)
 
     @property
     def is_listed(self) -> bool:
         """Whether the chosen arrangement was judged by all of its singular values."""
-        return any(r is None for a, r in zip(self.arrangements, self.listed) if a == self.arrangement)
+        return any(bounds for a, bounds in zip(self.arrangements, self.bounds) if a == self.arrangement)
 
     @property
     def arranged_shape(self) -> tuple[int, ...]:
@@ -172,45 +171,40 @@ def scan(
     # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
     applies = settings.ranks is None and not weight.is_weighted
     floor = floor if isinstance(floor, float) and applies else None
-    for arrangement in weight.arrangements if settings.ranks is None else ():
-        arranged = on_device(arrangement.arrange(weighted), settings.device)
-        _list(weight, arrangement.is_native, arranged, floor, listed_ranks(arranged.shape, settings.share, widening))
-    weight.floor = floor
-    if floor is not None and weight.frontiers:
-        weight.frontiers = worth_storing(weight.frontiers, floor)
     if settings.ranks is not None:
         _take_ranks(weight, weighted, settings)
+        return weight, delta
+    _list(weight, weighted, floor, widening, settings)
+    weight.floor = floor
+    if floor is not None:
+        weight.frontiers = worth_storing(weight.frontiers, floor)
     return weight, delta
 
 
-def _list(weight: Weight, is_native: bool, arranged: Array, floor: float | None, rank: int | None) -> None:
-    """Append what the ranks of one arrangement buy: all of them, or those of a matrix up to ``rank``."""
-    if rank is None:
-        spectrum = cheapest_spectrum("extract", arranged)
-        caps = None if floor is None else projected_edge(spectrum, floor)[0]
-        weight.frontiers.append(spectrum.frontier(max_ranks=caps, partial=True, one_whole=True))
-        bounds = _lower_bounds(spectrum, weight.frontiers[-1].ranks)
-        full = spectrum.max_ranks
-    else:
-        norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
-        frontier, above = leading_frontier(arranged, rank, norm or 0.0, floor)
-        weight.frontiers.append(frontier)
-        bounds: Sequence[float] = ()
-        caps, full = (None, None) if above is None else ((above, above), None)
-    weight.listed = (*weight.listed, rank if caps is None else None)
-    weight.bounds = (*weight.bounds, bounds)
-    if caps is not None and caps != full and is_native:
-        weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(caps)))
-
-
-def _lower_bounds(spectrum: Spectrum, ranks: np.ndarray) -> list[float]:
-    """Return the relative error that no tensor of each of these rank tuples, shape (K, N), can go below.
-
-    A tensor of rank r_n in mode n has an unfolding of that rank, so its error is at least what Eckart and Young leave
-    of the unfolding: √(max_n Σ_{i≥r_n} σ_i²).
-    """
-    left = [t[np.minimum(r, len(t) - 1)] / (t[0] or 1.0) for t, r in zip(spectrum.squared_tails, ranks.T)]
-    return np.sqrt(np.max(left, axis=0)).tolist()
+def _list(weight: Weight, weighted: np.ndarray, floor: float | None, widening: int, settings: Settings) -> None:
+    """List what the ranks of every arrangement buy, as far as the budget may reach."""
+    norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
+    looks: dict[Arrangement, Look] = {}
+    known: dict[frozenset[int], FloatArray] = {}
+    # Tensors first: a matrix that is one of their unfoldings has the same singular values.
+    for arrangement in sorted(weight.arrangements, key=lambda a: a.n_modes == 2):
+        arranged = on_device(arrangement.arrange(weighted), settings.device)
+        values = known.get(arrangement.rows(0) or frozenset())
+        reach = reach_of(tuple(arranged.shape), settings.share, widening, 0 if values is None else len(values))
+        if reach is not None and reach.ranks is not None:
+            enough = values is not None and len(values) >= reach.ranks[0]
+            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None)
+        else:
+            enough = values is not None and len(values) == min(arranged.shape)
+            look = full_look(arranged, floor, None if reach is None else reach.most, values if enough else None)
+        known |= {rows: v for k, v in look.values.items() if (rows := arrangement.rows(k)) is not None}
+        looks[arrangement] = look
+    weight.frontiers = [looks[arrangement].frontier for arrangement in weight.arrangements]
+    weight.ends = tuple(looks[arrangement].end for arrangement in weight.arrangements)
+    weight.bounds = tuple(looks[arrangement].bounds for arrangement in weight.arrangements)
+    for arrangement, look in looks.items():
+        if look.caps is not None and arrangement.is_native:
+            weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(look.caps)))
 
 
 def _scales_beside(side: Checkpoint, name: str) -> list[str]:

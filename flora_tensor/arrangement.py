@@ -238,6 +238,35 @@ class Arrangement:
             return tensor
         return _rearrange(tensor, self.right, self.left, sizes)
 
+    def rows(self, mode: int) -> frozenset[int] | None:
+        """Return which of the weight's axes are the rows of a mode's unfolding, up to transposition.
+
+        Unfoldings with the same rows, of whatever arrangement, have the same singular values.
+
+        Parameters
+        ----------
+        mode : int
+            A mode of the arranged tensor.
+
+        Returns
+        -------
+        frozenset of int or None
+            The axes on that side of the unfolding which axis 0 is on; ``None`` where an axis is split between the
+            sides.
+
+        Examples
+        --------
+        >>> Arrangement.native(4).rows(0) == Arrangement("o (i h w)").rows(1)
+        True
+        >>> Arrangement("(heads d) i -> heads d i", {"heads": 2}).rows(0) is None
+        True
+        """
+        names = set(self.right[mode])
+        axes = frozenset(k for k, group in enumerate(self.left) if names.issuperset(group))
+        if {name for k in axes for name in self.left[k]} != names:
+            return None
+        return axes if 0 in axes else frozenset(range(self.n_axes)) - axes
+
     def axis_sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """Solve for the size of every named axis.
 

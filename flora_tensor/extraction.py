@@ -191,10 +191,11 @@ def extract(
 
     Notes
     -----
-    Under a budget, matrices of 512 rows and columns or more are judged by estimates of their leading singular values
-    where that is cheaper, up to four times their share of the budget and further where the budget reaches for it. The
-    promised errors can be kept; they, and with them ``lower_bound``, exceed the least ones by 0.1 % at most in the
-    cases measured.
+    Under a budget, modes of 512 entries or more are judged by estimates of their leading singular vectors where that is
+    cheaper, with up to four times a weight's share of the budget, and further where the budget reaches for it. What is
+    promised can be kept, as it is the error of projections that exist; it exceeds the least one by 0.1 % at most in the
+    cases measured. ``lower_bound`` is a bound over the choices that were looked at, and thus as much above the bound of
+    exact spectra.
 
     References
     ----------

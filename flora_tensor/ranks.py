@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from flora_tensor._arrays import is_low_precision, to_numpy
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, feasible_ranks
+from flora_tensor._frontiers import n_parameters_of
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
 from flora_tensor._typing import Array
 from flora_tensor.noise import bic, evbmf, gavish_donoho, projected_edge
-from flora_tensor.spectra import Spectrum, hosvd_spectrum, mode_spectra, n_parameters_of
+from flora_tensor.spectra import Spectrum, hosvd_spectrum, mode_spectra
 
 __all__ = ["EffectiveRanks", "RankChoice", "effective_ranks", "select_ranks"]
 

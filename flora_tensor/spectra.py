@@ -30,6 +30,7 @@ from flora_tensor._arrays import (
 )
 from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, with_fixed_signs
 from flora_tensor._checks import as_int, check_tensor
+from flora_tensor._frontiers import Choices, Frontier
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid, table_of
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -75,34 +76,6 @@ class ModeSpectra:
     def __repr__(self) -> str:
         counts = tuple(int(v.shape[0]) for v in self.values)
         return f"ModeSpectra(shape={self.shape}, kind={self.kind!r}, counts={counts}, norm={self.norm:.6g})"
-
-
-@dataclass(frozen=True, eq=False)
-class Frontier:
-    """The best error for every number of parameters: rank tuples that no other tuple beats in both.
-
-    Attributes
-    ----------
-    n_parameters : numpy array of int64, shape (K,)
-        Numbers stored, strictly increasing. The first entry is 0: nothing kept.
-    error_squared : numpy array of float64, shape (K,)
-        ‖X − X_r‖², strictly decreasing; the first entry is ‖X‖².
-    ranks : numpy array of int64, shape (K, N)
-        The rank tuples; all zeros in the first row.
-    norm_squared : float
-        ‖X‖².
-    n_entries : int
-        ∏ I_k, the numbers that the dense tensor stores.
-    """
-
-    n_parameters: IntArray
-    error_squared: FloatArray
-    ranks: IntArray
-    norm_squared: float
-    n_entries: int
-
-    def __len__(self) -> int:
-        return len(self.n_parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +221,12 @@ class Spectrum:
         return self._bound(ranks, sum)
 
     def frontier(
-        self, *, max_ranks: Sequence[int] | None = None, partial: bool = False, one_whole: bool = False
+        self,
+        *,
+        max_ranks: Sequence[int] | None = None,
+        max_parameters: int | None = None,
+        partial: bool = False,
+        one_whole: bool = False,
     ) -> Frontier:
         """List the rank tuples that no other beats in both parameters and error.
 
@@ -256,6 +234,9 @@ class Spectrum:
         ----------
         max_ranks : sequence of int, optional
             Bounds on the ranks, one a mode; 0 in every mode leaves only "nothing kept".
+        max_parameters : int, optional
+            List only what stores at most so many numbers, and with ``partial`` the dense tensor, which takes a fraction
+            of the time.
         partial : bool
             Count a mode of full rank as stored whole, without its factor (see `TuckerTensor`), and list the dense
             tensor itself as the last point, all modes whole, in place of what would store more.
@@ -284,51 +265,27 @@ class Spectrum:
         if self.norm == 0.0 or entries == 0:
             none = np.zeros((1, len(self.shape)), dtype=np.int64)
             return Frontier(none[:, 0], np.zeros(1), none, 0.0, entries)
-        ranks, errors = self.feasible_errors()
-        if partial:
-            ranks, errors = np.vstack([ranks, self.shape]), np.append(errors, 0.0)
-        if one_whole:
-            ranks, errors = self._with_one_whole(ranks, errors)
-        if max_ranks is not None and one_whole:
-            # A whole mode has no more directions than the others carry: that is its rank.
-            carried = np.stack([np.delete(ranks, k, axis=1).prod(axis=1) for k in range(len(self.shape))], axis=1)
-            allowed = (np.minimum(ranks, np.maximum(carried, 1)) <= np.asarray(max_ranks)).all(axis=1)
-            allowed |= (ranks == self.shape).all(axis=1) & (tuple(max_ranks) == self.max_ranks)
-            ranks, errors = ranks[allowed], errors[allowed]
-        elif max_ranks is not None:
-            bounds = [n if r == m else r for r, m, n in zip(max_ranks, self.max_ranks, self.shape)]
-            allowed = (ranks <= np.asarray(bounds)).all(axis=1)
-            ranks, errors = ranks[allowed], errors[allowed]
-        parameters = np.where(ranks.any(axis=1), n_parameters_of(list(ranks.T), self.shape, partial=partial), 0)
-        return _frontier_of(ranks, parameters, errors, unit=2.0 ** (2 * self.exponent), n_entries=entries)
+        choices = Choices(self.shape, max_parameters, partial)
+        if len(self.shape) > 2:
+            table = self._frontier_table
+            found = [choices.feasible(table)]
+            found += [choices.one_whole(table, mode) for mode in range(len(self.shape)) if one_whole]
+        else:
+            found = [self.feasible_errors()]
+            if one_whole and len(self.shape) == 2:
+                one = np.arange(1, self.max_ranks[0] + 1)
+                found.append((np.stack([one, np.full_like(one, self.shape[1])], axis=1), self.squared_tails[0][1:]))
+        return choices.frontier(
+            found,
+            unit=2.0 ** (2 * self.exponent),
+            max_ranks=max_ranks,
+            available=self.max_ranks,
+            one_whole=one_whole,
+        )
 
     @cached_property
     def _frontier_table(self) -> "ErrorTable":
         return ErrorTable.of_core(to_numpy(self.core), self.exponent, rank_grid(self.max_ranks, _MAX_FRONTIER))
-
-    def _with_one_whole(self, ranks: IntArray, errors: FloatArray) -> tuple[IntArray, FloatArray]:
-        """Add the tuples that leave one mode whole, more directions than the other ranks could carry.
-
-        A whole mode stores no factor, so that this is less: a matrix of rank r then takes r (m + n) numbers, as in a
-        truncated SVD, and no core between its factors.
-        """
-        listed, lost = [ranks], [errors]
-        if len(self.shape) == 2:
-            one = np.arange(1, self.max_ranks[0] + 1)
-            listed.append(np.stack([one, np.full_like(one, self.shape[1])], axis=1))
-            lost.append(self.squared_tails[0][1:])
-        else:
-            table = self._frontier_table
-            for mode, size in enumerate(self.shape):
-                others = [g for k, g in enumerate(table.grid) if k != mode]
-                found = np.stack([g.ravel() for g in np.meshgrid(*others, indexing="ij")], axis=1)
-                error = np.take(table.errors, -1, axis=mode).ravel()
-                kept = found.min(axis=1) > 0
-                for k in range(found.shape[1]):  # with the whole mode the others must still be feasible
-                    kept &= found[:, k] <= np.delete(found, k, axis=1).prod(axis=1) * size
-                listed.append(np.insert(found[kept], mode, size, axis=1))
-                lost.append(error[kept])
-        return np.vstack(listed), np.concatenate(lost)
 
     def feasible_errors(self) -> tuple[IntArray, FloatArray]:
         """List the rank tuples that `frontier` compares, and their squared errors.
@@ -347,7 +304,7 @@ class Spectrum:
         if len(self.shape) <= 2:
             one = np.arange(self.max_ranks[0] + 1)  # the core is diagonal, so only equal ranks can be best
             return np.stack([one] * len(self.shape), axis=1), self.squared_tails[0]
-        return _feasible_tuples(self._frontier_table)
+        return Choices(self.shape).feasible(self._frontier_table)
 
     @cached_property
     def squared_tails(self) -> tuple[FloatArray, ...]:
@@ -561,35 +518,3 @@ def error_table(core: Array) -> FloatArray:
     """
     check_tensor("error_table", core)
     return table_of(to_numpy(core))
-
-
-def n_parameters_of(ranks: Sequence[Any], shape: Sequence[int], *, partial: bool = False) -> Any:
-    """Return ∏ r_k + Σ I_k r_k for ranks that are numbers or arrays that broadcast.
-
-    ``partial`` leaves out the modes of full rank: the factor of such a mode can be multiplied into the core.
-    """
-    factors = sum(n * r * (r < n) if partial else n * r for n, r in zip(shape, ranks))
-    return math.prod(ranks[1:], start=ranks[0]) + factors
-
-
-def _frontier_of(ranks: IntArray, parameters: IntArray, errors: FloatArray, unit: float, n_entries: int) -> Frontier:
-    """Keep the tuples that no other beats; ``errors`` are in units of ``unit``."""
-    order = np.lexsort((errors, parameters))
-    ranks, parameters, errors = ranks[order], parameters[order], errors[order]
-    best = np.minimum.accumulate(errors)
-    keep = np.concatenate([[True], errors[1:] < best[:-1]])
-    ranks, parameters, errors = ranks[keep], parameters[keep], errors[keep]
-    return Frontier(parameters, errors * unit, ranks, float(errors[0] * unit), n_entries)
-
-
-def _feasible_tuples(table: ErrorTable) -> tuple[IntArray, FloatArray]:
-    """List the grid's rank tuples that a decomposition can have, and (0, …, 0), with their errors."""
-    grids = np.meshgrid(*table.grid, indexing="ij", sparse=True)
-    feasible = np.ones(table.errors.shape, dtype=bool)
-    for k, g in enumerate(grids):
-        others = math.prod((h.astype(np.float64) for j, h in enumerate(grids) if j != k), start=np.float64(1))
-        feasible &= (g <= others) & (g >= 1)
-    feasible[(0,) * feasible.ndim] = True
-    where = np.nonzero(feasible)
-    ranks = np.stack([g[i] for g, i in zip(table.grid, where)], axis=1)
-    return ranks, table.errors[where]

@@ -236,6 +236,23 @@ def test_the_frontier_is_the_pareto_set_of_brute_force(sample):
         assert frontier.error_squared[i] <= e + 1e-13 * norm_squared
 
 
+@pytest.mark.parametrize("options", [{}, {"partial": True}, {"partial": True, "one_whole": True}])
+@pytest.mark.parametrize("many", [1, 1 << 30])
+def test_a_shorter_frontier_is_the_beginning_of_the_whole_one(options, many, monkeypatch):
+    for shape in ((9, 8, 3), (12, 7), (4, 3, 5, 2)):
+        spectrum = ft.hosvd_spectrum(Sample(shape, kind="graded", seed=1).values)
+        monkeypatch.setattr("flora_tensor._frontiers._MANY", 1 << 30)
+        full = spectrum.frontier(**options)
+        monkeypatch.setattr("flora_tensor._frontiers._MANY", many)
+        for most in (0, 40, 90, 1000):
+            found = spectrum.frontier(**options, max_parameters=most)
+            count = np.count_nonzero(full.n_parameters <= most)
+            assert found.ranks[:count].tolist() == full.ranks[:count].tolist()
+            assert found.error_squared[:count].tolist() == full.error_squared[:count].tolist()
+            dense = [list(shape)] if "partial" in options and count < len(full) else []
+            assert found.ranks[count:].tolist() == dense
+
+
 def test_the_frontier_of_a_zero_tensor_keeps_nothing():
     for x in (np.zeros((3, 2, 4)), np.zeros((3, 0))):
         frontier = ft.hosvd_spectrum(x).frontier()

@@ -2,7 +2,8 @@
 
 All start from the same two files, in the page cache, and end with factors of the same rank; ours are on the disk,
 flushed and read back, with their measured errors, while those of the peers stay in memory. Every figure is taken in
-this process, in turn; rates are in numbers of the dense change. Run from the repository:
+this process, in turn; rates are in numbers of the dense change, per core where one thread is used. Peers cost the cube
+of a layer's width, so they are timed on the two smaller sets only. Run from the repository:
 
     python tests/benchmarks/extraction.py            # some minutes
     python tests/benchmarks/extraction.py --small    # seconds: shows that the program works
@@ -10,6 +11,7 @@ this process, in turn; rates are in numbers of the dense change. Run from the re
 
 import argparse
 import importlib
+import itertools
 import resource
 import shutil
 import statistics
@@ -32,8 +34,14 @@ MIX = {
     **{f"conv.{k}.weight": (320, 320, 3, 3) for k in range(6)},
     "down.weight": (640, 320, 3, 3),
 }
+WIDE = {
+    "attention.weight": (2048, 2048),
+    "mlp.up.weight": (4096, 2048),
+    "conv.0.weight": (512, 512, 3, 3),
+    "conv.1.weight": (1024, 512, 3, 3),
+}
 LARGE = {
-    **{f"attention.{k}.weight": (4096, 4096) for k in range(4)},
+    **{f"attention.{k}.weight": (4096, 4096) for k in range(2)},
     "mlp.up.weight": (11008, 4096),
     **{f"conv.{k}.weight": (1024, 1024, 3, 3) for k in range(2)},
 }
@@ -134,7 +142,11 @@ def measure(functions: Mapping[str, Callable[[], Any]], runs: int, slow: Callabl
         error, stored = (result, "") if isinstance(result, float) else (result.relative_error, result.n_parameters)
         ratio = seconds / statistics.median(times[first])
         rate = numbers / seconds / 1e6
-        print(f"  {name:38s} {seconds:9.3f} s {rate:8.1f} M/s {ratio:8.2f} ×   error {error:.4f}  {stored}")
+        print(f"  {name:38s} {seconds:9.3f} s {rate:8.1f} M/s {ratio:8.2f} ×   error {error:.4f}  {stored}", flush=True)
+    ours = {name: statistics.median(taken) for name, taken in times.items() if name.startswith("flora")}
+    for peer in times.keys() - ours.keys():
+        told = (f"{times[peer][0] / seconds:.1f} × at {n.partition(', ')[2]}" for n, seconds in ours.items())
+        print(f"  {peer} takes {'; '.join(told)}", flush=True)
 
 
 def main() -> None:
@@ -149,18 +161,21 @@ def main() -> None:
     torch.set_num_threads(1)  # set OMP_NUM_THREADS=1 for NumPy's part
     here = Path(tempfile.mkdtemp())
     try:
-        for dtype in (torch.bfloat16, torch.float32):
+        mixes = {"convolutions and linear layers": SMALL_MIX if arguments.small else MIX}
+        mixes |= {} if arguments.small else {"wider ones": WIDE}
+        for (title, mix), dtype in itertools.product(mixes.items(), (torch.bfloat16, torch.float32)):
             name = f"{dtype}".removeprefix("torch.")
-            paths = write_pair(here / name, SMALL_MIX if arguments.small else MIX, dtype)
-            print(f"\nconvolutions and linear layers, {name}")
+            paths = write_pair(here / f"{title} {name}", mix, dtype)
+            print(f"\n{title}, {name}")
             measure(
                 contenders(paths, here / "out", arguments.rank), arguments.runs, lambda n: not n.startswith("flora")
             )
         if not arguments.small:
             paths = write_pair(here / "large", LARGE, torch.bfloat16)
             print("\nlarge layers, bfloat16: what full decompositions would take minutes for")
-            fixed = {n: f for n, f in contenders(paths, here / "out", arguments.rank).items() if "ranks=" in n}
-            measure(fixed, arguments.runs, lambda n: False)
+            found = contenders(paths, here / "out", arguments.rank)
+            ours = {name: run for name, run in found.items() if name.startswith("flora")}
+            measure(ours, arguments.runs, lambda n: "ratio" in n)
         print(f"\npeak memory of it all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
     finally:
         shutil.rmtree(here)
