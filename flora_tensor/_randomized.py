@@ -84,18 +84,25 @@ class _Side:
 
     def grown(self, xp: Namespace, x: Array, directions: dict[int, Array], factors: list[Array]) -> "_Side":
         """Add directions to the basis of the only mode; where it would grow too wide keep only its factor and them."""
-        (mode, *others) = directions
-        old, product, new = self.bases[mode], self.product, directions[mode]
-        size = math.prod(x.shape)
-        most = _KEPT * size / (x.shape[mode] + size / x.shape[mode])
-        if others or factors[mode].shape[1] + new.shape[1] > most:
-            return _Side.of(x, directions)
-        if old.shape[1] + new.shape[1] > most:
+        ((mode, new),) = directions.items()
+        old, product = self.bases[mode], self.product
+        if old.shape[1] + new.shape[1] > _most_kept(x, mode):
             kept = _coordinates(xp, self, mode, factors[mode])
             old, product = xp.matmul(old, kept), multi_mode_dot(product, [kept], modes=[mode], transpose=True)
         new = complement(xp, old, new)
         added = multi_mode_dot(x, [new], modes=[mode], transpose=True)
         return _Side({mode: xp.concat([old, new], axis=1)}, xp.concat([product, added], axis=mode))
+
+
+def _most_kept(x: Array, mode: int) -> float:
+    """Return how many directions of a mode may be kept, their product with ``x`` included."""
+    size = math.prod(x.shape)
+    return _KEPT * size / (x.shape[mode] + size / x.shape[mode])
+
+
+def _grows(x: Array, modes: Sequence[int], ranks: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Tell whether the side of ``modes`` keeps the directions of earlier rounds."""
+    return len(modes) == 1 and ranks[modes[0]] + sizes[modes[0]] <= _most_kept(x, modes[0])
 
 
 def randomized_of(
@@ -109,7 +116,9 @@ def randomized_of(
     large = large_modes(x.shape, sizes)
     here, there = large[0::2], large[1::2]
     sketch = _Side.of(x, {k: gaussian(xp, x, (x.shape[k], sizes[k]), generator) for k in there}).product
-    sides = [_Side.of(x, {k: _range(xp, sketch, k, sizes[k], generator) for k in here}), None]
+    bases = {k: _range(xp, sketch, k, sizes[k], generator) for k in here}
+    del sketch  # as large as a side
+    sides: list[_Side | None] = [_Side.of(x, bases), None]
     factors: list[Array | None] = [None] * len(ranks)
     captured, last_gain, products = 0.0, math.inf, 2
     while True:
@@ -129,6 +138,8 @@ def randomized_of(
         done = gain <= max(_WORTHWHILE * left, rounding) or settled
         if (products >= _FEWEST_PRODUCTS and done) or products == _MOST_PRODUCTS:
             break
+        if not _grows(x, here, ranks, sizes):
+            side = sides[products % 2] = None  # frees its product with x before the next is made
         last_gain, products = gain, products + 1
         grown = sides[products % 2]
         sides[products % 2] = _Side.of(x, directions) if grown is None else grown.grown(xp, x, directions, earlier)

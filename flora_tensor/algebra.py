@@ -8,7 +8,9 @@ accept the arrays of any array-API library and return arrays of that library; al
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._arrays import array_namespace, hermitian, host_view, is_torch, promote
@@ -24,6 +26,9 @@ _WRITE_COST = 32.0
 # A batched product calls the matrix kernel once per item; below this many multiply-adds a call costs more than copying
 # the tensor into one large product.
 _SMALL_PRODUCT = 8192
+
+# Entries that are copied so at a time: what the processor's cache holds.
+_TURNED = 1 << 18
 
 
 def unfold(x: Array, mode: int) -> Array:
@@ -280,11 +285,25 @@ def contract(xp: Namespace, x: Array, matrix: Array, mode: int, out: Array | Non
         y = xp.permute_dims(xp.matmul(slabs, xp.permute_dims(matrix, (1, 0))), (0, 2, 1))
     elif size * new * after >= _SMALL_PRODUCT or out is not None:
         y = _matmul(xp, matrix, xp.reshape(x, (before, size, after)), out, (before, new, after))
+    elif before * size * after > _TURNED and array_api_compat.is_numpy_array(x):
+        y = _contract_in_parts(xp.reshape(x, (before, size, after)), matrix)
     else:
         rows = xp.reshape(xp.permute_dims(xp.reshape(x, (before, size, after)), (0, 2, 1)), (before * after, size))
         y = xp.reshape(xp.matmul(rows, xp.permute_dims(matrix, (1, 0))), (before, after, new))
         y = xp.permute_dims(y, (0, 2, 1))
     return xp.reshape(y, shape)
+
+
+def _contract_in_parts(x: Any, matrix: Any) -> Any:
+    """Multiply (before, size, after) along the middle: as the large product of a turned copy, a part at a time."""
+    before, size, after = x.shape
+    result = np.empty((before, matrix.shape[0], after), np.result_type(x, matrix))
+    step = max(1, _TURNED // (size * after))
+    for start in range(0, before, step):
+        part = x[start : start + step].transpose(0, 2, 1)
+        rows = part.reshape(-1, size) @ matrix.T
+        result[start : start + step] = rows.reshape(*part.shape[:2], -1).transpose(0, 2, 1)
+    return result
 
 
 def _matmul(xp: Namespace, a: Array, b: Array, out: Array | None, shape: tuple[int, ...]) -> Array:

@@ -353,7 +353,11 @@ def mode_spectra(x: Array) -> ModeSpectra:
     """
     ready = prepare("mode_spectra", x)
     xp, scaled, k = ready.xp, ready.x, ready.exponent
-    values = tuple(times_power_of_two(mode_values(xp, scaled, mode), k) for mode in range(len(x.shape)))
+    if len(x.shape) == 2:  # both sides have the same: take the shorter one's
+        short = 0 if x.shape[0] <= x.shape[1] else 1
+        values = (times_power_of_two(mode_values(xp, scaled, short), k),) * 2
+    else:
+        values = tuple(times_power_of_two(mode_values(xp, scaled, mode), k) for mode in range(len(x.shape)))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
     norm = math.ldexp(ready.norm(), k)

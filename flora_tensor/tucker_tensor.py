@@ -18,6 +18,7 @@ from flora_tensor._arrays import (
     conjugate,
     hermitian,
     is_differentiated,
+    is_torch,
     power_of_two,
     promote,
     result_dtype,
@@ -169,7 +170,8 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     """Form the dense tensor of a Tucker tensor.
 
     The factors are multiplied onto the core in the order that takes the fewest multiply-adds and the least writing to
-    memory (sorted by a closed form that is optimal over all orders; see `algebra.contraction_order`).
+    memory (sorted by a closed form that is optimal over all orders; see `algebra.contraction_order`). Equal numbers
+    give equal bits, whatever the layout and the alignment of the arrays that hold them.
 
     Parameters
     ----------
@@ -206,6 +208,7 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     >>> reconstruct(t, out=buffer) is buffer
     True
     """
+    tucker = tucker.map(_settled)
     if out is None:
         return multi_mode_dot(tucker.core, tucker.factors)
     xp = array_namespace("reconstruct", tucker.core, *tucker.factors, out)
@@ -614,6 +617,22 @@ def _pad(xp: Namespace, x: Array, mode: int, before: int, after: int) -> Array:
         return xp.zeros(shape, dtype=x.dtype, device=array_api_compat.device(x))
 
     return xp.concat([zeros(before), x, zeros(after)], axis=mode)
+
+
+def _settled(array: Array) -> Array:
+    """Lay an array out in C order and on a cache line, where that is not so: MKL's rounding depends on both."""
+    if not is_torch(array):
+        return np.ascontiguousarray(array) if array_api_compat.is_numpy_array(array) else array
+    import torch
+
+    if torch.compiler.is_compiling():
+        return array
+    array = array.contiguous()
+    try:
+        misplaced = array.device.type == "cpu" and array.data_ptr() % 64 != 0
+    except RuntimeError:  # a symbol, or a batch under vmap: it has no place in memory
+        return array
+    return array.clone() if misplaced else array
 
 
 def _check_out(out: Array, shape: tuple[int, ...], arrays: Sequence[Array]) -> None:

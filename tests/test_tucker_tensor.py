@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
+import support
 from flora_tensor import TuckerTensor
 from support import (
     FLOATING,
@@ -578,6 +579,31 @@ def test_jax_knows_the_tree():
     assert same_bits(jax.tree_util.tree_unflatten(tree, leaves).to_tensor(), t.to_tensor())
     doubled = jax.tree_util.tree_map(lambda a: 2 * a, t)
     assert same_bits(doubled.core, 2 * to_numpy(t.core))
+
+
+def placed(array: np.ndarray, offset: int) -> np.ndarray:
+    """Copy an array to memory that begins ``offset`` bytes behind a cache line."""
+    memory = np.empty(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((8, 64, 96), (4, 16, 12)), ((40, 24, 3, 3), (9, 8, 2, 3)), ((65, 33), (7, 5))]
+)
+def test_equal_numbers_give_equal_bits_wherever_they_lie(name, dtype, shape, ranks):
+    """MKL's products round by the alignment and the layout of what they are given."""
+    xp, rng = support.namespace(name), np.random.default_rng(0)
+    arrays = [normal(rng, ranks, dtype), *(normal(rng, pair, dtype) for pair in zip(shape, ranks))]
+    places = [0, 16, 40, np.dtype(dtype).itemsize]
+    copies = [[xp.asarray(placed(a, (place + 8 * k) % 64)) for k, a in enumerate(arrays)] for place in places]
+    copies.append([xp.asarray(np.asfortranarray(a)) for a in arrays])
+    dense = [TuckerTensor(core, tuple(factors)).to_tensor() for core, *factors in copies]
+    assert all(same_bits(dense[0], other) for other in dense[1:])
 
 
 # The norm reads a magnitude off the tensor, which torch.compile cannot trace in one graph.
