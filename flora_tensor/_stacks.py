@@ -12,13 +12,21 @@ from dataclasses import replace
 
 from flora_tensor._execution import Run
 from flora_tensor._settings import Settings
-from flora_tensor._survey import Weight, predicted_row
-from flora_tensor._tasks import Task
+from flora_tensor._survey import Weight
+from flora_tensor._tasks import Outcome, Task
 from flora_tensor.adapter_file import tensor_key
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.report import TensorRow
 
-__all__ = ["find_stacks", "look_at_stacks", "settled", "stacked_rows"]
+__all__ = [
+    "find_stacks",
+    "look_at_stacks",
+    "noise_prices",
+    "settled",
+    "summed_error",
+    "tasks_of",
+    "with_stacks",
+]
 
 
 def find_stacks(
@@ -76,29 +84,51 @@ def look_at_stacks(run: Run, stacks: Mapping[str, tuple[str, ...]], weights: Map
     return {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
 
 
-def settled(
-    weights: Mapping[str, Weight], rows: Mapping[str, TensorRow]
-) -> tuple[dict[str, Weight], dict[str, TensorRow]]:
-    """Leave out the stacks that the budget did not choose, and the members of those that it did; the latter's rows."""
-    chosen = {member: name for name, weight in weights.items() if any(weight.ranks) for member in weight.members}
-    left = {n: w for n, w in weights.items() if n not in chosen and (not w.members or any(w.ranks))}
-    return left, {member: replace(rows[member], stack=name) for member, name in chosen.items()}
+def settled(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Leave out the stacks that the budget did not choose, the members of those that it did, and all frontiers."""
+    members = {member for weight in weights.values() if any(weight.ranks) for member in weight.members}
+    kept = ((n, w) for n, w in weights.items() if n not in members and (not w.members or any(w.ranks)))
+    return {name: replace(weight, frontiers=[]) for name, weight in kept}
 
 
-def stacked_rows(weight: Weight | None, rows: Mapping[str, TensorRow], *, dry_run: bool) -> dict[str, TensorRow]:
-    """Return the rows of a stack's members: the stack's form, each member's share of the numbers and its own error."""
-    assert weight is not None
-    row = predicted_row(weight) if dry_run else weight.row
-    share, more = divmod(row.n_parameters, len(weight.members))
-    told: dict[str, TensorRow] = {}
-    for k, member in enumerate(weight.members):
-        norm = rows[member].delta_norm or 1.0
-        told[member] = replace(
-            rows[member],
-            arrangement=row.arrangement,
-            modes=row.modes,
-            ranks=row.ranks,
-            n_parameters=share + (k < more),
-            relative_error=row.relative_error if dry_run else weight.member_errors[k] / norm,
-        )
+def tasks_of(weights: Mapping[str, Weight]) -> list[Task]:
+    """Return the tasks of decomposing weights and stacks."""
+    return [Task(name, weight, members=weight.members) for name, weight in weights.items() if any(weight.ranks)]
+
+
+def noise_prices(weights: Mapping[str, Weight]) -> dict[str, float]:
+    """Return for stacks, and for their members, what a number must gain at least: see `worth_storing`."""
+    stacks = {name: weight for name, weight in weights.items() if weight.members}
+    return {n: 2 * (w.floor or 0.0) ** 2 for name, w in stacks.items() for n in (name, *w.members)}
+
+
+def summed_error(weights: Mapping[str, Weight], found: Mapping[str, Outcome], prices: Mapping[str, float]) -> float:
+    """Sum the squared errors of what is stored, and the prices of numbers that would gain no more than noise."""
+    total = 0.0
+    for name, weight in weights.items():
+        row = found[name].row if name in found else weight.row
+        error = (row.delta_norm or 0.0) * ((row.relative_error or 0.0) if name in found else 1.0)
+        total += error * error + prices.get(name, 0.0) * row.n_parameters
+    return total
+
+
+def with_stacks(rows: Mapping[str, TensorRow], weights: Mapping[str, Weight]) -> dict[str, TensorRow]:
+    """Tell in the rows of stacks' members of the stack: its form, each one's share of its numbers and its own error."""
+    told = dict(rows)
+    for name, weight in weights.items():
+        if not weight.members:
+            continue
+        row = told.pop(name)
+        share, more = divmod(row.n_parameters, len(weight.members))
+        errors = weight.member_errors or [None] * len(weight.members)
+        for k, (member, error) in enumerate(zip(weight.members, errors)):
+            told[member] = replace(
+                told[member],
+                stack=name,
+                arrangement=row.arrangement,
+                modes=row.modes,
+                ranks=row.ranks,
+                n_parameters=share + (k < more),
+                relative_error=row.relative_error if error is None else error / (told[member].delta_norm or 1.0),
+            )
     return told

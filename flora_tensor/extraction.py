@@ -37,7 +37,15 @@ from flora_tensor._settings import (
     silent,
     stack_option,
 )
-from flora_tensor._stacks import find_stacks, look_at_stacks, settled, stacked_rows
+from flora_tensor._stacks import (
+    find_stacks,
+    look_at_stacks,
+    noise_prices,
+    settled,
+    summed_error,
+    tasks_of,
+    with_stacks,
+)
 from flora_tensor._storing import Stored, check_space, write_adapter
 from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, share_of, survey
 from flora_tensor._tasks import Job, Outcome, Task
@@ -116,7 +124,8 @@ def extract(
         Globs of names, such as ``"layers.*.fc.weight"``, each for weights of one shape. Where that is smaller at the
         budget, all that match one and have changed are stored as one tensor ``layer o i`` (their other arrangements
         likewise), sorted by the numbers in their names: the layers then share their factors, and each has a core of its
-        own. They are read as one tensor, which ``max_memory`` must hold, and once more than without.
+        own. They are read as one tensor, which ``max_memory`` must hold, and once more than without. At a budget that
+        chooses stacks everything is decomposed without them too, and what ends with the smaller error is kept.
     heads : "auto", int or None
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
@@ -287,21 +296,18 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
-    weights |= look_at_stacks(run, stacks, weights)
-    lower_bound, curve = _chosen(run, weights, rows, keep_going=bool(whole or resized))
-    weights, members = settled(weights, rows)
+    joint = look_at_stacks(run, stacks, weights)
+    lower_bound, curve, chosen = _chosen(run, weights | joint, rows, keep_going=bool(whole or resized))
     if target is None:
-        for name, weight in weights.items():
-            rows |= stacked_rows(weight, members, dry_run=True) if weight.members else {name: predicted_row(weight)}
+        rows = with_stacks(rows | {name: predicted_row(weight) for name, weight in chosen.items()}, chosen)
         return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     if not settings.in_one_pass:
-        tasks = [Task(name, weight, members=weight.members) for name, weight in weights.items() if any(weight.ranks)]
-        check_space(target, tuned, [task.weight for task in tasks if task.weight], whole, settings.dtype)
-        rows |= {name: rank_zero_row(weight) for name, weight in weights.items() if not any(weight.ranks)}
-        found = run.do("decomposing", tasks)
-        for name, outcome in found.items():
-            is_stack = outcome.weight is not None and outcome.weight.members
-            rows |= stacked_rows(outcome.weight, members, dry_run=False) if is_stack else {name: outcome.row}
+        check_space(target, tuned, [weight for weight in chosen.values() if any(weight.ranks)], whole, settings.dtype)
+        chosen, found = _decomposed(run, chosen, weights, rows)
+        tasks = tasks_of(chosen)
+        rows |= {name: rank_zero_row(weight) for name, weight in chosen.items() if not any(weight.ranks)}
+        rows |= {name: outcome.row for name, outcome in found.items()}
+        rows = with_stacks(rows, {name: outcome.weight for name, outcome in found.items() if outcome.weight})
     report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     if not (stored or whole or new_rows(tuned, resized)):
@@ -316,8 +322,11 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
 
 def _chosen(
     run: Run, weights: dict[str, Weight], rows: dict[str, TensorRow], *, keep_going: bool
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """Choose the ranks; where the budget reaches for more than was looked at, look further and choose again."""
+) -> tuple[float | None, tuple[tuple[int, float], ...], dict[str, Weight]]:
+    """Choose the ranks; where the budget reaches for more than was looked at, look further and choose again.
+
+    Return the bound, what other budgets would buy, and the weights at their ranks: stacks or their members.
+    """
     chosen, widening = choose(weights, run.job.settings, keep_going=keep_going), 0
     while short := [name for name, weight in weights.items() if weight.is_short]:
         widening += 1
@@ -325,9 +334,23 @@ def _chosen(
             assert outcome.weight is not None
             rows[name], weights[name] = outcome.row, outcome.weight
         chosen = choose(weights, run.job.settings, keep_going=keep_going)
-    for weight in weights.values():
-        weight.frontiers = []
-    return chosen
+    return *chosen, settled(weights)
+
+
+def _decomposed(
+    run: Run, chosen: dict[str, Weight], apart: dict[str, Weight], rows: dict[str, TensorRow]
+) -> tuple[dict[str, Weight], dict[str, Outcome]]:
+    """Decompose the weights; where stacks were chosen, without them too, if that ends nearer at the same budget.
+
+    The choice was made by truncated HOSVDs; the sweeps that follow gain more on some tensors than on others.
+    """
+    found = run.do("decomposing", tasks_of(chosen))
+    if "rtol" in run.job.settings.budget or not any(weight.members for weight in chosen.values()):
+        return chosen, found
+    other = _chosen(run, apart, rows, keep_going=True)[2]
+    alone = run.do("decomposing", tasks_of(other))
+    prices = noise_prices(chosen)
+    return min(((chosen, found), (other, alone)), key=lambda result: summed_error(*result, prices))
 
 
 def _check_calibration(settings: Settings, weights: Iterable[Weight]) -> None:
