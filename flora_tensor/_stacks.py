@@ -85,10 +85,10 @@ def look_at_stacks(run: Run, stacks: Mapping[str, tuple[str, ...]], weights: Map
 
 
 def settled(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Leave out the stacks that the budget did not choose, the members of those that it did, and all frontiers."""
+    """Leave out the stacks that the budget did not choose, the members of those that it did, and all curves."""
     members = {member for weight in weights.values() if any(weight.ranks) for member in weight.members}
     kept = ((n, w) for n, w in weights.items() if n not in members and (not w.members or any(w.ranks)))
-    return {name: replace(weight, frontiers=[]) for name, weight in kept}
+    return {name: replace(weight, frontiers=[], bounds=()) for name, weight in kept}
 
 
 def tasks_of(weights: Mapping[str, Weight]) -> list[Task]:
