@@ -1,17 +1,22 @@
-"""Time decompositions against TensorLy, pyttb, `torch.svd_lowrank` and the full SVD, with the error beside the time.
+"""Measure decompositions beside TensorLy, pyttb, `torch.svd_lowrank`, SciPy and the full SVD: time, memory and error.
 
-Every figure is taken in this process, ours and the peer's in turn, and printed as a ratio of medians. Run from the
-repository:
+Every figure is taken in this process, ours and the peer's in turn, and printed as a ratio of medians: of our time, and
+of one sketch product, which no method that looks at all of the tensor can do without. Beside them stand the error and
+the peak of the process's memory beyond what it held before, as a multiple of the input (on Linux; the result counts).
+Run from the repository:
 
     python tests/benchmarks/decompositions.py            # the table of the README, some minutes
     python tests/benchmarks/decompositions.py --small    # seconds: shows that the program works
 """
 
 import argparse
+import ctypes
+import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,19 +54,49 @@ def sample(shape: tuple[int, ...], spectrum: str, seed: int = 0) -> np.ndarray:
     return np.ascontiguousarray(x / np.linalg.norm(x))
 
 
-def median_times(runs: int, contenders: dict[str, Callable[[], Any]], once: set[str]) -> dict[str, tuple[float, Any]]:
-    """Run all contenders in turn ``runs`` times, slow ones (``once``) a single time: median seconds and a result."""
+class Measured(NamedTuple):
+    """Median seconds, the largest peak of memory in bytes (None where the system does not tell), and a result."""
+
+    seconds: float
+    peak: int | None
+    result: Any
+
+
+def memory(name: str) -> int:
+    """Read one of the process's sizes, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def reset_peak() -> int | None:
+    """Give free memory back, start the peak anew, and return what the process holds; None where Linux is not."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return memory("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def measure(runs: int, contenders: dict[str, Callable[[], Any]], once: Collection[str] = ()) -> dict[str, Measured]:
+    """Run all contenders in turn ``runs`` times after a warm-up, slow ones (``once``) a single time."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, list[int]] = {name: [] for name in contenders}
     results: dict[str, Any] = {}
-    for run in range(runs + 1):  # the first round warms up
+    for run in range(runs + 1):
         for name, function in contenders.items():
             if name in once and run != 1:
                 continue
+            results.pop(name, None)
+            before = reset_peak()
             start = time.perf_counter()
             results[name] = function()
             if run > 0:
                 times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(times[name]), results[name]) for name in contenders}
+                peaks[name] += [memory("VmHWM") - before] if before is not None else []
+    return {
+        name: Measured(statistics.median(times[name]), max(peaks[name], default=None), results[name])
+        for name in contenders
+    }
 
 
 def relative_error(x: np.ndarray, approximation: Any) -> float:
@@ -84,15 +119,26 @@ def tensor_contenders(x: np.ndarray, ranks: tuple[int, ...]) -> dict[str, Callab
     return {
         "flora-tensor (NumPy)": lambda: ft.tucker(x, ranks),
         "flora-tensor (PyTorch)": lambda: ft.tucker(tensor, ranks),
+        "flora-tensor, hooi": lambda: ft.tucker(x, ranks, method="hooi"),
+        "flora-tensor, st_hosvd (Gram)": lambda: ft.tucker(x, ranks, method="st_hosvd"),
         "TensorLy, default": lambda: tensorly_tucker(tensor, rank=list(ranks)),
         "TensorLy, random start": lambda: tensorly_tucker(tensor, rank=list(ranks), init="random", random_state=0),
+        "TensorLy, randomized SVD": lambda: tensorly_tucker(
+            tensor, rank=list(ranks), svd="randomized_svd", random_state=0
+        ),
         "pyttb tucker_als (float64)": lambda: pyttb.tucker_als(wide, list(ranks), printitn=0),
     }
 
 
 def matrix_contenders(x: np.ndarray, rank: int, full: bool) -> dict[str, Callable[[], Any]]:
     """Truncate a matrix to a rank by each routine; the peer with more iterations too, as it is less exact with few."""
+    from scipy.sparse.linalg import svds
+
     tensor = torch.from_numpy(x)
+
+    def by_arpack() -> Any:
+        u, s, vh = svds(x, k=rank, random_state=0)
+        return (u * s) @ vh
 
     def lowrank(iterations: int) -> Callable[[], Any]:
         def run() -> Any:
@@ -107,6 +153,7 @@ def matrix_contenders(x: np.ndarray, rank: int, full: bool) -> dict[str, Callabl
         "flora-tensor (PyTorch)": lambda: ft.tucker(tensor, (rank, rank)),
         "torch.svd_lowrank, 2 iterations": lowrank(2),
         "torch.svd_lowrank, 4 iterations": lowrank(4),
+        "SciPy svds (ARPACK)": by_arpack,
     }
     if full:
         contenders["torch.linalg.svd"] = lambda: _truncated_svd(tensor, rank)
@@ -131,37 +178,71 @@ def dense(result: Any) -> Any:
     return np.asarray(result)
 
 
-def limits(x: np.ndarray, columns: int) -> dict[str, Callable[[], Any]]:
-    """What no method can beat: one pass over the data, one sketch product, one Gram matrix."""
+SKETCH = "one sketch product"
+
+
+def limits(x: np.ndarray, ranks: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """What no method can beat: one pass over the data, a product with as many columns as our bases have, a syrk."""
     rows = x.reshape(x.shape[0], -1)
-    sketch = np.ones((rows.shape[1], columns), dtype=x.dtype)
+    rank = max(r for r, n in zip(ranks, x.shape) if 2 * r < n)
+    sketch = np.ones((rows.shape[1], rank + max(16, rank // 2)), dtype=x.dtype)
     return {
         "one pass over the data": lambda: x.sum() is None,
-        "one sketch product": lambda: rows @ sketch is None,
-        "one Gram matrix (syrk)": lambda: rows @ rows.T is None,
+        SKETCH: lambda: rows @ sketch is None,
+        "one Gram matrix of a side (syrk)": lambda: rows @ rows.T is None,
+        "the same in float64": lambda: _gram(rows.astype(np.float64)),
     }
 
 
-def report(title: str, x: np.ndarray, timed: dict[str, tuple[float, Any]], ours: str) -> None:
-    """Print a table: milliseconds, how many times ours, and the relative error."""
+def _gram(rows: np.ndarray) -> bool:
+    return rows @ rows.T is None
+
+
+def report(title: str, x: np.ndarray, measured: dict[str, Measured], ours: str) -> None:
+    """Print a table: milliseconds, how many times ours, how many sketch products, memory, error and what ran."""
     print(f"\n{title}")
-    base = timed[ours][0]
-    for name, (seconds, result) in timed.items():
-        has_error = result is not None and not isinstance(result, bool)
-        error = f"{relative_error(x, dense(result)):.6f}" if has_error else ""
-        print(f"  {name:34s} {1e3 * seconds:10.1f} ms   {seconds / base:8.2f} ×   {error}")
+    base, sketch = measured[ours].seconds, measured[SKETCH].seconds if SKETCH in measured else None
+    for name, (seconds, peak, result) in measured.items():
+        known = result is not None and not isinstance(result, bool)
+        cells = f"  {name:34s} {1e3 * seconds:10.1f} ms {seconds / base:8.2f} ×"
+        cells += f" {seconds / sketch:8.1f} sketches" if sketch else ""
+        cells += f" {peak / x.nbytes:6.2f} × memory" if peak is not None else ""
+        cells += f"   {relative_error(x, dense(result)):.6f}" if known else ""
+        print(cells + (f"   {result.method.split(':')[0]}" if isinstance(result, ft.TuckerFit) else ""))
+
+
+def criteria(shape: tuple[int, ...], runs: int) -> None:
+    """Compare tolerances and budgets with the full HOSVD, on a spectrum that falls exponentially."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    for mode, n in enumerate(shape):
+        if n > 8:
+            x *= np.exp(np.arange(n) * np.float32(-50 / n)).reshape([-1 if k == mode else 1 for k in range(x.ndim)])
+    for options in ({"rtol": 0.1}, {"rtol": 0.01}, {"max_parameters": math.prod(shape) // 100}):
+        contenders: dict[str, Callable[[], Any]] = {
+            "flora-tensor": lambda options=options: ft.tucker(x, **options),
+            "the full HOSVD, then HOOI": lambda options=options: ft.tucker(x, method="hooi", **options),
+        }
+        title = ", ".join(f"{name}={value}" for name, value in options.items())
+        measured = measure(runs, contenders, {"the full HOSVD, then HOOI"})
+        report(f"{shape} to {title}, exponential spectrum", x, measured, "flora-tensor")
+        print("  ranks: " + ", ".join(str(m.result.tucker.ranks) for m in measured.values()))
 
 
 def spectra(shape: tuple[int, ...], runs: int) -> None:
     """Compare the spectra of all unfoldings with `numpy.linalg.svd` of each."""
     x, modes = sample(shape, "decaying"), range(len(shape))
+    square = np.diag(np.arange(1.0, 1 + shape[0])) + 1e-3
     contenders: dict[str, Callable[[], Any]] = {
         "flora-tensor mode_spectra": lambda: ft.mode_spectra(x) is None,
         "numpy svdvals of each unfolding": lambda: (
             not [np.linalg.svd(ft.unfold(x, k), compute_uv=False) for k in modes]
         ),
+        "two float64 Gram matrices (syrk)": lambda: all(_gram(ft.unfold(x, k).astype(np.float64)) for k in (0, 1)),
+        "two eigvalsh of their size": lambda: all(np.linalg.eigvalsh(square) is None for _ in range(2)),
     }
-    report(f"spectra {shape}", x, median_times(runs, contenders, set()), "flora-tensor mode_spectra")
+    slow = {"numpy svdvals of each unfolding"}
+    report(f"spectra {shape}", x, measure(runs, contenders, slow), "flora-tensor mode_spectra")
 
 
 def reconstructions(shape: tuple[int, ...], ranks: tuple[int, ...], runs: int) -> None:
@@ -191,7 +272,7 @@ def reconstructions(shape: tuple[int, ...], ranks: tuple[int, ...], runs: int) -
         "opt_einsum": lambda: opt_einsum.contract(pattern, t.core, *t.factors) is None,
         "TensorLy": lambda: tensorly.tucker_to_tensor((t.core, t.factors)) is None,
     }
-    report(f"reconstruction {shape} from {ranks}", out, median_times(runs, contenders, set()), "flora-tensor, into out")
+    report(f"reconstruction {shape} from {ranks}", out, measure(runs, contenders), "flora-tensor, into out")
 
 
 def main() -> None:
@@ -204,20 +285,22 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     runs = arguments.runs or (1 if arguments.small else 3)
     tensors, matrices = (SMALL_TENSORS, SMALL_MATRICES) if arguments.small else (TENSORS, MATRICES)
-    slow = {"TensorLy, default", "TensorLy, random start", "torch.linalg.svd"}
+    slow = {"TensorLy, default", "TensorLy, random start", "TensorLy, randomized SVD"}
+    slow |= {"torch.linalg.svd", "SciPy svds (ARPACK)"}
     for shape, ranks in tensors.items():
         for spectrum in ("decaying", "flat"):
             x = sample(shape, spectrum)
-            contenders = tensor_contenders(x, ranks) | limits(x, ranks[-1] + 8)
+            contenders = tensor_contenders(x, ranks) | limits(x, ranks)
             title = f"{shape} to {ranks}, {spectrum} spectrum"
-            report(title, x, median_times(runs, contenders, slow), "flora-tensor (NumPy)")
+            report(title, x, measure(runs, contenders, slow), "flora-tensor (NumPy)")
     for (rows, columns), rank in matrices.items():
         for spectrum in ("decaying", "flat"):
             x = sample((rows, columns), spectrum)
-            contenders = matrix_contenders(x, rank, full=rows == columns or arguments.small)
+            contenders = matrix_contenders(x, rank, full=rows == columns or arguments.small) | limits(x, (rank, rank))
             title = f"{(rows, columns)} to rank {rank}, {spectrum} spectrum"
-            report(title, x, median_times(runs, contenders, slow), "flora-tensor (PyTorch)")
+            report(title, x, measure(runs, contenders, slow), "flora-tensor (PyTorch)")
     for shape in list(tensors)[:2]:
+        criteria(shape, runs)
         spectra(shape, runs)
     for shape, ranks in tensors.items():
         reconstructions(shape, ranks, max(runs, 5))
