@@ -6,11 +6,11 @@ The budget decides between the two. A stack is read as a whole: the memory rule 
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flora_tensor._execution import Run
+from flora_tensor._layer_grid import natural_key
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
@@ -37,7 +37,7 @@ def find_stacks(
     owner: dict[str, str] = {}
     for pattern in settings.stack:
         where = f"extract: the stack {pattern!r}"
-        members = sorted(fnmatch.filter(candidates, pattern), key=_natural)
+        members = sorted(fnmatch.filter(candidates, pattern), key=natural_key)
         if pattern in base or pattern in tuned:
             raise ValueError(f"{where} is a tensor's own name; pass a pattern, as 'layers.*.weight'")
         if not members:
@@ -70,10 +70,6 @@ def _check_alike(where: str, base: Checkpoint, tuned: Checkpoint, members: Seque
                     f"{where} matches {first!r}, {one.dtype} of shape {one.shape}; pass a pattern of weights with two "
                     "axes or more, of floats"
                 )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def look_at_stacks(run: Run, stacks: Mapping[str, tuple[str, ...]], weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -6,10 +6,12 @@ sorts a table by the column that is clicked.
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flora_tensor._checks import printable
+from flora_tensor._layer_grid import GridRow, layer_grids, natural_key
 from flora_tensor._version import __version__
 from flora_tensor.rank_study import RankStudy
 from flora_tensor.report import ExtractionReport, TensorRow
@@ -17,27 +19,32 @@ from flora_tensor.report import ExtractionReport, TensorRow
 __all__ = ["report_html", "study_html"]
 
 _STYLE = """
-:root{--ink:#1c2733;--soft:#5b6875;--line:#d9dfe5;--paper:#fff;--band:#f5f7f9;--blue:#0b6e8f;--orange:#b8500f}
+:root{--ink:#1c2733;--soft:#5b6875;--line:#d9dfe5;--paper:#fff;--band:#f5f7f9;--blue:#0b6e8f;--heat:#0b6e8f;
+--orange:#b8500f}
 @media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#9aa7b4;--line:#34404c;--paper:#141a20;--band:#1b232b;
---blue:#5cc0e0;--orange:#f0955a}}
+--blue:#5cc0e0;--heat:#2f93b3;--orange:#f0955a}}
 *{box-sizing:border-box}body{margin:0 auto;padding:1.2rem;max-width:68rem;color:var(--ink);background:var(--paper);
 font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.2rem 0 .4rem}p{margin:.3rem 0 .8rem;max-width:46rem}.soft{color:var(--soft)}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem;margin:1.2rem 0}
 dl div{background:var(--band);border-radius:.5rem;padding:.6rem .8rem}dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.3rem;font-variant-numeric:tabular-nums}
-.wide{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem}
-table{border-collapse:collapse;width:100%;font-size:.86rem}
+.wide{overflow:auto;max-height:85vh;border:1px solid var(--line);border-radius:.5rem;margin:.8rem 0}
+.wide:focus-visible{outline:2px solid var(--blue)}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.86rem}
 caption{text-align:left;color:var(--soft);padding:.5rem .6rem}
 th,td{padding:.32rem .6rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
-thead th{background:var(--band);white-space:nowrap}tbody th{font-weight:500;overflow-wrap:anywhere;min-width:9rem}
+thead th{background:var(--band);white-space:nowrap;position:sticky;top:0}
+tbody th{font-weight:500;overflow-wrap:anywhere;min-width:10rem}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 button{all:unset;cursor:pointer;font-weight:600}button:focus-visible{outline:2px solid var(--blue)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 .rank{text-align:center;white-space:nowrap;font-variant-numeric:tabular-nums}.note{color:var(--soft)}
+.grid{width:auto}.grid .rank{padding:.2rem .35rem;min-width:1.9rem}.grid thead th+th{text-align:center}
+.grid tbody th{min-width:0;white-space:nowrap;background:var(--paper);position:sticky;left:0}
 svg{width:100%;height:auto;max-width:46rem;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
-@media(max-width:40rem){svg text{font-size:20px}}
-@media print{button{all:unset}}
+@media(max-width:40rem){svg text{font-size:19px}tbody th,.grid tbody th{position:static}}
+@media print{.wide{max-height:none;overflow:visible}thead th{position:static}}
 """
 
 _SCRIPT = """
@@ -60,6 +67,7 @@ class _Cell:
     value: float | None = None
     look: str = ""
     style: str = ""
+    title: str = ""
 
 
 def report_html(report: ExtractionReport, *, title: str = "Extraction report") -> str:
@@ -100,8 +108,13 @@ def report_html(report: ExtractionReport, *, title: str = "Extraction report") -
         ]
     stored = [row for row in report.rows if row.status == "tucker" and len(row.modes) == len(row.ranks) > 0]
     if stored:
-        body += ["<h2>Ranks</h2>", _heat([(row.name, row.ranks, row.modes) for row in stored])]
-    body += ["<h2>Tensors</h2>", _table("All tensors of both checkpoints", *_tensor_rows(report))]
+        told = {row.name: row.arrangement for row in stored}
+        body += ["<h2>Ranks</h2>", *_heat({row.name: (row.ranks, row.modes) for row in stored}, told)]
+    about = (
+        "All tensors of both checkpoints. Errors are measured on the stored bits; no tensor of the same ranks has one "
+    )
+    about += "below “at least”"
+    body += ["<h2>Tensors</h2>", _table(about, *_tensor_rows(report))]
     options = ", ".join(f"{key}: {value}" for key, value in report.options.items() if value not in ([], None))
     body.append(f"<p class='soft'>Options: {_escape(options)}.</p>")
     return _page(title, "Nothing was written: this is a dry run." if report.dry_run else "", body)
@@ -152,9 +165,9 @@ def study_html(study: RankStudy, *, title: str = "Rank study") -> str:
     ]
     header = ["budget", "numbers stored", "weights stored", "relative error", "lower bound"]
     body.append(_table("Budgets, as a share of the dense changes", header, budgets))
-    names = list(study.spectra)
+    names = sorted(study.spectra, key=natural_key)
     body += ["<h2>Ranks that hold 99 % of ‖ΔW‖²</h2>"]
-    body.append(_heat([(n, study.energy_ranks(n, 0.99), study.spectra[n].shape) for n in names]))
+    body += _heat({n: (study.energy_ranks(n, 0.99), study.spectra[n].shape) for n in names}, {})
     rows = [
         [
             _Cell(name, None, "head"),
@@ -162,7 +175,7 @@ def study_html(study: RankStudy, *, title: str = "Rank study") -> str:
             _Cell(f"{s.norm:.4g}", s.norm, "n"),
             *(_Cell("×".join(map(str, study.energy_ranks(name, e)))) for e in (0.9, 0.99)),
         ]
-        for name, s in study.spectra.items()
+        for name, s in ((name, study.spectra[name]) for name in names)
     ]
     body += ["<h2>Weights</h2>"]
     body.append(_table("All changed weights", ["weight", "shape", "‖ΔW‖", "ranks at 90 %", "ranks at 99 %"], rows))
@@ -177,13 +190,13 @@ def _totals(report: ExtractionReport) -> list[tuple[str, str]]:
     error = "not measured" if math.isnan(report.relative_error) else f"{report.relative_error:.4g}"
     facts = [
         ("numbers stored", f"{report.n_parameters:,}"),
-        ("share of the dense changes", f"{100 * report.ratio:.3g} %"),
+        ("share of the changes", f"{100 * report.ratio:.3g} %"),
         ("relative error", error),
     ]
     if report.weighted_error is not None:
         facts.append(("error of the outputs", f"{report.weighted_error:.4g}"))
     if report.lower_bound is not None:
-        facts.append(("bound for truncated HOSVDs", f"{report.lower_bound:,.4g}"))
+        facts.append(("lower bound", f"{report.lower_bound:,.4g}"))
     facts += [("decomposed", f"{report.count('tucker'):,}"), ("stored whole", f"{report.count('whole'):,}")]
     return [*facts, ("left out", f"{report.count('left out'):,}")]
 
@@ -191,11 +204,13 @@ def _totals(report: ExtractionReport) -> list[tuple[str, str]]:
 def _tensor_rows(report: ExtractionReport) -> tuple[list[str], list[list[_Cell]]]:
     weighted = report.weighted_error is not None
     header = ["tensor", "shape", "stored as", "ranks", "numbers", "error", *(["output error"] if weighted else [])]
-    return [*header, "‖ΔW‖"], [_tensor_row(row, weighted) for row in report.rows]
+    rows = sorted(report.rows, key=lambda row: natural_key(row.name))
+    return [*header, "at least", "‖ΔW‖"], [_tensor_row(row, weighted) for row in rows]
 
 
 def _tensor_row(row: TensorRow, weighted: bool) -> list[_Cell]:
     stored = {"tucker": row.arrangement, "whole": "whole", "left out": f"— {row.reason}"}[row.status]
+    stored += f" in {row.stack}" if row.stack else ""
     notes = f" ({'; '.join(row.notes)})" if row.notes else ""
     return [
         _Cell(row.name, None, "head"),
@@ -205,6 +220,7 @@ def _tensor_row(row: TensorRow, weighted: bool) -> list[_Cell]:
         _Cell(f"{row.n_parameters:,}" if row.n_parameters else "", row.n_parameters, "n"),
         _number(row.relative_error),
         *([_number(row.weighted_error)] if weighted else []),
+        _number(row.lower_bound),
         _number(row.delta_norm),
     ]
 
@@ -258,14 +274,56 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[_Cell]])
 
 def _cell(cell: _Cell) -> str:
     if cell.look == "head":
-        return f'<th scope="row">{_escape(cell.text)}</th>'
+        # A name may be broken behind its dots and underscores.
+        text = re.sub(r"([._])", r"\1<wbr>", _escape(cell.text))
+        return f'<th scope="row">{text}</th>'
     look = f' class="{cell.look}"' if cell.look else ""
     value = "" if cell.value is None else f' data-v="{cell.value!r}"'
     style = f' style="{cell.style}"' if cell.style else ""
-    return f"<td{look}{value}{style}>{_escape(cell.text)}</td>"
+    title = f' title="{_escape(cell.title)}"' if cell.title else ""
+    return f"<td{look}{value}{style}{title}>{_escape(cell.text)}</td>"
 
 
-def _heat(entries: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+_Ranks = Mapping[str, tuple[Sequence[int], Sequence[int]]]
+
+
+def _heat(ranks: _Ranks, arrangements: Mapping[str, str]) -> Iterable[str]:
+    """Show ranks by layer and mode, and those of tensors that are in no layer by tensor and mode."""
+    grids = layer_grids(ranks)
+    for title, rows in grids.items():
+        yield _grid_table(title, rows, ranks, arrangements)
+    in_grids = {name for rows in grids.values() for row in rows for name in row.cells.values()}
+    if others := sorted(ranks.keys() - in_grids, key=natural_key):
+        yield _tensor_heat([(name, *ranks[name]) for name in others], "of other tensors" if grids else "of each tensor")
+
+
+def _grid_table(title: str, rows: Sequence[GridRow], ranks: _Ranks, arrangements: Mapping[str, str]) -> str:
+    """Show one grid: a row for each weight and mode, a column for each layer."""
+    layers = sorted({layer for row in rows for layer in row.cells})
+    shares = {name: [rank / size for rank, size in zip(*ranks[name])] for row in rows for name in row.cells.values()}
+    most = max(shares[name][row.mode] for row in rows for name in row.cells.values())
+    head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in ["weight", "mode", *map(str, layers)])
+    lines: list[str] = []
+    for row in rows:
+        cells = [_Cell(str(row.mode), None, "rank")]
+        for layer in layers:
+            if (name := row.cells.get(layer)) is None:
+                cells.append(_Cell(""))
+                continue
+            rank, size = (of[row.mode] for of in ranks[name])
+            told = f"layer {layer}: rank {rank} of {size}"
+            told += f", {arrangements[name]}" if name in arrangements else ""
+            cells.append(_Cell(str(rank), None, "rank", _color(shares[name][row.mode] / most), told))
+        label = _escape(row.label.removesuffix(".weight"))
+        lines.append(f'<tr><th scope="row">{label}</th>{"".join(map(_cell, cells))}</tr>')
+    caption = f"{title}: ranks by layer and mode; the deepest color keeps {100 * most:.3g} % of a mode"
+    return (
+        f'<div class="wide" tabindex="0"><table class="grid"><caption>{_escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _tensor_heat(entries: Sequence[tuple[str, Sequence[int], Sequence[int]]], whose: str) -> str:
     """Show ranks by tensor and mode; the deeper a cell's color, the more of the mode is kept."""
     modes = max(len(ranks) for _, ranks, _ in entries)
     rows: list[list[_Cell]] = []
@@ -273,14 +331,18 @@ def _heat(entries: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
         cells = [_Cell(name, None, "head")]
         for rank, size in zip(ranks, sizes):
             share = rank / size if size else 0.0
-            color = f"color-mix(in srgb,var(--blue) {round(55 * share)}%,transparent)"
-            cells.append(_Cell(f"{rank} / {size}", share, "rank", f"background:{color}"))
+            cells.append(_Cell(f"{rank} / {size}", share, "rank", _color(share)))
         rows.append([*cells, *[_Cell("", -1.0)] * (modes - len(ranks))])
     header = ["tensor", *(f"mode {k}" for k in range(modes))]
-    return _table("Rank of each mode, out of its size; deeper colors keep more", header, rows)
+    return _table(f"Ranks {whose}, out of the modes' sizes; deeper colors keep more", header, rows)
 
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 680, 320, 52, 16, 14, 46
+def _color(share: float) -> str:
+    # Sixty percent of the color leave the text on it a contrast above 5, on white and on black.
+    return f"background:color-mix(in srgb,var(--heat) {round(60 * share)}%,transparent)"
+
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 680, 336, 60, 24, 14, 62
 
 
 def _curve(points: Sequence[tuple[int, float]], dense: int, at: tuple[int, float] | None) -> str:
@@ -304,17 +366,18 @@ def _curve(points: Sequence[tuple[int, float]], dense: int, at: tuple[int, float
         parts.insert(0, _grid(place, _TOP, place, _HEIGHT - _BOTTOM))
         anchor = "end" if power == 0 else "middle"
         text = f"{100 * 10.0**power:g} %"
-        parts.append(f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{text}</text>')
+        parts.append(f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 23}" text-anchor="{anchor}">{text}</text>')
     middle, label = (_LEFT + _WIDTH - _RIGHT) / 2, "numbers stored, as a share of the changes"
     parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">{label}</text>')
     about = "Relative error against the share of numbers stored."
     if at is not None and at[0] > 0:
         share, error = at[0] / dense, at[1]
         parts.append(f'<circle cx="{x(min(share, 1.0)):.1f}" cy="{y(error):.1f}" r="6" fill="var(--orange)"/>')
-        right = x(min(share, 1.0)) > _WIDTH - 190
-        place = x(min(share, 1.0)) + (-11 if right else 11)
+        # The curve falls: there is room above it to the right, and at its end below it to the left.
+        at_end = x(min(share, 1.0)) > _WIDTH - 250
+        place, level = (x(min(share, 1.0)) - 11, y(error) + 20) if at_end else (x(min(share, 1.0)) + 11, y(error) - 9)
         parts.append(
-            f'<text x="{place:.1f}" y="{y(error) - 9:.1f}" text-anchor="{"end" if right else "start"}" '
+            f'<text x="{place:.1f}" y="{min(level, y(0.0) - 6):.1f}" text-anchor="{"end" if at_end else "start"}" '
             f'style="fill:var(--orange);font-weight:600">{100 * share:.3g} %, error {error:.3g}</text>'
         )
         about += f" This choice: {100 * share:.3g} %, error {error:.4g}."

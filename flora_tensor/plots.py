@@ -3,13 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import printable
 from flora_tensor._files import staged_file
+from flora_tensor._layer_grid import layer_grids, natural_key
 from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import Frontier, ModeSpectra, Spectrum
 
@@ -143,6 +144,7 @@ def plot_report(report: ExtractionReport, *, title: str = "Extraction") -> Any:
     Examples
     --------
     >>> from flora_tensor._files import staged_file
+    from flora_tensor._layer_grid import layer_grids, natural_key
     from flora_tensor.report import ExtractionReport, TensorRow
     >>> row = TensorRow("fc.weight", "tucker", shape=(8, 8), ranks=(1, 1), modes=(8, 8), n_parameters=17)
     >>> figure = plot_report(ExtractionReport((row,), 64, 17, 0, 0.25, curve=((0, 1.0), (17, 0.25), (64, 0.0))))
@@ -150,10 +152,9 @@ def plot_report(report: ExtractionReport, *, title: str = "Extraction") -> Any:
     ['What other budgets would buy', 'Share of each mode kept']
     """
     rows = [row for row in report.rows if row.status == "tucker" and len(row.modes) == len(row.ranks) > 0]
-    drawn = {row.name for row in sorted(rows, key=lambda row: -row.n_parameters)[:_MAX_ROWS]}
-    rows = [row for row in rows if row.name in drawn]
-    figure = _figure(11.0, max(3.6, 1.6 + 0.22 * len(rows)))
-    left, right = figure.subplots(1, 2)
+    heat, about = _heat(rows)
+    figure = _figure(11.0 if heat.shares.shape[1] < 8 else 15.0, max(3.6, 1.6 + 0.22 * len(heat.labels)))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1 if heat.shares.shape[1] < 8 else 2])
     error = report.relative_error if report.weighted_error is None else report.weighted_error
     points = [(n / report.dense_parameters, e) for n, e in report.curve if n > 0]
     if points:
@@ -163,31 +164,66 @@ def plot_report(report: ExtractionReport, *, title: str = "Extraction") -> Any:
         place = {"xytext": (8, 8), "textcoords": "offset points", "color": _ORANGE}
         left.annotate(f"{100 * report.ratio:.3g} %: {error:.3g}", (report.ratio, error), **place)
     what = "relative error" if report.weighted_error is None else "relative error of the outputs"
-    left.set(xscale="log", xlabel="numbers stored / numbers in the dense changes", ylabel=what, ylim=(0, 1.02))
+    left.set(xscale="log", xlabel="numbers stored, as a share of the changes", ylabel=what, ylim=(0, 1.02))
+    left.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     left.set_title("What other budgets would buy", loc="center")
     left.grid(visible=True, alpha=0.25)
     left.spines[["top", "right"]].set_visible(False)
-    _draw_heat(figure, right, rows, len(drawn) < report.count("tucker"))
+    _draw_heat(figure, right, heat, about)
     figure.suptitle(title)
     return figure
 
 
-def _draw_heat(figure: Any, axes: Any, rows: Sequence[TensorRow], is_part: bool) -> None:
-    """Show the ranks of each tensor's modes as shares of their sizes, the ranks themselves in the cells."""
-    modes = max((len(row.ranks) for row in rows), default=1)
-    shares = np.full((max(len(rows), 1), modes), np.nan)
-    for k, row in enumerate(rows):
-        shares[k, : len(row.ranks)] = [rank / size for rank, size in zip(row.ranks, row.modes)]
-    image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    for k, row in enumerate(rows):
-        for mode, rank in enumerate(row.ranks):
-            color = "white" if shares[k, mode] > 0.6 else "0.15"
-            axes.text(mode, k, str(rank), ha="center", va="center", fontsize=7, color=color)
-    axes.set_yticks(range(len(rows)), [_label(row.name, 44) for row in rows], fontsize=7)
-    axes.set_xticks(range(modes), [f"mode {k}" for k in range(modes)], fontsize=8)
+class _Heat(NamedTuple):
+    """Shares of modes to be drawn as a field of colors, with the ranks as text."""
+
+    labels: list[str]
+    columns: list[str]
+    shares: np.ndarray
+    ranks: np.ndarray
+
+
+def _heat(rows: Sequence[TensorRow]) -> tuple[_Heat, str]:
+    """Lay out ranks by layer and mode where most tensors belong to layers, else by tensor and mode; and a title."""
+    told = {row.name: row for row in rows}
+    grid = [row for grid in layer_grids({r.name: (r.ranks, r.modes) for r in rows}).values() for row in grid]
+    if 2 * len({name for row in grid for name in row.cells.values()}) > len(rows):
+        parts = [sum(told[name].n_parameters for name in row.cells.values()) for row in grid]
+        kept = sorted(sorted(range(len(grid)), key=lambda k: -parts[k])[:_MAX_ROWS])
+        layers = sorted({layer for k in kept for layer in grid[k].cells})
+        labels = [f"{grid[k].label.removesuffix('.weight')}, mode {grid[k].mode}" for k in kept]
+        cells = {
+            (y, layers.index(layer)): (told[name].ranks[grid[k].mode], told[name].modes[grid[k].mode])
+            for y, k in enumerate(kept)
+            for layer, name in grid[k].cells.items()
+        }
+        what, columns, total = "Share of modes kept, by layer", [str(layer) for layer in layers], len(grid)
+    else:
+        drawn = {row.name for row in sorted(rows, key=lambda row: -row.n_parameters)[:_MAX_ROWS]}
+        chosen = sorted((row for row in rows if row.name in drawn), key=lambda row: natural_key(row.name))
+        labels = [row.name for row in chosen]
+        cells = {(y, k): pair for y, row in enumerate(chosen) for k, pair in enumerate(zip(row.ranks, row.modes))}
+        modes = max((len(row.ranks) for row in rows), default=1)
+        what, columns, total = "Share of each mode kept", [f"mode {k}" for k in range(modes)], len(rows)
+    ranks, sizes = (np.full((max(len(labels), 1), len(columns)), np.nan) for _ in range(2))
+    for place, pair in cells.items():
+        ranks[place], sizes[place] = pair
+    part = f" (the {len(labels)} largest)" if len(labels) < total else ""
+    return _Heat(labels, columns, ranks / sizes, ranks), what + part
+
+
+def _draw_heat(figure: Any, axes: Any, heat: _Heat, title: str) -> None:
+    """Show shares as colors, and the ranks themselves in the cells."""
+    top = float(np.nanmax(heat.shares)) if np.isfinite(heat.shares).any() else 1.0
+    image = axes.imshow(heat.shares, aspect="auto", cmap="Blues", vmin=0, vmax=top)
+    for y, x in zip(*np.nonzero(np.isfinite(heat.shares))):
+        color = "white" if heat.shares[y, x] > 0.6 * top else "0.15"
+        axes.text(x, y, f"{heat.ranks[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_yticks(range(len(heat.labels)), [_label(name, 44) for name in heat.labels], fontsize=7)
+    axes.set_xticks(range(len(heat.columns)), heat.columns, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Share of each mode kept" + (f" (the {len(rows)} largest)" if is_part else ""), loc="center")
+    axes.set_title(title, loc="center")
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, label="rank / size")
 
 
@@ -274,8 +310,13 @@ def _draw_spectrum(axes: Any, name: str, spectrum: ModeSpectra | Spectrum) -> No
         visible = sigma / largest > 1e-12
         marker = "o" if sigma.size < 16 else None
         label = f"mode {mode} ({spectrum.shape[mode]})"
-        axes.plot(np.arange(1, sigma.size + 1)[visible], (sigma / largest)[visible], label=label, marker=marker, ms=3)
+        # Both modes of a matrix have the same values: the second line lets the first one be seen.
+        style = {"label": label, "marker": marker, "ms": 3, "linestyle": "--" if mode % 2 else "-"}
+        axes.plot(np.arange(1, sigma.size + 1)[visible], (sigma / largest)[visible], **style)
     axes.set(xscale="log", yscale="log", xlabel="index", ylabel="σ / σ₁")
-    axes.set_title(f"{_label(name)} ({'×'.join(map(str, spectrum.shape))})", fontsize="medium")
+    shape = f"({'×'.join(map(str, spectrum.shape))})"
+    # A panel is some 46 small letters wide.
+    together = len(name) + len(shape) < 38
+    axes.set_title(f"{_label(name, 44)}{' ' if together else chr(10)}{shape}", fontsize="small")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize="x-small")

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 import flora_tensor as ft
 from checkpoints import run, save
 from flora_tensor._checks import printable
+from flora_tensor._layer_grid import layer_grids, natural_key
 from flora_tensor.allocation import budget_curve
 from flora_tensor.html_report import report_html, study_html
 from flora_tensor.plots import plot_report, save_figure
 from flora_tensor.report import ExtractionReport, TensorRow
 
 EVIL = "</td><script>alert('1')</script>.weight"
-_VOID = {"meta", "line", "circle", "polyline"}
+_VOID = {"meta", "line", "circle", "polyline", "wbr"}
 
 
 class Page(HTMLParser):
@@ -92,11 +93,14 @@ def test_the_page_of_an_extraction_has_every_tensor_and_the_numbers_of_the_json(
     told = json.loads(report.to_json())
     heat, tensors = page.tables
     rows = {row[0]: row for row in tensors[1:]}
-    assert list(rows) == [printable(row["name"]) for row in told["tensors"]]
+    assert list(rows) == [
+        printable(row["name"]) for row in sorted(told["tensors"], key=lambda r: natural_key(r["name"]))
+    ]
     for row in told["tensors"]:
         shown = rows[printable(row["name"])]
         assert shown[1] == "×".join(map(str, row["shape"]))
         assert shown[5] == ("" if row["relative_error"] is None else f"{row['relative_error']:.4g}")
+        assert shown[6] == ("" if row["lower_bound"] is None else f"{row['lower_bound']:.4g}")
         assert shown[4] == (f"{row['n_parameters']:,}" if row["n_parameters"] else "")
         assert row["arrangement"] in shown[2]
     totals = dict(zip(page.facts[::2], page.facts[1::2]))
@@ -129,7 +133,7 @@ def test_the_page_of_a_study(pair: tuple[Path, Path]):
     page = Page(text := study_html(study))
     assert "<script>alert" not in text
     budgets, _, weights = page.tables
-    assert [row[0] for row in weights[1:]] == [printable(name) for name in study.spectra]
+    assert [row[0] for row in weights[1:]] == [printable(name) for name in sorted(study.spectra, key=natural_key)]
     assert [row[3] for row in budgets[1:]] == [f"{row.relative_error:.4g}" for row in study.budgets]
     assert json.loads(study.to_json())["curve"] == [list(point) for point in study.curve]
 
@@ -138,7 +142,7 @@ def test_the_page_of_a_study(pair: tuple[Path, Path]):
 def test_any_name_makes_a_page(names):
     rows = tuple(TensorRow(n, "tucker", shape=(4, 4), arrangement="o i", ranks=(1, 1), modes=(4, 4)) for n in names)
     page = Page(report_html(ExtractionReport(rows, 16, 9, 0, 0.5, curve=((0, 1.0), (9, 0.5), (16, 0.0)))))
-    assert [row[0] for row in page.tables[1][1:]] == [printable(name) for name in names]
+    assert [row[0] for row in page.tables[-1][1:]] == [printable(name) for name in sorted(names, key=natural_key)]
 
 
 def test_the_curve_is_met_by_allocations(pair: tuple[Path, Path]):
@@ -173,9 +177,52 @@ def test_the_command_line_writes_pages_and_pictures(pair: tuple[Path, Path], tmp
     assert not (tmp_path / "x").exists()
 
 
+def of_layers(count: int) -> ExtractionReport:
+    """A network of layers of which every fourth keeps heads as a mode, beside one tensor that is in no layer."""
+    rows = [TensorRow("patch.weight", "tucker", ranks=(2, 3), modes=(8, 3), n_parameters=30)]
+    for k in range(count):
+        name = f"model.layers.{k}.attn"
+        ranks, modes = ((4, 2, k % 5 + 1), (4, 4, 9)) if k % 4 == 3 else ((k % 8 + 1, 9), (16, 9))
+        rows.append(TensorRow(f"{name}.q.weight", "tucker", ranks=ranks, modes=modes, n_parameters=50))
+        rows.append(TensorRow(f"{name}.v.weight", "tucker", ranks=(1, 9), modes=(16, 9), n_parameters=25))
+    return ExtractionReport(tuple(rows), 9999, 999, 0, 0.5, curve=((0, 1.0), (999, 0.5), (9999, 0.0)))
+
+
+def test_ranks_are_shown_by_layer_and_mode():
+    report = of_layers(24)
+    grid, others, _ = Page(report_html(report)).tables
+    assert grid[0] == ["weight", "mode", *map(str, range(24))]
+    found = {(row[0], int(row[1])): row[2:] for row in grid[1:]}
+    expected = {
+        (label, mode): [""] * 24 for label, mode in (("attn.q", 0), ("attn.q", 1), ("attn.q", 2), ("attn.v", 0))
+    }
+    for row in report.rows[1:]:
+        layer, label = int(row.name.split(".")[2]), row.name.partition(".attn.")[2][0]
+        for mode, rank in enumerate(row.ranks):
+            if (f"attn.{label}", mode) in expected:
+                expected[f"attn.{label}", mode][layer] = str(rank)
+    assert found == expected
+    assert [row[0] for row in others[1:]] == ["patch.weight"]
+    right = plot_report(report).axes[1]
+    assert [text.get_text() for text in right.get_yticklabels()] == [f"{w}, mode {m}" for w, m in found]
+    assert [text.get_text() for text in right.get_xticklabels()] == [str(k) for k in range(24)]
+    assert sorted(t.get_text() for t in right.texts) == sorted(cell for row in found.values() for cell in row if cell)
+
+
+def test_layers_are_told_by_the_number_that_takes_the_most_values():
+    names = [f"blocks.{k}.to_out.0.weight" for k in range(3)]
+    names += [f"moe.{k}.experts.{e}.up.weight" for k in range(2) for e in range(5)]
+    names += ["stem.0.weight", "alone.weight"]
+    grids = layer_grids(dict.fromkeys(names, ((1, 2), (4, 4))))
+    assert {title: [(row.label, row.mode, list(row.cells)) for row in rows] for title, rows in grids.items()} == {
+        "blocks.*": [("blocks.*.to_out.0.weight", mode, [0, 1, 2]) for mode in (0, 1)],
+        "moe.*.experts.*": [(f"moe.{k}.experts.*.up.weight", mode, [0, 1, 2, 3, 4]) for k in (0, 1) for mode in (0, 1)],
+    }
+
+
 def test_a_picture_of_many_tensors_shows_the_largest(tmp_path: Path):
     rows = tuple(
-        TensorRow(f"layer.{k}.weight", "tucker", shape=(8, 8), ranks=(k % 8 + 1,) * 2, modes=(8, 8), n_parameters=k + 1)
+        TensorRow(f"layer{k}.weight", "tucker", shape=(8, 8), ranks=(k % 8 + 1,) * 2, modes=(8, 8), n_parameters=k + 1)
         for k in range(50)
     )
     figure = plot_report(ExtractionReport(rows, 3200, 1275, 0, 0.5, curve=((0, 1.0), (1275, 0.5), (3200, 0.0))))
