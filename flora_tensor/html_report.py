@@ -94,8 +94,8 @@ def report_html(report: ExtractionReport, *, title: str = "Extraction report") -
     >>> from flora_tensor.report import ExtractionReport, TensorRow
     >>> row = TensorRow("fc.weight", "tucker", changed=True, shape=(8, 8), ranks=(1, 1), modes=(8, 8), n_parameters=17)
     >>> page = report_html(ExtractionReport((row,), 64, 17, 0, 0.25))
-    >>> page.startswith("<!DOCTYPE html>"), "fc.weight" in page
-    (True, True)
+    >>> page.startswith("<!DOCTYPE html>"), page.count("<table")
+    (True, 2)
     """
     at = (report.n_parameters, _counted_error(report))
     body = [_facts(_totals(report))]
@@ -146,8 +146,8 @@ def study_html(study: RankStudy, *, title: str = "Rank study") -> str:
     >>> from flora_tensor import mode_spectra
     >>> from flora_tensor.rank_study import RankStudy
     >>> page = study_html(RankStudy({"fc.weight": mode_spectra(np.eye(3))}, {}, ()))
-    >>> "fc.weight" in page
-    True
+    >>> page.count("<table")
+    3
     """
     dense = sum(math.prod(s.shape) for s in study.spectra.values())
     body = [_facts([("changed weights", f"{len(study.spectra):,}"), ("numbers in their changes", f"{dense:,}")])]

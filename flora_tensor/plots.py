@@ -143,9 +143,7 @@ def plot_report(report: ExtractionReport, *, title: str = "Extraction") -> Any:
 
     Examples
     --------
-    >>> from flora_tensor._files import staged_file
-    from flora_tensor._layer_grid import layer_grids, natural_key
-    from flora_tensor.report import ExtractionReport, TensorRow
+    >>> from flora_tensor.report import ExtractionReport, TensorRow
     >>> row = TensorRow("fc.weight", "tucker", shape=(8, 8), ranks=(1, 1), modes=(8, 8), n_parameters=17)
     >>> figure = plot_report(ExtractionReport((row,), 64, 17, 0, 0.25, curve=((0, 1.0), (17, 0.25), (64, 0.0))))
     >>> [axes.get_title() for axes in figure.axes][:2]
