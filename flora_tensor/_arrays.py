@@ -41,6 +41,8 @@ def is_torch(x: Array) -> bool:
 
 def is_complex(xp: Namespace, dtype: DType) -> bool:
     """Tell whether ``dtype`` is a complex floating type."""
+    if isinstance(dtype, np.dtype):
+        return dtype.kind == "c"
     return not is_low_precision(dtype) and bool(xp.isdtype(dtype, "complex floating"))
 
 
@@ -49,6 +51,8 @@ def is_low_precision(dtype: DType) -> bool:
 
     Told by name: NumPy's own ``isdtype`` refuses the bfloat16 and float8 types that the package ml_dtypes adds.
     """
+    if isinstance(dtype, np.dtype) and dtype.kind in "biufc" and dtype.itemsize >= 4:  # names take time to form
+        return False
     name = str(dtype).rsplit(".", maxsplit=1)[-1]
     return name in ("float16", "bfloat16") or name.startswith(("float8_", "float6_", "float4_"))
 

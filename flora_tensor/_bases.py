@@ -30,7 +30,9 @@ from flora_tensor._arrays import (
     host_view,
     is_complex,
     is_differentiated,
+    power_of_two,
     stop_gradient,
+    times_power_of_two,
 )
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import unfold
@@ -77,10 +79,11 @@ def mode_basis(xp: Namespace, x: Array, mode: int, accuracy: float = 0.0) -> Bas
     constant = stop_gradient(x)
     host = host_view(constant)
     if host is not None:
-        eigenvalues, eigenvectors = np.linalg.eigh(_host_gram(host, mode))
+        gram, k = _near_one(np, _host_gram(host, mode), epsilon(xp, x.dtype))
+        eigenvalues, eigenvectors = np.linalg.eigh(gram)
         device = array_api_compat.device(x)
         vectors = xp.asarray(eigenvectors[:, ::-1].astype(host.dtype), device=device)
-        values = np.sqrt(np.maximum(eigenvalues[::-1], 0.0)).astype(host.real.dtype)
+        values = np.sqrt(np.ldexp(np.maximum(eigenvalues[::-1], 0.0), k)).astype(host.real.dtype)
         values = xp.asarray(values, device=device)
     elif "64" in str(accumulation_dtype(xp, x)):
         vectors, values = _device_gram_basis(xp, constant, mode)
@@ -98,7 +101,8 @@ def mode_values(xp: Namespace, x: Array, mode: int) -> Array:
     host = host_view(x) if epsilon(xp, x.dtype) >= GRAM_FLOOR and 0 < size <= math.prod(x.shape) // size else None
     if host is None or is_differentiated(x):
         return mode_basis(xp, x, mode).values
-    values = np.sqrt(np.maximum(np.linalg.eigvalsh(_host_gram(host, mode))[::-1], 0.0))
+    gram, k = _near_one(np, _host_gram(host, mode), epsilon(xp, x.dtype))
+    values = np.sqrt(np.ldexp(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0), k))
     return xp.asarray(values.astype(host.real.dtype), device=array_api_compat.device(x))
 
 
@@ -116,8 +120,12 @@ def left_basis(matrix: Array) -> Basis:
     if n == 0 or p == 0:
         return Basis(constant[:, :0], xp.reshape(xp.abs(constant[:0, :0]), (0,)))
     if p > n:  # L of the LQ factorization has the same left singular vectors and values, and is small
-        constant = hermitian(xp, _triangular_factor(xp, hermitian(xp, constant)))
+        k = power_of_two(xp, constant)
+        constant = hermitian(xp, _triangular_factor(xp, hermitian(xp, times_power_of_two(constant, -k))))
+    else:
+        constant, k = _near_one(xp, constant)
     vectors, values, _ = xp.linalg.svd(constant, full_matrices=False)
+    values = times_power_of_two(values, k)
     vectors = with_fixed_signs(xp, vectors)
     if is_differentiated(matrix):
         vectors, values = _with_derivatives(xp, matrix, vectors, values)
@@ -162,7 +170,36 @@ def below_reach(xp: Namespace, basis: Basis, rank: int) -> bool:
 
 def orthonormal_columns(xp: Namespace, matrix: Array) -> Array:
     """Return Q of the QR factorization of a tall matrix."""
-    return xp.linalg.qr(matrix)[0]
+    return xp.linalg.qr(_near_one(xp, matrix)[0])[0]
+
+
+def _near_one(xp: Namespace, matrix: Array, eps: float = 0.0) -> tuple[Array, int]:
+    """Return ``matrix · 2**-k`` with entries of at most one, without those that are nothing beside the largest, and k.
+
+    ``eps`` is the rounding of the data that the matrix was computed from, where that is coarser than its own.
+
+    Products and reflections of tensors of low rank leave rounding of rounding, smaller by eps from step to step. It
+    soon meets the subnormal numbers, whose rounding depends on the scale, and the last vectors are made of it: they
+    have the same bits at every scale only if the factorization is given the same bits.
+    """
+    floor = max(eps, epsilon(xp, matrix.dtype)) ** 4
+    if array_api_compat.is_numpy_array(matrix):  # the same in few calls, as most of these matrices are small
+        copy = np.array(matrix, order="C")
+        parts = copy.view(np.finfo(copy.dtype).dtype)
+        k = math.frexp(float(np.abs(parts).max(initial=0.0)))[1]
+        np.ldexp(parts, -k, out=parts)
+        parts[np.abs(parts) <= floor] = 0.0
+        return copy, k
+    k = power_of_two(xp, matrix)
+    scaled = times_power_of_two(matrix, -k)
+
+    def cut(part: Array) -> Array:
+        return xp.where(xp.abs(part) > floor, part, xp.zeros_like(part))
+
+    if not is_complex(xp, matrix.dtype):
+        return cut(scaled), k
+    real, imaginary = (xp.astype(cut(part), matrix.dtype) for part in (xp.real(scaled), xp.imag(scaled)))
+    return real + 1j * imaginary, k
 
 
 def complement(xp: Namespace, old: Array, new: Array) -> Array:

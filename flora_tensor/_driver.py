@@ -47,6 +47,12 @@ class Fit:
     kept: tuple[int, ...] = ()
 
 
+# What the small steps between the products of the randomized method cost, whatever the size, in multiply-adds.
+# Measured: up to 200 × 200 and 160 × 160 × 3 × 3 the sequential way is as fast on spectra that decay, and two to three
+# times as fast on flat ones.
+_SMALL_STEPS = 1e8
+
+
 def fit_to(
     ready: Prepared,
     shape: tuple[int, ...],
@@ -163,7 +169,7 @@ def _chosen(
         return "hosvd", "nothing is cut", False
     # About five products with X; beside them the sequential way forms one Gram matrix after the other (in float64) and
     # takes its eigenvectors, about ten times n³.
-    sketched = 5.0 * math.prod(shape) * max((sizes[k] for k in large), default=0)
+    sketched = _SMALL_STEPS + 5.0 * math.prod(shape) * max((sizes[k] for k in large), default=0)
     gram, left = 0.0, float(math.prod(shape))
     for mode in cheapest_order(shape, ranks):
         gram += left * shape[mode] + 10.0 * min(shape[mode], left / shape[mode]) ** 3

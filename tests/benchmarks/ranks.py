@@ -3,8 +3,9 @@
 Every line is measured in this process. The rules: those of `flora_tensor.select_ranks`, and as peers the share of
 energy (99 %, per mode) and the largest gap between successive singular values. Run from the repository:
 
-    python tests/benchmarks/ranks.py            # 100 trials a line, some minutes
-    python tests/benchmarks/ranks.py --small    # seconds: shows that the program works
+    python tests/benchmarks/ranks.py                   # 100 trials a line, some minutes
+    python tests/benchmarks/ranks.py --part stored     # one of the three tables alone
+    python tests/benchmarks/ranks.py --small           # seconds: shows that the program works
 """
 
 import argparse
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import flora_tensor as ft
+from flora_tensor._rank_errors import ErrorTable, rank_grid
 
 RANKS = (5, 4, 2, 2)
 RULES = ("noise", "bic", "evbmf", "gavish-donoho")
@@ -132,7 +134,9 @@ def recovery(trials: int) -> None:
 
 def stored(trials: int) -> None:
     """Print which ranks come back from a low-rank update that was added to a weight and stored in few bits."""
-    print(f"\na planted update stored in few bits, ranks under its rounding noise, % of {trials} trials exact (above)")
+    print(
+        f"\na planted update stored in few bits: ranks under its rounding noise, % of {trials} trials exact (% above)"
+    )
     print(f"{'update':26}{'type':>10}" + "".join(f"{f'‖Δ‖/‖W‖ {share:.0%}':>18}" for share in (0.1, 0.03, 0.01)))
     updates = {
         "matrix 384x384, rank 8": ((384, 384), (8, 8)),
@@ -155,7 +159,7 @@ def stored(trials: int) -> None:
                     found = ft.select_ranks(spectrum, method="noise", noise_floor=floor).ranks
                     exact += found == ranks
                     above += any(a > b for a, b in zip(found, ranks))
-                cells += f"{f'{100 * exact / trials:.0f} ({above})':>18}"
+                cells += f"{f'{100 * exact / trials:.0f} ({100 * above / trials:.0f})':>18}"
             print(f"{title:26}{name:>10}{cells}")
 
 
@@ -181,11 +185,16 @@ def search(shape: Sequence[int]) -> None:
     start = time.perf_counter()
     np.cumsum(np.square(core, dtype=np.float64), axis=-1)
     one_pass = time.perf_counter() - start
+    start = time.perf_counter()
+    grid = rank_grid(shape, 48**2 * math.prod(n + 1 for n in shape[2:]))  # 48 points in each long mode
+    ErrorTable.of_core(core, spectrum.exponent, grid)
+    coarse = time.perf_counter() - start
     name = "x".join(map(str, shape))
     print(
         f"\nall {core.size:,} rank tuples of {name}: table and budget {first:.2f} s, then a tolerance {second:.2f} s,"
     )
-    print(f"peak {peak / 2**20:.0f} MiB; one cumulative sum over the squared core {one_pass:.2f} s")
+    print(f"peak {peak / 2**20:.0f} MiB; one cumulative sum over the squared core {one_pass:.2f} s; ", end="")
+    print(f"a table on a grid of {'x'.join(str(len(g)) for g in grid)} ranks {coarse:.2f} s")
     print(f"5 % of the numbers: ranks {budget.ranks}, error {budget.relative_error:.4f}; ", end="")
     print(f"fewest numbers at that error: {tolerance.ranks}")
 
@@ -195,10 +204,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="few trials and a small table")
     parser.add_argument("--trials", type=int, default=100, help="trials a line")
+    parser.add_argument("--part", choices=("recovery", "stored", "search"), help="print one table alone")
     options = parser.parse_args()
-    recovery(2 if options.small else options.trials)
-    stored(1 if options.small else max(1, options.trials // 10))
-    search((128, 128, 3, 3) if options.small else (1280, 1280, 3, 3))
+    trials = 2 if options.small else options.trials
+    parts: dict[str, Callable[[], None]] = {
+        "recovery": lambda: recovery(trials),
+        "stored": lambda: stored(trials),
+        "search": lambda: search((128, 128, 3, 3) if options.small else (1280, 1280, 3, 3)),
+    }
+    for part in [options.part] if options.part else parts:
+        parts[part]()
 
 
 if __name__ == "__main__":

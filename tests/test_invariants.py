@@ -1,0 +1,166 @@
+"""What every method of `tucker` promises, at sizes where each of them really runs, for tensors of every kind.
+
+The tests of `test_decomposition` draw tensors of a few hundred entries, in which no mode is large enough for the
+randomized method. Here at least two are. The rows are those that LAPACK's own tests and the theory of the HOSVD give:
+orthonormal factors, an all-orthogonal core, true errors within their bounds, the same bits for the same input.
+"""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flora_tensor as ft
+from support import (
+    EVERY_DTYPE,
+    FLOATING,
+    KINDS,
+    LAYOUTS,
+    SCALES,
+    Sample,
+    Truth,
+    as_array,
+    dense,
+    distance,
+    namespace,
+    same_bits,
+    seeds,
+    supports,
+    times_power_of_two,
+    to_numpy,
+    tolerance,
+    unfolded,
+)
+
+METHODS = ("auto", "hosvd", "st_hosvd", "hooi", "randomized")
+methods = st.sampled_from(METHODS)
+
+# Two modes or more are over twice a rank of up to 3 and its 16 further directions.
+SHAPES = ((44, 40), (80, 39), (40, 300), (40, 39, 3), (2, 41, 40), (39, 40, 41), (42, 40, 2, 2), (1, 40, 1, 45))
+
+
+@st.composite
+def wide_samples(draw: st.DrawFn, dtypes=EVERY_DTYPE, kinds=KINDS, scales=SCALES, layouts=LAYOUTS):
+    """Draw a tensor with two large modes and small ranks."""
+    dtype, scale = draw(st.sampled_from(dtypes)), draw(st.sampled_from(scales))
+    sample = Sample(
+        shape=draw(st.sampled_from(SHAPES)),
+        kind=draw(st.sampled_from(kinds)),
+        # The norm of so many entries would be beyond what a core in float16 can hold; that is refused.
+        scale="unit" if (dtype, scale) == ("float16", "huge") else scale,
+        layout=draw(st.sampled_from(layouts)),
+        dtype=dtype,
+        seed=draw(seeds),
+    )
+    return sample, ft.feasible_ranks([draw(st.integers(1, 3)) for _ in sample.shape], sample.shape)
+
+
+def array(sample: Sample):
+    """Return the sample in NumPy, and where NumPy lacks the type in PyTorch."""
+    if supports(np, sample.dtype):
+        return sample.to(np)
+    return sample.to(namespace("torch"))
+
+
+def rounding(sample: Sample, dtype) -> float:
+    """Return how far rounding may carry a relative error."""
+    norm = sample.norm
+    limit = tolerance(dtype, sum(sample.shape), norm=norm)
+    return limit / norm if norm else limit
+
+
+@functools.lru_cache(maxsize=4)
+def truth_of(sample: Sample) -> Truth:
+    return Truth.of(sample.values)
+
+
+@given(case=wide_samples(), method=methods)
+def test_factors_are_orthonormal_to_lapacks_ratio(case, method):
+    """‖I − UᴴU‖ < 30 · n · eps, whatever the rank of the tensor."""
+    sample, ranks = case
+    t = ft.tucker(array(sample), ranks, method=method).tucker
+    assert (t.shape, t.ranks) == (sample.shape, ranks)
+    for u in t.factors:
+        wide = to_numpy(u).astype(np.complex128)
+        assert distance(wide.conj().T @ wide, np.eye(u.shape[1])) <= tolerance(t.dtype, len(wide) ** 2)
+
+
+@given(case=wide_samples(), method=methods)
+def test_the_core_is_the_projection_and_all_orthogonal(case, method):
+    sample, ranks = case
+    truth = truth_of(sample)
+    t = ft.tucker(array(sample), ranks, method=method).tucker
+    core, slack = truth.core(t), rounding(sample, t.dtype) * (truth.norm or 1.0)
+    projection = dense(truth.x, [to_numpy(u).astype(np.complex128).conj().T for u in t.factors])
+    assert distance(core, projection) <= slack
+    for mode in range(core.ndim):
+        matrix = unfolded(core, mode)
+        gram = matrix @ matrix.conj().T
+        limit = 2 * slack * (truth.norm or 1.0)
+        assert np.linalg.norm(gram - np.diag(np.diagonal(gram))) <= limit
+        assert (np.diff(np.diagonal(gram).real) <= limit).all()
+
+
+@given(case=wide_samples(), method=methods)
+def test_the_error_is_the_one_reported_and_within_its_bounds(case, method):
+    sample, ranks = case
+    truth = truth_of(sample)
+    fit = ft.tucker(array(sample), ranks, method=method)
+    true, slack = truth.error(fit.tucker), rounding(sample, fit.tucker.dtype)
+    assert fit.relative_error == pytest.approx(true, rel=1e-3, abs=slack)
+    assert fit.lower_bound - slack <= fit.relative_error <= fit.error_bound + slack
+    tails = truth.tails(ranks)
+    assert math.sqrt(max(tails)) - slack <= true <= math.sqrt(sum(tails)) + slack
+    assert fit.lower_bound <= math.sqrt(max(tails)) + slack
+
+
+@given(case=wide_samples(), method=methods)
+def test_no_method_loses_more_than_st_hosvd(case, method):
+    """HOOI starts there and only improves; the randomized method ends 0.1 % above it at most, except on white noise.
+
+    There every subspace is nearly as good as any other, and iterations end in whichever they began near.
+    """
+    sample, ranks = case
+    if method == "hosvd":
+        return
+    x, truth = array(sample), truth_of(sample)
+    t = ft.tucker(x, ranks, method=method).tucker
+    share = 1.0 if method != "randomized" else 1.01 if sample.kind == "gauss" else 1.001
+    assert truth.error(t) <= share * truth.error(ft.st_hosvd(x, ranks)) + rounding(sample, t.dtype)
+
+
+@given(
+    case=wide_samples(FLOATING, scales=("unit",), layouts=("C", "F", "permuted")),
+    method=methods,
+    power=st.sampled_from((-90, -17, 3, 16, 90)),
+)
+def test_a_power_of_two_leaves_the_factors_bit_for_bit(case, method, power):
+    sample, ranks = case
+    x = sample.to(np)
+    t, scaled = (ft.tucker(a, ranks, method=method).tucker for a in (x, x * x.dtype.type(2.0) ** power))
+    assert all(same_bits(u, v) for u, v in zip(t.factors, scaled.factors))
+    tiny = np.finfo(t.core.dtype).smallest_normal
+    assert distance(scaled.core, times_power_of_two(t.core, power)) <= math.sqrt(t.core.size) * tiny * max(
+        1.0, 2.0**power
+    )
+
+
+@given(case=wide_samples(layouts=LAYOUTS[1:]), method=methods)
+def test_the_input_is_not_changed_and_its_layout_only_rounds(case, method):
+    sample, ranks = case
+    x, truth = array(sample), truth_of(sample)
+    t = ft.tucker(x, ranks, method=method).tucker
+    assert same_bits(x, sample.values)
+    plain = ft.tucker(as_array(np, sample.values), ranks, method=method).tucker
+    assert truth.error(t) == pytest.approx(truth.error(plain), abs=1e-3 + 4 * tolerance(t.dtype))
+
+
+@given(case=wide_samples(), method=methods, seed=st.integers(0, 3))
+def test_the_same_seed_gives_the_same_bits(case, method, seed):
+    sample, ranks = case
+    x = array(sample)
+    first, second = (ft.tucker(x, ranks, method=method, rng=seed).tucker for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip((first.core, *first.factors), (second.core, *second.factors)))
