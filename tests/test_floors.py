@@ -57,6 +57,9 @@ FLOORS = {
     "flora_torch.cost": 10,
     "flora_torch.plans": 10,
     "flora_torch.rebuild": 10,
+    "flora_torch._caching": 10,
+    "flora_torch.steps": 10,
+    "flora_torch.depthwise": 10,
     "flora_torch.geometry": 10,
     # torch above this line, never below
     "flora_tensor.cli": 5,

@@ -9,32 +9,20 @@ Every step is linear in its input and in its weight, so the backward pass is mad
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from torch.autograd import forward_ad
-from typing_extensions import override
 
-from flora_tensor.algebra import contraction_order, mode_dot
-from flora_torch.geometry import Pads, pad, unpad
+from flora_tensor.algebra import contraction_order
+from flora_torch._caching import cached
+from flora_torch.steps import Convolve, Step
 
-__all__ = [
-    "Chain",
-    "Channels",
-    "Convolve",
-    "Lookup",
-    "Made",
-    "Memory",
-    "Rows",
-    "Step",
-    "form",
-    "run_chain",
-    "transforming",
-]
+__all__ = ["Chain", "Frozen", "Made", "Memory", "form", "in_order", "run_chain", "run_step", "transforming"]
 
 Memory: TypeAlias = Literal["normal", "low"]
 Parameters: TypeAlias = Sequence[Tensor | None]
@@ -50,14 +38,14 @@ class Made:
     source : int
         0 for the core, 1 + k for factor k, -1 for an identity matrix of the size ``split[-1]``.
     modes : tuple of int
-        The factors by which the core is multiplied.
+        The factors by which the core is multiplied, in the order in which that costs least; see `in_order`.
     split, order, shape : tuple of int
         Reshape to ``split``, permute by ``order``, reshape to ``shape``.
 
     Examples
     --------
     >>> made = Made(1, (), (3, 2), (1, 0), (2, 3))
-    >>> made.weight([None, torch.ones(3, 2)], 1.0).shape
+    >>> made.weight([torch.ones(2, 2), torch.ones(3, 2)], 1.0).shape
     torch.Size([2, 3])
     """
 
@@ -66,231 +54,100 @@ class Made:
     split: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]
+    # Most weights are parameters as they are, or transposed: then nothing is rearranged at every step.
+    _stays: bool = field(init=False, repr=False, compare=False)
+    _flips: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        stays = self.shape == self.split and self.order == tuple(range(len(self.order)))
+        object.__setattr__(self, "_stays", stays)
+        object.__setattr__(self, "_flips", self.order == (1, 0) and self.shape == self.split[::-1])
 
     def weight(self, parameters: Parameters, scale: float) -> Tensor:
         """Return the step's weight; ``scale`` multiplies the core."""
-        core = parameters[0]
-        if self.source < 0:
-            assert core is not None
-            made = torch.eye(self.split[-1], dtype=core.dtype, device=core.device)
-        elif self.source > 0:
-            made = parameters[self.source]
-            assert made is not None
-        else:
-            made = self._products(parameters, scale)[-1]
-        return made.reshape(self.split).permute(self.order).reshape(self.shape)
+        return self.rearranged(self.products(parameters, scale)[-1])
 
-    def gradients(self, g: Tensor, parameters: Parameters, scale: float) -> dict[int, Tensor]:
+    def products(self, parameters: Parameters, scale: float) -> list[Tensor]:
+        """Return what the weight is made of: a factor, or the scaled core and what it becomes with each product."""
+        core = parameters[0]
+        assert core is not None
+        if self.source < 0:
+            return [torch.eye(self.split[-1], dtype=core.dtype, device=core.device)]
+        if self.source > 0:
+            factor = parameters[self.source]
+            assert factor is not None
+            return [factor]
+        partial = [core if scale == 1.0 else core * scale]
+        for k in self.modes:
+            factor = parameters[1 + k]
+            assert factor is not None
+            partial.append(_times(partial[-1], factor, k))
+        return partial
+
+    def rearranged(self, product: Tensor) -> Tensor:
+        """Return the last of the products as the weight."""
+        if self._flips:
+            return product.mT
+        if not self._stays:
+            return product.reshape(self.split).permute(self.order).reshape(self.shape)
+        return product if product.shape == self.shape else product.reshape(self.shape)
+
+    def gradients(
+        self, g: Tensor, parameters: Parameters, scale: float, products: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
         """Return the gradient of each parameter by its number, for the gradient ``g`` of the weight."""
         if self.source < 0:
             return {}
-        back = [self.order.index(k) for k in range(len(self.order))]
-        g = g.reshape([self.split[k] for k in self.order]).permute(back)
+        if self._flips:
+            g = g.mT
+        elif not self._stays:
+            back = [self.order.index(k) for k in range(len(self.order))]
+            g = g.reshape([self.split[k] for k in self.order]).permute(back)
+        g = g if g.shape == products[-1].shape else g.reshape(products[-1].shape)
         if self.source > 0:
-            owner = parameters[self.source]
-            assert owner is not None
-            return {self.source: g.reshape(owner.shape)}
+            return {self.source: g}
         found: dict[int, Tensor] = {}
-        partial = self._products(parameters, scale)
-        g = g.reshape(partial[-1].shape)
-        for k, before in zip(reversed(self._order(parameters)), reversed(partial[:-1])):
-            others = [axis for axis in range(g.dim()) if axis != k]
-            found[1 + k] = torch.tensordot(g, before, dims=(others, others))  # type: ignore[arg-type]
-            g = mode_dot(g, parameters[1 + k].mT, k)  # type: ignore[union-attr]
+        for k, before in zip(reversed(self.modes), reversed(products[:-1])):
+            factor = parameters[1 + k]
+            assert factor is not None
+            found[1 + k] = _pairing(g, before, k)
+            g = _times(g, factor.mT, k)
         found[0] = g if scale == 1.0 else g * scale
         return found
 
-    def _order(self, parameters: Parameters) -> list[int]:
-        shapes = [parameters[1 + k].shape for k in self.modes]  # type: ignore[union-attr]
-        order = contraction_order([r for _, r in shapes], [n for n, _ in shapes])
-        return [self.modes[i] for i in order]
 
-    def _products(self, parameters: Parameters, scale: float) -> list[Tensor]:
-        """Return the scaled core and what it becomes with each mode product."""
-        core = parameters[0]
-        assert core is not None
-        partial = [core if scale == 1.0 else core * scale]
-        for k in self._order(parameters) if self.modes else ():
-            partial.append(_times(partial[-1], parameters[1 + k], k))  # type: ignore[arg-type]
-        return partial
+def in_order(modes: Sequence[int], factors: Sequence[tuple[int, int] | None]) -> tuple[int, ...]:
+    """Return those of some modes that have a factor, in the order in which the products cost least.
+
+    Examples
+    --------
+    >>> in_order((0, 1, 2), [(512, 8), None, (8, 8)])
+    (2, 0)
+    """
+    present = [k for k in modes if factors[k] is not None]
+    shapes = [shape for k in present for shape in [factors[k]] if shape is not None]
+    order = contraction_order([r for _, r in shapes], [n for n, _ in shapes])
+    return tuple(present[i] for i in order)
 
 
 def _times(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Multiply along one mode; the bits of the result do not depend on what requires a gradient."""
-    if not transforming():
-        return mode_dot(x, matrix, mode)
-    # torch takes a product of three axes with two in another way if an operand requires a gradient. Here, where none
-    # can be detached, a trained tensor and its start would not cancel: so there are two axes.
-    rows = x.movedim(mode, -1)
-    return (rows.reshape(-1, matrix.shape[1]) @ matrix.mT).reshape(*rows.shape[:-1], matrix.shape[0]).movedim(-1, mode)
+    """Compute X ×_mode M; as `flora_tensor.mode_dot`, which takes any kind of array and is slow on small ones."""
+    # How `@` multiplies more than two matrices hangs on what requires a gradient, and so do the last bits of it.
+    if mode == 0:
+        return (matrix @ x.reshape(x.shape[0], -1)).reshape(matrix.shape[0], *x.shape[1:])
+    if mode == x.dim() - 1:
+        return (x.reshape(-1, x.shape[-1]) @ matrix.mT).reshape(*x.shape[:-1], matrix.shape[0])
+    slabs = x.reshape(math.prod(x.shape[:mode]), x.shape[mode], -1)
+    products = torch.bmm(matrix.expand(slabs.shape[0], *matrix.shape), slabs)
+    return products.reshape(*x.shape[:mode], matrix.shape[0], *x.shape[mode + 1 :])
 
 
-class Step:
-    """One linear step of a chain: what it does with its input ``x`` and its weight ``w``, and its transposes."""
-
-    def run(self, x: Tensor, w: Tensor) -> Tensor:
-        """Return the product."""
-        raise NotImplementedError
-
-    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
-        """Add the product to ``out``, in place."""
-        out.add_(self.run(x, w))
-
-    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """Return the input's gradient for the product's, ``g``."""
-        raise NotImplementedError
-
-    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """Return the weight's gradient for the product's, ``g``."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Rows(Step):
-    """Multiply the last axis, seen as ``parts`` equal pieces, by a matrix (out, in) that all pieces share."""
-
-    parts: int = 1
-
-    @override
-    def run(self, x: Tensor, w: Tensor) -> Tensor:
-        if self.parts == 1:
-            return nnf.linear(x, w)
-        lead = x.shape[:-1]
-        return nnf.linear(x.reshape(*lead, self.parts, w.shape[1]), w).reshape(*lead, self.parts * w.shape[0])
-
-    @override
-    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
-        if out.is_contiguous() and out.dtype == x.dtype:
-            out.view(-1, w.shape[0]).addmm_(x.reshape(-1, w.shape[1]), w.mT)
-        else:
-            out.add_(self.run(x, w))
-
-    @override
-    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        if self.parts == 1:
-            return g @ w
-        return (g.reshape(-1, w.shape[0]) @ w).reshape(x.shape)
-
-    @override
-    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        g, x = g.reshape(-1, w.shape[0]), x.reshape(-1, w.shape[1])
-        return _thin_first(g, x)
-
-
-def _thin_first(g: Tensor, x: Tensor) -> Tensor:
-    """Compute gᵀx, with the thinner of the two transposed: BLAS takes half the time of the other order."""
-    return g.mT @ x if g.shape[-1] <= x.shape[-1] else (x.mT @ g).mT
-
-
-@dataclass(frozen=True)
-class Channels(Step):
-    """Multiply axis 1 by a matrix (out, in): a 1×1 convolution whose kernel is shared by all groups."""
-
-    groups: int = 1
-
-    @override
-    def run(self, x: Tensor, w: Tensor) -> Tensor:
-        if self._is_last(x):
-            return nnf.linear(x.movedim(1, -1), w).movedim(-1, 1)
-        flat = self._flat(x)
-        return torch.bmm(w.expand(flat.shape[0], *w.shape), flat).reshape(x.shape[0], -1, *x.shape[2:])
-
-    @override
-    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
-        if out.dtype == x.dtype and out.is_contiguous():
-            flat = self._flat(x)
-            target = out.view(flat.shape[0], w.shape[0], flat.shape[2])
-            target.baddbmm_(w.expand(flat.shape[0], *w.shape), flat)
-        elif out.dtype == x.dtype and self._is_last(out):
-            rows = out.movedim(1, -1)
-            rows.view(-1, w.shape[0]).addmm_(x.movedim(1, -1).reshape(-1, w.shape[1]), w.mT)
-        else:
-            out.add_(self.run(x, w))
-
-    @override
-    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return self.run(g, w.mT)
-
-    @override
-    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        if self._is_last(x):
-            return _thin_first(g.movedim(1, -1).reshape(-1, w.shape[0]), x.movedim(1, -1).reshape(-1, w.shape[1]))
-        return torch.bmm(self._flat(g), self._flat(x).mT).sum(0)
-
-    def _is_last(self, x: Tensor) -> bool:
-        """Tell whether the channels are neighbors in memory, so that positions are the rows of a matrix."""
-        return self.groups == 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
-
-    def _flat(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, -1)
-
-
-@dataclass(frozen=True)
-class Convolve(Step):
-    """Convolve, forward or transposed, with a small kernel.
-
-    ``folded`` groups share the kernel and are folded into the batch; ``groups`` have parts of it. ``pads`` are
-    written out before the convolution, ``padding`` is left to it.
-    """
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    transposed: bool
-    groups: int
-    folded: int
-    pads: Pads
-    padding_mode: str
-
-    @override
-    def run(self, x: Tensor, w: Tensor) -> Tensor:
-        return self._unfold(torch.convolution(self._prepare(x), w, None, *self._options))
-
-    @override
-    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        padded = self._prepare(x)
-        back: Any = torch.ops.aten.convolution_backward.default
-        g, _, _ = back(self._fold(g), padded, w, None, *self._options, (True, False, False))
-        return self._unfold(unpad(g, self.pads, self.padding_mode))
-
-    @override
-    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        back: Any = torch.ops.aten.convolution_backward.default
-        return back(self._fold(g), self._prepare(x), w, None, *self._options, (False, True, False))[1]
-
-    @property
-    def _options(self) -> tuple[Any, ...]:
-        steps = (self.stride, self.padding, self.dilation)
-        return (*steps, self.transposed, self.output_padding, self.groups)
-
-    def _prepare(self, x: Tensor) -> Tensor:
-        x = self._fold(x)
-        return pad(x, self.pads, self.padding_mode) if self.pads else x
-
-    def _fold(self, x: Tensor) -> Tensor:
-        if self.folded == 1:
-            return x
-        return x.reshape(x.shape[0] * self.folded, x.shape[1] // self.folded, *x.shape[2:])
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        if self.folded == 1:
-            return x
-        return x.reshape(x.shape[0] // self.folded, x.shape[1] * self.folded, *x.shape[2:])
-
-
-@dataclass(frozen=True)
-class Lookup(Step):
-    """Look up rows of a table (rows, rank) by integers."""
-
-    @override
-    def run(self, x: Tensor, w: Tensor) -> Tensor:
-        return nnf.embedding(x, w)
-
-    @override
-    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        back: Any = torch.ops.aten.embedding_dense_backward.default
-        return back(g, x, w.shape[0], -1, False)
+def _pairing(g: Tensor, x: Tensor, mode: int) -> Tensor:
+    """Multiply the unfoldings of two tensors along a mode: the gradient of M in X ×_mode M."""
+    if mode == 0:
+        return g.reshape(g.shape[0], -1) @ x.reshape(x.shape[0], -1).mT
+    g, x = g.movedim(mode, -1), x.movedim(mode, -1)
+    return g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -311,10 +168,6 @@ class Chain:
     made: tuple[Made, ...]
     blocked: int | None = None
 
-    def weights(self, parameters: Parameters, scale: float) -> list[Tensor]:
-        """Make the weights of all steps."""
-        return [made.weight(parameters, scale) for made in self.made]
-
 
 def transforming() -> bool:
     """Tell whether something else than plain autograd looks on: compilation, torch.func, or forward-mode gradients.
@@ -334,6 +187,27 @@ def compute_dtype(x: Tensor, core: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else core.dtype
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen layer's own product, beside which a chain runs: a step with its weight and bias."""
+
+    step: Step
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Plan(NamedTuple):
+    """What a product is, apart from tensors."""
+
+    chain: Chain
+    low: bool
+    scale: float
+    # The type of the chain, and what autocast narrows the frozen layer to.
+    dtype: torch.dtype
+    narrow: torch.dtype | None
+    beside: Step | None
+
+
 def run_chain(
     chain: Chain,
     x: Tensor,
@@ -341,7 +215,7 @@ def run_chain(
     *,
     scale: float = 1.0,
     memory: Memory = "normal",
-    out: Tensor | None = None,
+    out: Tensor | Frozen | None = None,
 ) -> Tensor:
     """Run a chain on ``x``.
 
@@ -357,8 +231,9 @@ def run_chain(
         Multiplies the core.
     memory : {"normal", "low"}
         Whether the thin results between the steps are kept for the backward pass, or computed again.
-    out : Tensor, optional
-        Added to the result, in place where nobody can tell; its type is kept.
+    out : Tensor or Frozen, optional
+        Added to the result, in place where nobody can tell; its type is kept. Given as the frozen layer that makes it
+        of ``x``, both products also write to one gradient of the input in the backward pass.
 
     Returns
     -------
@@ -368,13 +243,70 @@ def run_chain(
     core = parameters[0]
     assert core is not None
     dtype = compute_dtype(x, core)
+    beside, added = (out, None) if isinstance(out, Frozen) else (None, out)
     if transforming():
+        if beside is not None:
+            added = run_step(beside.step, x, beside.weight, beside.bias)
         with _exactly(x):
             result = _run_plain(chain, x, parameters, scale, dtype)
-            return result if out is None else (out + result).to(out.dtype)
+            return result if added is None else (added + result).to(added.dtype)
+    narrow = step = weight = bias = None
+    if beside is not None:
+        step, weight, bias = beside.step, beside.weight, beside.bias
+        if weight.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            narrow = dtype  # autocast leaves float64 alone
+    plan = _Plan(chain, memory == "low", scale, dtype, narrow, step)
     if not torch.is_grad_enabled():
-        return _run(chain, x, parameters, scale, dtype, out)[0]
-    return _Product.apply(chain, memory == "low", scale, dtype, out, x, *parameters)  # type: ignore[no-any-return]
+        return _run(plan, x, added, weight, bias, parameters)[0]
+    return _Product.apply(plan, x, added, weight, bias, *parameters)  # type: ignore[no-any-return]
+
+
+def run_step(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run one step with a weight and a bias of which gradients may be asked.
+
+    Parameters
+    ----------
+    step : Step
+        The step.
+    x, weight, bias : Tensor
+        Its input, weight and bias.
+
+    Returns
+    -------
+    Tensor
+        The product; kernels whose gradient is slow in the library get it in a faster way, see `flora_torch.depthwise`.
+    """
+    # Autocast does not know every operation that steps are made of.
+    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = _cast(x, narrow), _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
+    with _exactly(x):
+        # What a convolution pads itself is not kept, but padded again.
+        ours = isinstance(step, Convolve) and (step.is_slow(x, weight) or step.pads)
+        if not (ours and weight.requires_grad and torch.is_grad_enabled()) or transforming():
+            return step.run(x, weight, bias)
+        return _Convolution.apply(step, x, weight, bias)  # type: ignore[no-any-return]
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolve with a kernel, whose gradient is taken as the step does, and not as the library would."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Convolve, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(x, weight)
+        return step.run(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        (g,), (_, *needed) = grads, ctx.needs_input_grad
+        with _exactly(x):
+            return (
+                None,
+                *ctx.step.gradients(g, x, weight, needed[0], needed[1]),
+                g.sum([axis for axis in range(g.dim()) if axis != 1]) if needed[2] else None,
+            )
 
 
 def _exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -386,14 +318,32 @@ def _exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
+    return x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
+
+
+def _weights(chain: Chain, products: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    return [_cast(made.rearranged(each[-1]), dtype) for made, each in zip(chain.made, products)]
+
+
+def _products(chain: Chain, parameters: Parameters, scale: float) -> list[list[Tensor]]:
+    return [made.products(parameters, scale) for made in chain.made]
+
+
+# From so many entries of the input on, copying a factor costs less than it saves.
+_WORTH_A_COPY = 2**15
+
+
+def _laid_out(weights: list[Tensor], x: Tensor) -> list[Tensor]:
+    """Lay thin matrices out along their long axis: along the other, BLAS on a CPU takes up to three times as long."""
+    if x.device.type != "cpu" or x.numel() < _WORTH_A_COPY:
+        return weights
+    return [w if w.dim() != 2 else w.contiguous() if w.shape[0] < w.shape[1] else w.mT.contiguous().mT for w in weights]
 
 
 def _run_plain(chain: Chain, x: Tensor, parameters: Parameters, scale: float, dtype: torch.dtype) -> Tensor:
     """Run a chain by ordinary operations, which autograd and all transformations know."""
-    weights = [w.to(dtype) for w in chain.weights(parameters, scale)]
     y = _cast(x, dtype)
-    for step, w in zip(chain.steps, weights):
+    for step, w in zip(chain.steps, _weights(chain, _products(chain, parameters, scale), dtype)):
         y = step.run(y, w)
     if chain.blocked is None:
         return y
@@ -402,88 +352,102 @@ def _run_plain(chain: Chain, x: Tensor, parameters: Parameters, scale: float, dt
 
 
 def _run(
-    chain: Chain, x: Tensor, parameters: Parameters, scale: float, dtype: torch.dtype, out: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Run a chain, into ``out`` where it is given; also return the thin results between the steps."""
+    plan: _Plan, x: Tensor, out: Tensor | None, weight: Tensor | None, bias: Tensor | None, parameters: Parameters
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Run a chain, into ``out`` or the frozen layer's output; also return what is between its steps and W as used."""
+    chain, _, scale, dtype, narrow, beside = plan
     with _exactly(x):
-        weights = [w.to(dtype) for w in chain.weights(parameters, scale)]
-        hidden = _between(chain, _cast(x, dtype), weights)
+        entry = _cast(x, dtype)
+        given = out is not None
+        if beside is not None:
+            assert weight is not None
+            if narrow is not None:
+                weight, bias = _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
+            out = beside.run(x if narrow is None else entry, weight, bias)
+        weights = _laid_out(_weights(chain, _products(chain, parameters, scale), dtype), entry)
+        hidden = _between(chain, entry, weights)
         if out is None:
-            return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:]
+            return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:], weight
         chain.steps[-1].add_to(out, hidden[-1], weights[-1])
         # The sum under a name of its own: `out` may be a view, and a view that is written to costs autograd a copy.
-        return torch.ops.aten._unsafe_view.default(out, out.shape), hidden[1:]
+        result = torch.ops.aten._unsafe_view.default(out, out.shape) if given or out._is_view() else out
+        return result, hidden[1:], weight
 
 
 class _Product(torch.autograd.Function):
-    """Run a chain and add it to ``out``; store the input, the parameters and, unless ``low``, the thin results."""
+    """Run a chain, beside a frozen layer or not; store the input, the parameters and, unless low, what is thin."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        chain: Chain,
-        low: bool,
-        scale: float,
-        dtype: torch.dtype,
-        out: Tensor | None,
+        plan: _Plan,
         x: Tensor,
+        out: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:
-        ctx.plan = (chain, low, scale, dtype)
-        result, thin = _run(chain, x, parameters, scale, dtype, out)
-        ctx.save_for_backward(x, *parameters, *([] if low else thin))
+        ctx.plan = plan
+        result, thin, used = _run(plan, x, out, weight, bias, parameters)
+        if plan.low:
+            ctx.save_for_backward(x, weight, *parameters)
+        else:
+            ctx.save_for_backward(x, used, *parameters, *thin)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        chain, _, scale, dtype = ctx.plan
-        n = len(ctx.needs_input_grad) - 6
-        x, *rest = ctx.saved_tensors
-        parameters, kept = rest[:n], rest[n:]
-        (g,) = grads
+        chain, _, scale, dtype, narrow, beside = ctx.plan
+        (g,), needed = grads, ctx.needs_input_grad[5:]
+        x, weight, *rest = ctx.saved_tensors
+        parameters, kept = rest[: len(needed)], rest[len(needed) :]
         with _exactly(x):
-            entry, weights = _cast(x, dtype), [w.to(dtype) for w in chain.weights(parameters, scale)]
+            entry, products = _cast(x, dtype), _products(chain, parameters, scale)
+            weights = _laid_out(_weights(chain, products, dtype), entry)
             # What is stored hangs on no graph, so a second derivative needs it computed again.
             fresh = torch.is_grad_enabled() or len(kept) < len(weights) - 1
             hidden = _between(chain, entry, weights) if fresh else [entry, *kept]
+            total: Tensor | None = None
+            if beside is not None and ctx.needs_input_grad[1]:
+                base = (g, x, weight) if narrow is None else (g, entry, _cast(weight, narrow))
+                total = beside.grad_input(*base)
             into = _cast(g, dtype)
             if chain.blocked is not None:
                 into = into.masked_fill((x == chain.blocked).unsqueeze(-1), 0)
-            gx, found = _pull_back(chain, into, hidden, weights, ctx.needs_input_grad[5:])
-            total: dict[int, Tensor] = {}
-            for made, gw in found:
-                for number, part in made.gradients(gw.to(parameters[0].dtype), parameters, scale).items():
-                    total[number] = total[number] + part if number in total else part
+            gx, found = _pull_back(chain, into, hidden, weights, (ctx.needs_input_grad[1], *needed), total)
+            sums: dict[int, Tensor] = {}
+            for k, gw in found:
+                gw = _cast(gw, parameters[0].dtype)
+                for number, part in chain.made[k].gradients(gw, parameters, scale, products[k]).items():
+                    sums[number] = sums[number] + part if number in sums else part
         return (
-            *(None,) * 4,
-            g if ctx.needs_input_grad[4] else None,
-            None if gx is None else gx.to(x.dtype),
-            *(total.get(k) if ctx.needs_input_grad[6 + k] else None for k in range(n)),
+            None,
+            None if gx is None else _cast(gx, x.dtype),
+            g if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            *(sums.get(k) if wanted else None for k, wanted in enumerate(needed)),
         )
 
 
 def form(parameters: Parameters, scale: float) -> Tensor:
     """Form the dense tensor; for its gradients nothing is stored but the parameters."""
-    if transforming():
+    if transforming() or not torch.is_grad_enabled():
         return _whole(parameters).weight(parameters, scale)
-    if not torch.is_grad_enabled():
-        return _form_detached(scale, parameters)
     return _Formed.apply(scale, *parameters)  # type: ignore[no-any-return]
 
 
-def _form_detached(scale: float, parameters: Parameters) -> Tensor:
-    # torch takes a batched product in another way if an operand requires a gradient, and the last bits of a trained
-    # tensor would not be those of its start.
-    given = [p if p is None else p.detach() for p in parameters]
-    return _whole(given).weight(given, scale)
-
-
 def _whole(parameters: Parameters) -> Made:
-    core = parameters[0]
+    core, *factors = parameters
     assert core is not None
-    modes = tuple(k for k, u in enumerate(parameters[1:]) if u is not None)
-    shape = tuple(r if u is None else u.shape[0] for r, u in zip(core.shape, parameters[1:]))
-    return Made(0, modes, shape, tuple(range(len(shape))), shape)
+    return _whole_of(core.shape, tuple(None if u is None else (u.shape[0], u.shape[1]) for u in factors))
+
+
+@cached
+def _whole_of(core: tuple[int, ...], factors: tuple[tuple[int, int] | None, ...]) -> Made:
+    """Plan the whole tensor for a core and factors of these shapes."""
+    shape = tuple(r if u is None else u[0] for r, u in zip(core, factors))
+    return Made(0, in_order(range(len(core)), factors), shape, tuple(range(len(shape))), shape)
 
 
 class _Formed(torch.autograd.Function):
@@ -493,13 +457,14 @@ class _Formed(torch.autograd.Function):
     def forward(ctx: Any, scale: float, *parameters: Tensor | None) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(*parameters)
-        return _form_detached(scale, parameters)
+        return _whole(parameters).weight(parameters, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         parameters = ctx.saved_tensors
         with _exactly(grads[0]):
-            found = _whole(parameters).gradients(grads[0], parameters, ctx.scale)
+            made = _whole(parameters)
+            found = made.gradients(grads[0], parameters, ctx.scale, made.products(parameters, ctx.scale))
         return (None, *(found.get(k) if ctx.needs_input_grad[1 + k] else None for k in range(len(parameters))))
 
 
@@ -512,16 +477,31 @@ def _between(chain: Chain, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]
 
 
 def _pull_back(
-    chain: Chain, g: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool]
-) -> tuple[Tensor | None, list[tuple[Made, Tensor]]]:
-    """Walk the chain backward: the input's gradient, and that of each step's weight."""
-    found: list[tuple[Made, Tensor]] = []
+    chain: Chain,
+    g: Tensor,
+    hidden: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+    total: Tensor | None,
+) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
+    """Walk the chain backward: the input's gradient, added to ``total`` if there is one, and that of each weight."""
+    found: list[tuple[int, Tensor]] = []
     for k in range(len(chain.steps) - 1, -1, -1):
         step, made = chain.steps[k], chain.made[k]
-        numbers = [made.source, *(1 + m for m in made.modes)]
-        if any(number >= 0 and needed[1 + number] for number in numbers):
-            found.append((made, step.grad_weight(g, hidden[k], weights[k])))
-        if k == 0 and not needed[0]:
-            return None, found
-        g = step.grad_input(g, hidden[k], weights[k])
-    return g, found
+        trained = (made.source >= 0 and needed[1 + made.source]) or any(needed[2 + m] for m in made.modes)
+        # What comes out of the first step meets the frozen layer's part.
+        onward = k > 0 or (needed[0] and total is None)
+        below, gw = step.gradients(g, hidden[k], weights[k], onward, trained)
+        if gw is not None:
+            found.append((k, gw))
+        if below is not None:
+            g = below
+    if not needed[0]:
+        return None, found
+    if total is None:
+        return g, found
+    step = chain.steps[0]
+    if torch.is_grad_enabled():
+        return total + step.grad_input(g, hidden[0], weights[0]), found
+    step.add_grad_input(total, g, hidden[0], weights[0])
+    return total, found

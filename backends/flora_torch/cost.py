@@ -5,10 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flora_tensor.algebra import contraction_order
+from flora_torch._caching import cached
 from flora_torch.geometry import ConvGeometry
 from flora_torch.plans import Shapes, Sides, Split
 
-__all__ = ["Work", "conv_work", "forming_work", "linear_work", "prefers_dense"]
+__all__ = [
+    "Work",
+    "conv_rule",
+    "conv_work",
+    "embedding_rule",
+    "forming_work",
+    "linear_rule",
+    "linear_work",
+    "prefers_dense",
+]
 
 # What writing one element of a fresh tensor costs, in multiply-adds of a large product: the same figure as in
 # flora_tensor.algebra, where it orders the mode products.
@@ -60,6 +70,42 @@ def prefers_dense(factored: Work, forming: Work, base: float, size: int, trainin
     if not training:
         return (forming + Work(0, size)).cost < factored.cost
     return (forming * 3 + Work(base, 3 * size)).cost < (factored * 3).cost
+
+
+@cached
+def linear_rule(tokens: int, shapes: Shapes, sides: Sides, training: bool) -> bool:
+    """Tell what `prefers_dense` says of a linear layer."""
+    size = _size(shapes)
+    return prefers_dense(linear_work(tokens, shapes, sides), forming_work(*shapes), tokens * size, size, training)
+
+
+@cached
+def embedding_rule(tokens: int, shapes: Shapes, training: bool) -> bool:
+    """Tell what `prefers_dense` says of an embedding."""
+    ((r0, r1), (first, second)), size = shapes, _size(shapes)
+    dim = r1 if second is None else second[0]
+    # A look-up multiplies nothing; only the rows that are looked up meet the core and U_1.
+    products = (0 if first is None else r0 * r1) + (0 if second is None else dim * r1)
+    factored = Work(tokens * products, tokens * (r0 + r1 + dim))
+    return prefers_dense(factored, forming_work(*shapes), size, size, training)
+
+
+@cached
+def conv_rule(
+    x_shape: tuple[int, ...],
+    shapes: Shapes,
+    shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    split: Split | None,
+    training: bool,
+) -> bool:
+    """Tell what `prefers_dense` says of a convolution."""
+    factored, base = conv_work(x_shape, shapes[0], shape, geometry, split, [f is None for f in shapes[1]])
+    return prefers_dense(factored, forming_work(*shapes), base, math.prod(shape), training)
+
+
+def _size(shapes: Shapes) -> int:
+    return math.prod([r if f is None else f[0] for r, f in zip(*shapes)])
 
 
 def forming_work(core_shape: Sequence[int], factor_shapes: Sequence[tuple[int, int] | None]) -> Work:

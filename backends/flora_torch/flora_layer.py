@@ -105,13 +105,16 @@ class FloraLayer(nn.Module):
         freeze(base_layer)
 
     def __getattr__(self, name: str) -> Any:
+        # Asked several times at every call; while unpickling there are no modules yet.
+        modules = self.__dict__.get("_modules")
+        if modules is not None and name in modules:
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # While unpickling there are no modules yet. And a property that failed must not look like the base's
-            # attribute. Nor are special methods for the base alone to answer: a parametrized one has a `__deepcopy__`.
-            is_own = name == "base_layer" or name.startswith("__") or hasattr(type(self), name)
-            if is_own or "_modules" not in self.__dict__:
+            # A property that failed must not look like the base's attribute. Nor are special methods for the base alone
+            # to answer: a parametrized one has a `__deepcopy__`.
+            if modules is None or name == "base_layer" or name.startswith("__") or hasattr(type(self), name):
                 raise
             return getattr(self.base_layer, name)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flora_tensor.arrangement import Arrangement
-from flora_torch.chain import Chain, Memory, form, run_chain
+from flora_torch.chain import Chain, Frozen, Memory, form, run_chain
 from flora_torch.geometry import ConvGeometry
 from flora_torch.plans import Shapes, Sides, Split, conv_chain, embedding_chain, linear_chain
 
@@ -328,18 +328,18 @@ def run_conv(
     *,
     scale: float = 1.0,
     memory: Memory = "normal",
-    out: Tensor | None = None,
+    out: Tensor | Frozen | None = None,
 ) -> Tensor:
     """Run a chain of convolutions on a batch, or on one input without the batch's axis."""
     if x.dim() == len(geometry.kernel) + 2:
         return run_chain(chain, x, parameters, scale=scale, memory=memory, out=out)
-    target = None if out is None else out.unsqueeze(0)
+    target = out.unsqueeze(0) if isinstance(out, Tensor) else out
     return run_chain(chain, x.unsqueeze(0), parameters, scale=scale, memory=memory, out=target).squeeze(0)
 
 
 def shapes_of(core: Tensor, factors: Factors) -> Shapes:
     """Return the shapes of a Tucker tensor's parts: what a plan is made from."""
-    return tuple(core.shape), tuple(None if u is None else (u.shape[0], u.shape[1]) for u in factors)
+    return core.shape, tuple(None if u is None else u.shape for u in factors)  # type: ignore[return-value]
 
 
 def _per_axis(value: int | Sequence[int], n: int) -> tuple[int, ...]:

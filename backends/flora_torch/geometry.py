@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as nnf
 from torch import Tensor
 
-__all__ = ["ConvGeometry", "Pads", "pad", "unpad"]
+from flora_torch._caching import cached
+
+__all__ = ["ConvGeometry", "Pads", "kept_geometry", "pad", "unpad"]
 
 # (before, after) of each spatial axis.
 Pads = tuple[tuple[int, int], ...]
@@ -74,6 +77,18 @@ class ConvGeometry:
             else:
                 result.append((n + before + after - reach) // self.stride[a] + 1)
         return tuple(result)
+
+
+@cached
+def kept_geometry(*parts: Any) -> ConvGeometry:
+    """Return the geometry of these parts, in the order of its fields; made once, as layers ask for it at every call.
+
+    Examples
+    --------
+    >>> kept_geometry((3,), (1,), (1,), (1,)) is kept_geometry((3,), (1,), (1,), (1,))
+    True
+    """
+    return ConvGeometry(*parts)
 
 
 def pad(x: Tensor, pads: Pads, mode: str) -> Tensor:

@@ -16,14 +16,15 @@ from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
 from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
-from flora_torch.chain import Chain
-from flora_torch.cost import Work, conv_work, linear_work
+from flora_torch.chain import Chain, Frozen
+from flora_torch.cost import conv_rule, embedding_rule, linear_rule
 from flora_torch.flora_layer import FROZEN, FloraLayer, check_adapter_name, freeze, thaw
 from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
-from flora_torch.geometry import ConvGeometry
+from flora_torch.geometry import ConvGeometry, kept_geometry
 from flora_torch.initialize import Ranks
-from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain
+from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain, own_convolution
 from flora_torch.rows import RowPlan
+from flora_torch.steps import Rows, Step
 from flora_torch.update import TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
 
@@ -114,9 +115,17 @@ class FloraLinear(WeightLayer):
         return linear_chain(shapes, self._sides(update))
 
     @override
-    def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
-        tokens, sides = math.prod(input.shape[:-1]), self._sides(update)
-        return linear_work(tokens, shapes_of(update.core, update.factors), sides), tokens * math.prod(update.shape)
+    def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
+        plain = isinstance(self.base_layer, nn.Linear) and self._is_plain and not (self._is_quantized or args or kwargs)
+        return _ROWS if plain else None
+
+    @override
+    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
+        shapes = shapes_of(core, update.factors)
+        return linear_rule(math.prod(input.shape[:-1]), shapes, self._sides(update), training)
+
+
+_ROWS = Rows()
 
 
 class FloraConv(WeightLayer):
@@ -185,7 +194,7 @@ class FloraConv(WeightLayer):
         x: Tensor,
         parameters: Factors,
         weight: float,
-        out: Tensor | None,
+        out: Tensor | Frozen | None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
@@ -202,10 +211,18 @@ class FloraConv(WeightLayer):
         return self._geometry
 
     @override
-    def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
+    def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
+        geometry = self._geometry
+        if not self._is_plain or args or kwargs or input.dim() != len(geometry.kernel) + 2:
+            return None
+        return own_convolution(geometry)
+
+    @override
+    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
         split = None if update.is_native else update.split_axes
-        whole = [u is None for u in update.factors]
-        return conv_work(input.shape, update.core.shape, update.shape, self._geometry, split, whole)
+        return conv_rule(
+            tuple(input.shape), shapes_of(core, update.factors), update.shape, self._geometry, split, training
+        )
 
 
 class FloraConvTranspose(FloraConv):
@@ -251,15 +268,15 @@ class FloraConvTranspose(FloraConv):
 
 
 def _geometry_of(layer: Any) -> ConvGeometry:
-    return ConvGeometry(
-        kernel=tuple(layer.kernel_size),
-        stride=tuple(layer.stride),
-        dilation=tuple(layer.dilation),
-        padding=layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
-        groups=layer.groups,
-        padding_mode=layer.padding_mode,
-        output_padding=tuple(layer.output_padding),
-        transposed=bool(layer.transposed),
+    return kept_geometry(
+        tuple(layer.kernel_size),
+        tuple(layer.stride),
+        tuple(layer.dilation),
+        layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
+        layer.groups,
+        layer.padding_mode,
+        tuple(layer.output_padding),
+        bool(layer.transposed),
     )
 
 
@@ -387,14 +404,8 @@ class FloraEmbedding(WeightLayer):
         return update.rescale(base, change, ratio, drop=self.training)
 
     @override
-    def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
-        whole = [u is None for u in update.factors]
-        tokens = input.numel()
-        rows, dim = update.shape
-        r0, r1 = update.core.shape
-        # A look-up multiplies nothing; only the rows that are looked up meet the core and U_1.
-        products = (0 if whole[0] else r0 * r1) + (0 if whole[1] else dim * r1)
-        return Work(tokens * products, tokens * (r0 + r1 + dim)), float(rows * dim)
+    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
+        return embedding_rule(input.numel(), shapes_of(core, update.factors), training)
 
 
 class FloraParameter(FloraLayer):

@@ -8,18 +8,17 @@ it is exact: the small convolutions have no bias, so padding (which copies or ze
 commutes with the 1×1 products and acts on each spatial axis on its own.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeAlias
+from typing import TypeAlias
 
-import torch
-
-from flora_torch.chain import Chain, Channels, Convolve, Lookup, Made, Rows, Step
+from flora_torch._caching import cached
+from flora_torch.chain import Chain, Made, in_order
 from flora_torch.geometry import ConvGeometry
+from flora_torch.steps import Channels, Convolve, Lookup, Rows, Step
 
-__all__ = ["Shapes", "Sides", "Split", "conv_chain", "embedding_chain", "linear_chain"]
+__all__ = ["Shapes", "Sides", "Split", "conv_chain", "embedding_chain", "linear_chain", "own_convolution"]
 
 # The weight's axes in each of the two modes of a separable kernel.
 Split: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
@@ -28,24 +27,8 @@ Sides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 # The core's shape, and each factor's; None for a mode that is left whole.
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, int] | None, ...]]
 
-P = ParamSpec("P")
 
-
-def _cached(plan: Callable[P, Chain]) -> Callable[P, Chain]:
-    """Keep plans: making one takes longer than running it on a small input."""
-    kept = functools.lru_cache(maxsize=4096)(plan)
-
-    @functools.wraps(plan)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Chain:
-        # A compiler traces through the plan itself and warns of caches.
-        if torch.compiler.is_compiling():
-            return plan(*args, **kwargs)
-        return kept(*args, **kwargs)  # type: ignore[arg-type]
-
-    return wrapper
-
-
-@_cached
+@cached
 def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
     """Plan y = x ΔWᵀ for a matrix whose rows and columns may be split into several modes, such as heads.
 
@@ -66,7 +49,7 @@ def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
         made.append(Made(1 + inner[-1], (), (n, r), (1, 0), (r, n)))
     rest = (*outer[:-1], *inner[:-1])
     sizes = tuple(full[k] if k in rest else core[k] for k in range(len(core)))
-    modes = tuple(k for k in rest if factors[k] is not None)
+    modes = in_order(rest, factors)
     rows, columns = (math.prod([sizes[k] for k in side]) for side in sides)
     steps.append(Rows())
     made.append(Made(0, modes, sizes, (*outer, *inner), (rows, columns)))
@@ -77,7 +60,7 @@ def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
     return Chain(tuple(steps), tuple(made))
 
 
-@_cached
+@cached
 def embedding_chain(shapes: Shapes, padding_idx: int | None) -> Chain:
     """Plan a look-up in U_0, then the core and U_1."""
     core, (table, dim) = shapes
@@ -95,7 +78,7 @@ def embedding_chain(shapes: Shapes, padding_idx: int | None) -> Chain:
     return Chain(tuple(steps), tuple(made), None if padding_idx is None else padding_idx % rows)
 
 
-@_cached
+@cached
 def conv_chain(shapes: Shapes, geometry: ConvGeometry, split: Split | None, shape: tuple[int, ...]) -> Chain:
     """Plan the convolution of `tucker_conv` or `tucker_conv_transpose`."""
     links = _native_links(shapes, geometry) if split is None else _separable_links(shapes, geometry, split, shape)
@@ -104,11 +87,17 @@ def conv_chain(shapes: Shapes, geometry: ConvGeometry, split: Split | None, shap
     return Chain(tuple(step for step, _ in links), tuple(made for _, made in links))
 
 
+@cached
+def own_convolution(geometry: ConvGeometry) -> Convolve:
+    """Plan the convolution of a layer itself, with the whole of its kernel."""
+    return _convolve(geometry, geometry.axes, per_group=True)
+
+
 def _native_links(shapes: Shapes, geometry: ConvGeometry) -> list[tuple[Step, Made]]:
     """List 1×1 by U_1, the kernel, 1×1 by U_0, in the order of an ordinary convolution."""
     core, factors = shapes
     first, second = factors[0], factors[1]
-    modes = tuple(k for k in range(2, len(core)) if factors[k] is not None)
+    modes = in_order(range(2, len(core)), factors)
     kernel = (*core[:2], *geometry.kernel)
     links: list[tuple[Step, Made]] = []
     if second is not None:

@@ -220,13 +220,16 @@ class TuckerUpdate(nn.Module):
     def _arrange(self, arrangement: Arrangement) -> None:
         # The forward pass asks for these, and reading a pattern takes longer than a small product.
         self.arrangement = arrangement
+        self._factor_names = tuple(f"factor_{mode}" for mode in range(arrangement.n_modes))
         self.is_native, self.split_axes = arrangement.is_native, split_of(arrangement)
         self.sides = sides_of(arrangement)
 
     @property
     def factors(self) -> tuple[Tensor | None, ...]:
         """The factor matrices, ``None`` for a mode that is left whole."""
-        return tuple(getattr(self, f"factor_{mode}") for mode in range(self.core.dim()))
+        own = self._parameters
+        # One that is computed, as by an orthogonal parametrization, is not among the parameters.
+        return tuple([own[name] if name in own else getattr(self, name) for name in self._factor_names])
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -277,6 +280,9 @@ class TuckerUpdate(nn.Module):
         >>> [(core.item(), weight) for core, _, weight in update.terms()]
         [(1.0, 3.0)]
         """
+        plain = self.start_core is None and self.magnitude is None and dtype is None
+        if plain and not (drop and (self.rank_dropout or self.module_dropout)):
+            return [(self.core, self.factors, self.scale * self.multiplier)]
 
         def cast(x: Tensor | None) -> Any:
             return x if x is None or dtype is None else x.to(dtype)

@@ -6,7 +6,6 @@ once with the effective weight. With ``path="auto"`` the cheaper of the two runs
 has a `forward` of its own always runs dense, since nothing is known of what it does with its weight.
 """
 
-import math
 import sys
 from typing import Any
 
@@ -18,14 +17,14 @@ from typing_extensions import override
 
 from flora_torch._sharding import is_sharded, refuse_part
 from flora_torch.base_weight import call_with, dense_value, is_quantized
-from flora_torch.chain import Chain, Memory, run_chain
-from flora_torch.cost import Work, forming_work, prefers_dense
+from flora_torch.chain import Chain, Frozen, Memory, run_chain, run_step
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, shapes_of
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes
 from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
+from flora_torch.steps import Step
 from flora_torch.update import TuckerUpdate
 
 __all__ = ["WeightLayer", "is_conv1d_of_transformers", "is_read_by_its_parent"]
@@ -115,10 +114,8 @@ class WeightLayer(FloraLayer):
 
     @override
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
-        if adapter_name not in self.tucker_update:
-            return {}
-        update: Any = self.tucker_update[adapter_name]
-        return {"weight": update}
+        update: Any = vars(self.tucker_update)["_modules"].get(adapter_name)
+        return {} if update is None else {"weight": update}
 
     @override
     def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
@@ -152,12 +149,34 @@ class WeightLayer(FloraLayer):
         if formed and any(update.magnitude is not None for update in added):
             # What a magnitude rescales is the product with W alone, so the base runs with nothing formed.
             formed, added = [], formed + added
-        result = base = self._run_base(formed, input, *args, **kwargs)
         # The base's output can be written to where nobody else holds it.
         alone = not _is_watched(self.base_layer) and all(update.magnitude is None for update in added)
+        if alone and added and not formed:
+            result = self._beside_base(added[0], input, *args, **kwargs)
+            if result is not None:
+                for update in added[1:]:
+                    result = self._added(result, update, result, input, alone)
+                return result
+        result = base = self._run_base(formed, input, *args, **kwargs)
         for update in added:
             result = self._added(result, update, base, input, alone, *args, **kwargs)
         return result
+
+    def _beside_base(self, update: TuckerUpdate, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Run a frozen base and one update as one operation; ``None`` where the base has to be called."""
+        if not self._adds_in_place(update) or self._drops(update):
+            return None
+        own: Any = self.base_layer._parameters
+        step, weight, bias = self._own_step(input, *args, **kwargs), own.get("weight"), own.get("bias")
+        if step is None or not _is_still(weight) or not (bias is None or _is_still(bias)):
+            return None
+        ((core, factors, scale),) = update.terms(drop=self.training)
+        return self._product(update, input, (core, *factors), scale, Frozen(step, weight, bias))
+
+    def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
+        """Return what the base does with its weight and this input; ``None`` where it has to be called to know."""
+        del input, args, kwargs
+        return None
 
     def _forward_rows(self, plan: RowPlan, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base once, and add to each row what its own adapters change."""
@@ -195,6 +214,9 @@ class WeightLayer(FloraLayer):
         if not formed:
             return self.base_layer(input, *args, **kwargs)
         with self.rebuilt("weight", formed) as weight:
+            step = None if _is_watched(self.base_layer) else self._own_step(input, *args, **kwargs)
+            if step is not None:
+                return run_step(step, input, weight, self.base_layer.bias)  # type: ignore[arg-type]
             return call_with(self.base_layer, {"weight": weight}, (input, *args), kwargs)
 
     @override
@@ -209,7 +231,8 @@ class WeightLayer(FloraLayer):
 
     def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
         """Decide between the two paths; dropout on the update's own input leaves no single effective weight."""
-        if is_sharded(getattr(self.base_layer, "weight", None)):
+        base: Any = self.base_layer
+        if is_sharded(base._parameters.get("weight")):
             self._check_parallel(update, input)
             return False
         # Nothing can be added to a quantized weight: the change stays a product of its own.
@@ -219,10 +242,8 @@ class WeightLayer(FloraLayer):
             return self.path != "factored"
         if update.magnitude is not None and not torch.is_grad_enabled():
             return True  # its norms need ΔW formed in any case
-        factored, base = self._work(update, input)
-        shapes = [None if u is None else (u.shape[0], u.shape[1]) for u in update.factors]
-        training = torch.is_grad_enabled() and update.core.requires_grad
-        return prefers_dense(factored, forming_work(update.core.shape, shapes), base, math.prod(update.shape), training)
+        core = update.core
+        return self._is_cheaper_dense(update, core, input, torch.is_grad_enabled() and core.requires_grad)
 
     def _added(
         self, result: Tensor, update: TuckerUpdate, base: Tensor, input: Tensor, alone: bool, *args: Any, **kwargs: Any
@@ -303,6 +324,9 @@ class WeightLayer(FloraLayer):
 
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute ΔW·x by the base itself: without its bias, it is the product with its weight."""
+        step = None if _is_watched(self.base_layer) else self._own_step(x, *args, **kwargs)
+        if step is not None:
+            return run_step(step, x, delta, None)
         base: Any = self.base_layer
         parts = {"weight": delta}
         parts |= {} if getattr(base, "bias", None) is None else {"bias": torch.zeros_like(base.bias)}
@@ -318,7 +342,7 @@ class WeightLayer(FloraLayer):
         x: Tensor,
         parameters: Factors,
         weight: float,
-        out: Tensor | None,
+        out: Tensor | Frozen | None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
@@ -333,16 +357,24 @@ class WeightLayer(FloraLayer):
         """Return the steps of the product for a core and factors of these shapes."""
         raise NotImplementedError
 
-    def _work(self, update: TuckerUpdate, input: Tensor) -> tuple[Work, float]:
+    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
+        """Tell which of the two ways the cost rule prefers."""
         raise NotImplementedError
 
 
+_torch_modules: Any = nn.modules.module
+
+
 def _is_watched(module: nn.Module) -> bool:
-    """Tell whether a hook may hold the module's output, which then must not be written to."""
-    own, everywhere = vars(module), vars(nn.modules.module)
-    hooks = [own.get(name) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")]
-    hooks += [everywhere.get(f"_global{name}") for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")]
-    return any(hooks)
+    """Tell whether a hook may see what the module takes or hold its output, which then must not be written to."""
+    own: Any = module
+    mine = own._forward_hooks or own._forward_pre_hooks or own._backward_hooks or own._backward_pre_hooks
+    return bool(mine or "forward" in own.__dict__ or _torch_modules._has_any_global_hook())
+
+
+def _is_still(tensor: Any) -> bool:
+    """Tell whether a weight is a plain tensor that nothing is to be known of in the backward pass."""
+    return type(tensor) in (nn.Parameter, Tensor) and not tensor.requires_grad
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:

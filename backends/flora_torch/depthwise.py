@@ -1,0 +1,112 @@
+"""The gradient of a depthwise kernel, where the library's own is slow.
+
+oneDNN convolves quickly, channel by channel, but takes the kernel's gradient as quickly only for small kernels that are
+not dilated: for 7×7 it needs three times as long as for all the rest of a step. Yet that gradient is a depthwise
+convolution itself:
+
+    ∂L/∂W[c, p] = Σ_n Σ_i g[n, c, i] · x[n, c, s·i + d·p]
+
+walks along p over the input, with the output's gradient for a kernel, stride and dilation exchanged, and each image and
+channel a group of its own. This takes as long as the forward pass does.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["has_slow_kernel_gradient", "kernel_gradient"]
+
+# What is convolved at once should stay in the cache: elements of the input, 1 MiB in float32.
+_AT_ONCE = 2**18
+# Up to so many taps, not dilated, the library's own gradient is as fast.
+_FEW_TAPS = 9
+
+
+def has_slow_kernel_gradient(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Tell whether `kernel_gradient` is faster than the library: for large depthwise kernels, on a CPU.
+
+    Parameters
+    ----------
+    x : Tensor, shape (batch, channels, *sizes)
+        The convolution's input.
+    kernel, dilation : sequence of int
+        The kernel's sizes and its dilation, one a spatial axis.
+    groups : int
+        The convolution's groups.
+
+    Returns
+    -------
+    bool
+        Whether it is.
+
+    Examples
+    --------
+    >>> has_slow_kernel_gradient(torch.ones(1, 4, 9, 9), (3, 3), (1, 1), 4)
+    False
+    """
+    if groups == 1 or groups != x.shape[1] or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    return math.prod(kernel) > _FEW_TAPS or max(dilation) > 1
+
+
+def kernel_gradient(
+    g: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool = False,
+) -> Tensor:
+    """Compute the kernel's gradient of a depthwise convolution, some images at a time.
+
+    Parameters
+    ----------
+    g : Tensor, shape (batch, channels · multiplier, *output sizes)
+        The output's gradient.
+    x : Tensor, shape (batch, channels, *sizes)
+        The input.
+    kernel, stride, padding, dilation : sequence of int
+        As the convolution has them, one a spatial axis.
+    transposed : bool
+        Whether the convolution is transposed.
+
+    Returns
+    -------
+    Tensor, shape (channels · multiplier, 1, *kernel), transposed (channels, multiplier, *kernel)
+        The gradient, summed over the images in float32 for 16-bit types.
+
+    Examples
+    --------
+    >>> g, x = torch.ones(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 1.0, 0.0]]])
+    >>> kernel_gradient(g, x, (2,), stride=(1,), padding=(0,), dilation=(1,)).tolist()
+    [[[6.0, 9.0]], [[1.0, 1.0]]]
+    """
+    channels, multiplier = g.shape[1], g.shape[1] // x.shape[1]
+    # A transposed convolution walks over its output.
+    walked, walker = (g, x) if transposed else (x, g)
+    at_once = max(1, _AT_ONCE // walked[0].numel())
+    total: Tensor | None = None
+    for k in range(0, x.shape[0], at_once):
+        a, b = (_each_channel(t[k : k + at_once], channels) for t in (walked, walker))
+        groups = a.shape[0] * channels
+        a, b = a.reshape(1, groups, *a.shape[2:]), b.reshape(groups, 1, *b.shape[2:])
+        part = torch.convolution(a, b, None, dilation, padding, stride, False, [0] * len(kernel), groups)
+        # With a stride, the input may reach further than the kernel ever did.
+        for axis, n in enumerate(kernel):
+            part = part.narrow(2 + axis, 0, n)
+        part = part.reshape(-1, channels, *kernel).sum(0, dtype=torch.float32 if x.dtype.itemsize == 2 else None)
+        total = part if total is None else total + part
+    assert total is not None
+    shape = (x.shape[1], multiplier) if transposed else (channels, 1)
+    return total.reshape(*shape, *kernel).to(x.dtype)
+
+
+def _each_channel(x: Tensor, channels: int) -> Tensor:
+    """Repeat the input's channels where each has several kernels."""
+    return x if x.shape[1] == channels else x.repeat_interleave(channels // x.shape[1], 1)

@@ -1,0 +1,227 @@
+"""The linear steps that chains of thin products are made of; each knows its transposes, so gradients are steps too."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from typing_extensions import override
+
+from flora_torch.depthwise import has_slow_kernel_gradient, kernel_gradient
+from flora_torch.geometry import Pads, pad, unpad
+
+__all__ = ["Channels", "Convolve", "Lookup", "Rows", "Step"]
+
+
+class Step:
+    """One linear step: what it does with its input ``x`` and its weight ``w``, and its transposes."""
+
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the product; only steps that a layer's own base may be take a bias."""
+        raise NotImplementedError
+
+    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
+        """Add the product to ``out``, in place."""
+        out.add_(self.run(x, w))
+
+    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """Return the input's gradient for the product's, ``g``."""
+        raise NotImplementedError
+
+    def add_grad_input(self, total: Tensor, g: Tensor, x: Tensor, w: Tensor) -> None:
+        """Add the input's gradient to ``total``, in place."""
+        total.add_(self.grad_input(g, x, w))
+
+    def gradients(
+        self, g: Tensor, x: Tensor, w: Tensor, of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return those gradients that are asked for."""
+        return self.grad_input(g, x, w) if of_input else None, self.grad_weight(g, x, w) if of_weight else None
+
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """Return the weight's gradient for the product's, ``g``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rows(Step):
+    """Multiply the last axis, seen as ``parts`` equal pieces, by a matrix (out, in) that all pieces share."""
+
+    parts: int = 1
+
+    @override
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.parts == 1:
+            return nnf.linear(x, w, bias)
+        lead = x.shape[:-1]
+        return nnf.linear(x.reshape(*lead, self.parts, w.shape[1]), w).reshape(*lead, self.parts * w.shape[0])
+
+    @override
+    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
+        if out.is_contiguous() and out.dtype == x.dtype:
+            _as_rows(out, w.shape[0]).addmm_(_as_rows(x, w.shape[1]), w.mT)
+        else:
+            out.add_(self.run(x, w))
+
+    @override
+    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        product = _as_rows(g, w.shape[0]) @ w
+        return product if product.shape == x.shape else product.reshape(x.shape)
+
+    @override
+    def add_grad_input(self, total: Tensor, g: Tensor, x: Tensor, w: Tensor) -> None:
+        self.add_to(total, g, w.mT)
+
+    @override
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return _thin_first(_as_rows(g, w.shape[0]), _as_rows(x, w.shape[1]))
+
+
+def _as_rows(x: Tensor, n: int) -> Tensor:
+    return x if x.dim() == 2 and x.shape[1] == n else x.reshape(-1, n)
+
+
+def _thin_first(g: Tensor, x: Tensor) -> Tensor:
+    """Compute gᵀx of one matrix or several, with the thinner one first: BLAS takes half the time of the other order."""
+    return g.mT @ x if g.shape[-1] <= x.shape[-1] else (x.mT @ g).mT
+
+
+@dataclass(frozen=True)
+class Channels(Step):
+    """Multiply axis 1 by a matrix (out, in): a 1×1 convolution whose kernel is shared by all groups."""
+
+    groups: int = 1
+
+    @override
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._is_last(x):
+            return nnf.linear(x.movedim(1, -1), w).movedim(-1, 1)
+        flat = self._flat(x)
+        return torch.bmm(w.expand(flat.shape[0], *w.shape), flat).reshape(x.shape[0], -1, *x.shape[2:])
+
+    @override
+    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
+        if out.dtype == x.dtype and out.is_contiguous():
+            flat = self._flat(x)
+            target = out.view(flat.shape[0], w.shape[0], flat.shape[2])
+            target.baddbmm_(w.expand(flat.shape[0], *w.shape), flat)
+        elif out.dtype == x.dtype and self._is_last(out):
+            rows = out.movedim(1, -1)
+            rows.view(-1, w.shape[0]).addmm_(x.movedim(1, -1).reshape(-1, w.shape[1]), w.mT)
+        else:
+            out.add_(self.run(x, w))
+
+    @override
+    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return self.run(g, w.mT)
+
+    @override
+    def add_grad_input(self, total: Tensor, g: Tensor, x: Tensor, w: Tensor) -> None:
+        self.add_to(total, g, w.mT)
+
+    @override
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        if self._is_last(x):
+            return _thin_first(g.movedim(1, -1).reshape(-1, w.shape[0]), x.movedim(1, -1).reshape(-1, w.shape[1]))
+        g, x = self._flat(g), self._flat(x)
+        return _thin_first(g.mT, x.mT).sum(0)
+
+    def _is_last(self, x: Tensor) -> bool:
+        """Tell whether the channels are neighbors in memory, so that positions are the rows of a matrix."""
+        return self.groups == 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, -1)
+
+
+@dataclass(frozen=True)
+class Convolve(Step):
+    """Convolve, forward or transposed, with a small kernel.
+
+    ``folded`` groups share the kernel and are folded into the batch; ``groups`` have parts of it. ``pads`` are
+    written out before the convolution, ``padding`` is left to it.
+    """
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    transposed: bool
+    groups: int
+    folded: int
+    pads: Pads
+    padding_mode: str
+    # As torch's operations take them.
+    _options: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+
+    @override
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._unfold(torch.convolution(self._prepare(x), w, bias, *self._options))
+
+    @override
+    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        found = self._library(g, x, w, True, False)[0]
+        assert found is not None
+        return found
+
+    @override
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        if self.is_slow(x, w):
+            steps = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+            return kernel_gradient(g, self._prepare(x), w.shape[2:], **steps, transposed=self.transposed)
+        found = self._library(g, x, w, False, True)[1]
+        assert found is not None
+        return found
+
+    @override
+    def gradients(
+        self, g: Tensor, x: Tensor, w: Tensor, of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.is_slow(x, w):
+            return super().gradients(g, x, w, of_input, of_weight)
+        return self._library(g, x, w, of_input, of_weight)
+
+    def _library(
+        self, g: Tensor, x: Tensor, w: Tensor, of_input: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Take the gradients as the library does, both in one operation."""
+        back: Any = torch.ops.aten.convolution_backward.default
+        gx, gw, _ = back(self._fold(g), self._prepare(x), w, None, *self._options, (of_input, of_weight, False))
+        return None if gx is None else self._unfold(unpad(gx, self.pads, self.padding_mode)), gw
+
+    def is_slow(self, x: Tensor, w: Tensor) -> bool:
+        """Tell whether the library's own gradient of the kernel is slow."""
+        return has_slow_kernel_gradient(x, w.shape[2:], self.dilation, self.groups)
+
+    def __post_init__(self) -> None:
+        steps = (self.stride, self.padding, self.dilation)
+        object.__setattr__(self, "_options", (*steps, self.transposed, self.output_padding, self.groups))
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        x = self._fold(x)
+        return pad(x, self.pads, self.padding_mode) if self.pads else x
+
+    def _fold(self, x: Tensor) -> Tensor:
+        if self.folded == 1:
+            return x
+        return x.reshape(x.shape[0] * self.folded, x.shape[1] // self.folded, *x.shape[2:])
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        if self.folded == 1:
+            return x
+        return x.reshape(x.shape[0] // self.folded, x.shape[1] * self.folded, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class Lookup(Step):
+    """Look up rows of a table (rows, rank) by integers."""
+
+    @override
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nnf.embedding(x, w)
+
+    @override
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        back: Any = torch.ops.aten.embedding_dense_backward.default
+        return back(g, x, w.shape[0], -1, False)
