@@ -161,6 +161,8 @@ def _chosen(
     """
     sizes = () if ranks is None else range_sizes(shape, ranks)
     large = [] if ranks is None else large_modes(shape, sizes)
+    if method == "randomized" and differentiated:  # QR has no derivative where the sketch has fewer directions
+        return "hooi", "as asked, but x is differentiated", True
     if method == "randomized" and (ranks is None or len(large) < 2):
         return "hooi", "as asked, but fewer than two modes shrink to less than half", True
     if method != "auto" or ranks is None:

@@ -309,7 +309,7 @@ def tucker(
         How many numbers core and factors may store, ∏ r_n + Σ I_n r_n.
     method : {"auto", "hosvd", "st_hosvd", "hooi", "randomized"}
         Force an algorithm; ``fit.method`` says which one ran and why. ``"randomized"`` becomes ``"hooi"`` where fewer
-        than two modes shrink to less than half.
+        than two modes shrink to less than half, and where somebody differentiates through ``x``.
     rng : int or numpy.random.Generator, optional
         The source of randomness of the randomized method; 0 by default, so that equal input gives equal bits.
 

@@ -7,6 +7,9 @@ orthonormal factors, an all-orthogonal core, true errors within their bounds, th
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from support import (
     dense,
     distance,
     namespace,
+    orthonormal,
     same_bits,
     seeds,
     supports,
@@ -164,3 +168,54 @@ def test_the_same_seed_gives_the_same_bits(case, method, seed):
     x = array(sample)
     first, second = (ft.tucker(x, ranks, method=method, rng=seed).tucker for _ in range(2))
     assert all(same_bits(a, b) for a, b in zip((first.core, *first.factors), (second.core, *second.factors)))
+
+
+# --- derivatives -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gauss", "zero", "ones", "superdiagonal"])
+@pytest.mark.parametrize("shape", [(44, 40), (40, 39, 3)])
+def test_gradients_are_finite_where_singular_values_coincide(method, kind, shape):
+    torch = pytest.importorskip("torch")
+    values = Sample(shape, kind=kind).values
+    x = torch.tensor(values, requires_grad=True)
+    weights = torch.tensor(np.random.default_rng(0).standard_normal(shape))
+    criteria = {"ranks": ft.feasible_ranks((2,) * len(shape), shape)}, {"rtol": 0.3}, {"max_parameters": 400}
+    for criterion in criteria:
+        t = ft.tucker(x, **criterion, method=method).tucker
+        (gradient,) = torch.autograd.grad((weights * t.to_tensor()).sum(), x)
+        assert bool(torch.isfinite(gradient).all())
+
+
+# --- threads -----------------------------------------------------------------------------------------
+
+_DECOMPOSE = """
+import sys
+import numpy as np
+import flora_tensor as ft
+x = np.load(sys.argv[1])
+results = [ft.tucker(x, (6, 6, 2, 2), method=method, rng=0).tucker.to_tensor() for method in sys.argv[3:]]
+np.save(sys.argv[2], np.stack(results))
+"""
+
+
+def test_the_number_of_threads_only_rounds(tmp_path):
+    """The subspaces are well determined here: whatever the order of sums, all methods end in the same ones."""
+    rng = np.random.default_rng(0)
+    shape, ranks = (72, 64, 3, 3), (6, 6, 2, 2)
+    signal = dense(rng.standard_normal(ranks), [orthonormal(rng, n, r) for n, r in zip(shape, ranks)])
+    noise = rng.standard_normal(shape)
+    x = (signal + noise * (0.05 * np.linalg.norm(signal) / np.linalg.norm(noise))).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    found = []
+    for threads in ("1", "2"):
+        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        arguments = [str(tmp_path / "x.npy"), str(tmp_path / f"{threads}.npy"), *METHODS]
+        environment = {**os.environ, **dict.fromkeys(variables, threads)}
+        subprocess.run([sys.executable, "-c", _DECOMPOSE, *arguments], env=environment, check=True)
+        found.append(np.load(tmp_path / f"{threads}.npy"))
+    for method, one, two in zip(METHODS, *found):
+        # Iterations stop on the way to where they converge: there, not in the rounding, lies what may differ.
+        limit = 1e-4 if method in {"auto", "hooi", "randomized"} else tolerance("float32", sum(shape))
+        assert distance(one, two) <= limit * np.linalg.norm(x)
