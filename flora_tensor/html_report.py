@@ -33,6 +33,7 @@ dd{margin:0;font-size:1.3rem;font-variant-numeric:tabular-nums}
 .wide:focus-visible{outline:2px solid var(--blue)}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.86rem}
 caption{text-align:left;color:var(--soft);padding:.5rem .6rem}
+caption span{display:inline-block;position:sticky;left:.6rem;max-width:min(60rem,calc(100vw - 4rem))}
 th,td{padding:.32rem .6rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 thead th{background:var(--band);white-space:nowrap;position:sticky;top:0}
 tbody th{font-weight:500;overflow-wrap:anywhere;min-width:10rem}
@@ -266,8 +267,9 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[_Cell]])
         for name, n in zip(header, numeric)
     )
     lines = ("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
+    about = f"{_escape(caption)}; click a title to sort."
     return (
-        f'<div class="wide" tabindex="0"><table><caption>{_escape(caption)}; click a title to sort.</caption>'
+        f'<div class="wide" tabindex="0"><table><caption><span>{about}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -318,7 +320,7 @@ def _grid_table(title: str, rows: Sequence[GridRow], ranks: _Ranks, arrangements
         lines.append(f'<tr><th scope="row">{label}</th>{"".join(map(_cell, cells))}</tr>')
     caption = f"{title}: ranks by layer and mode; the deepest color keeps {100 * most:.3g} % of a mode"
     return (
-        f'<div class="wide" tabindex="0"><table class="grid"><caption>{_escape(caption)}</caption>'
+        f'<div class="wide" tabindex="0"><table class="grid"><caption><span>{_escape(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

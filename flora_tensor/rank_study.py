@@ -11,6 +11,7 @@ import numpy as np
 from flora_tensor._checks import check_fraction
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
+from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
 from flora_tensor._settings import matches
 from flora_tensor.allocation import allocate_ranks, budget_curve
@@ -131,7 +132,7 @@ class RankStudy(Report):
         """Return the study as two text tables: the weights, and the budgets."""
         weights = [
             [name, "×".join(map(str, s.shape)), f"{s.norm:.4g}", *(self._ranks_text(name, e) for e in (0.9, 0.99))]
-            for name, s in self.spectra.items()
+            for name, s in sorted(self.spectra.items(), key=lambda item: natural_key(item[0]))
         ]
         budgets = [
             [

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flora_tensor._checks import printable
+from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import RowReport, plain
 from flora_tensor._version import __version__
 from flora_tensor.adapter import Adapter
@@ -17,6 +18,7 @@ from flora_tensor.tucker_tensor import norm
 __all__ = ["ExtractionReport", "TensorRow", "adapter_table", "describe_adapter", "format_table"]
 
 Status = Literal["tucker", "whole", "left out"]
+_WIDEST = 90
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class ExtractionReport(RowReport[TensorRow]):
 
     def to_table(self) -> str:
         """Return the report as a text table, one line a tensor, and the totals below it."""
-        lines = [_cells(row) for row in self.rows]
+        lines = [_cells(row) for row in sorted(self.rows, key=lambda row: natural_key(row.name))]
         table = format_table(
             ["tensor", "shape", "stored as", "ranks", "parameters", "error", "at least"], lines, "lllrrrr"
         )
@@ -249,7 +251,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: st
     bcdef   9
     """
     cells = [[printable(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    # A few very long texts stick out, rather than push every other line apart.
+    fitting = [[len(row[k]) for row in cells if len(row[k]) <= _WIDEST] for k in range(len(header))]
+    widths = [max(lengths, default=_WIDEST) for lengths in fitting]
     cells.insert(1, ["-" * width for width in widths])
     lines = (
         "  ".join(c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(row, widths, align)).rstrip()

@@ -693,6 +693,13 @@ def test_memory_is_that_of_one_tensor_whatever_the_model(criterion: str, tmp_pat
     assert used < limit
 
 
+def test_a_table_counts_layers_as_people_do_and_one_long_name_widens_no_other_line():
+    rows = [TensorRow(name, "left out", reason="no") for name in ("layers.10.w", "layers.9.w", "n" * 3000)]
+    lines = ft.ExtractionReport(tuple(rows), 0, 0, 0, 0.0).to_table().splitlines()
+    assert [line.split(" ")[0] for line in lines[2:5]] == ["layers.9.w", "layers.10.w", "n" * 3000]
+    assert max(len(line) for line in lines[:4]) < 100
+
+
 def test_a_report_answers_by_name_and_writes_no_infinities():
     row = TensorRow("w", "tucker", delta_norm=math.inf, relative_error=math.nan)
     report = ft.ExtractionReport((row,), 0, 0, 0, math.nan)
