@@ -330,7 +330,9 @@ def _chosen(
     chosen, widening = choose(weights, run.job.settings, keep_going=keep_going), 0
     while short := [name for name, weight in weights.items() if weight.is_short]:
         widening += 1
-        for name, outcome in run.do("reading", [Task(name, widening=widening) for name in short]).items():
+        for name, outcome in run.do(
+            "reading", [Task(name, widening=widening, members=weights[name].members) for name in short]
+        ).items():
             assert outcome.weight is not None
             rows[name], weights[name] = outcome.row, outcome.weight
         chosen = choose(weights, run.job.settings, keep_going=keep_going)
