@@ -16,6 +16,7 @@ from flora_tensor.adapter_algebra import (
     scale_adapter,
     subtract_adapters,
 )
+from flora_tensor.adapter_export import to_lycoris, to_peft_lora
 from flora_tensor.adapter_file import load_adapter, save_adapter
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
@@ -26,8 +27,6 @@ from flora_tensor.conversion import (
     from_lycoris,
     from_official_flora,
     from_peft_lora,
-    to_lycoris,
-    to_peft_lora,
 )
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
 from flora_tensor.extraction import extract

@@ -66,6 +66,7 @@ FLOORS = {
     "flora_tensor.extraction": 4,
     "flora_tensor.adapter_algebra": 4,
     "flora_tensor.conversion": 4,
+    "flora_tensor.adapter_export": 4,
     "flora_tensor.merging": 4,
     "flora_tensor.rank_study": 4,
     "flora_tensor.report": 4,

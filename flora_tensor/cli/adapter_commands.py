@@ -187,22 +187,23 @@ def convert(
 
     Reads PEFT's LoRA, LoHa and LoKr, LyCORIS and kohya files, and those of the official FLoRA.
     """
-    from flora_tensor import conversion
+    from flora_tensor.adapter_export import to_lycoris, to_peft_lora
     from flora_tensor.adapter_file import save_adapter
+    from flora_tensor.conversion import convert_adapter
 
     if (out is None) == (named is None):
         raise click.UsageError("pass where to write once: as OUT, or with '-o' / '--out'")
     out = Path(out or named or "")
 
-    adapter = conversion.convert_adapter(source, prefix=prefix, **options)
+    adapter = convert_adapter(source, prefix=prefix, **options)
     if target == "flora":
         save_adapter(out, adapter, overwrite=overwrite)
     elif target == "peft-lora":
-        conversion.to_peft_lora(adapter, out, overwrite=overwrite)
+        to_peft_lora(adapter, out, overwrite=overwrite)
     else:
         start = prefix or ("lycoris" if target == "lycoris" else "lora_unet")
         whole = "skip" if skip_whole else "error"
-        conversion.to_lycoris(adapter, out, prefix=start, tucker=target == "lycoris", whole=whole, overwrite=overwrite)
+        to_lycoris(adapter, out, prefix=start, tucker=target == "lycoris", whole=whole, overwrite=overwrite)
     _show(adapter, as_json)
 
 
