@@ -330,9 +330,8 @@ def _chosen(
     chosen, widening = choose(weights, run.job.settings, keep_going=keep_going), 0
     while short := [name for name, weight in weights.items() if weight.is_short]:
         widening += 1
-        for name, outcome in run.do(
-            "reading", [Task(name, widening=widening, members=weights[name].members) for name in short]
-        ).items():
+        tasks = [Task(name, widening=widening, members=weights[name].members) for name in short]
+        for name, outcome in run.do("reading", tasks).items():
             assert outcome.weight is not None
             rows[name], weights[name] = outcome.row, outcome.weight
         chosen = choose(weights, run.job.settings, keep_going=keep_going)
