@@ -5,7 +5,7 @@ that the budget may choose or not, so that a name which fits by chance does no h
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from flora_tensor._files import read_json
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.arrangement import Arrangement
 
-__all__ = ["Heads", "heads_beside"]
+__all__ = ["Heads", "heads_beside", "with_heads"]
 
 # The last words of a weight's name, in the families that transformers knows. The rows of these are (heads d) …
 _INTO_HEADS = re.compile(
@@ -77,6 +77,12 @@ class Heads:
         if heads < 2 or size % heads or size == heads:
             return False
         return self.size is None or size == heads * self.size
+
+
+def with_heads(found: Iterable[Heads], name: str, shape: tuple[int, ...]) -> tuple[Arrangement, ...]:
+    """Return all arrangements that are tried for a weight: those of its shape, and those with its heads as a mode."""
+    own = (arrangement for heads in found for arrangement in heads.arrangements(name, shape))
+    return tuple(dict.fromkeys((*Arrangement.candidates(len(shape)), *own)))
 
 
 def heads_beside(checkpoint: Path) -> tuple[Heads, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, feasible_ranks
-from flora_tensor._heads import Heads, heads_beside
+from flora_tensor._heads import Heads, heads_beside, with_heads
 from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint
@@ -108,8 +108,7 @@ class Settings:
         if self.arrangement is None and self.ranks is not None:
             return (native,)
         if self.arrangement is None:
-            with_heads = (a for heads in self.heads for a in heads.arrangements(name, shape))
-            return tuple(dict.fromkeys((*Arrangement.candidates(len(shape)), *with_heads)))
+            return with_heads(self.heads, name, shape)
         try:
             self.arrangement.shape(shape)
         except ValueError:

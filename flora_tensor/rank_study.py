@@ -4,16 +4,17 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from flora_tensor._checks import check_fraction
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
+from flora_tensor._heads import with_heads
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
-from flora_tensor._settings import matches
+from flora_tensor._settings import heads_option, matches
 from flora_tensor.allocation import allocate_ranks, budget_curve
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
@@ -159,6 +160,7 @@ def study_ranks(
     budgets: Sequence[float] = BUDGETS,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    heads: int | Literal["auto"] | None = "auto",
     allow_pickle: bool = False,
     max_memory: int | None = None,
     progress: Callable[[str, int, int, str], None] | None = None,
@@ -173,6 +175,8 @@ def study_ranks(
         Shares of the numbers in the dense changes, each in (0, 1].
     include, exclude : str or sequence of str, optional
         Globs of names to look at, and not to.
+    heads : "auto", int or None
+        How many heads the attentions have, as for `extract`: arrangements with heads as a mode are tried too.
     allow_pickle : bool, default False
         Whether pickle files are read, with ``weights_only=True``.
     max_memory : int, optional
@@ -212,6 +216,7 @@ def study_ranks(
     shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
     names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
+    found = heads_option(heads, before, after)
     spectra: dict[str, ModeSpectra] = {}
     frontiers: dict[str, list[Frontier]] = {}
     for done, name in enumerate(names):
@@ -220,7 +225,7 @@ def study_ranks(
         check_memory("ranks", before, after, name, max_memory)
         delta = read_delta(before, after, name)
         if delta is not None and np.any(delta):
-            spectra[name], frontiers[name] = _study(delta)
+            spectra[name], frontiers[name] = _study(delta, with_heads(found, name, delta.shape))
     before.check_unchanged()
     after.check_unchanged()
     if not spectra:
@@ -236,10 +241,10 @@ def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     return a.shape == b.shape and len(a.shape) > 1 and math.prod(a.shape) > 0 and is_float(a) and is_float(b)
 
 
-def _study(delta: np.ndarray) -> tuple[ModeSpectra, list[Frontier]]:
+def _study(delta: np.ndarray, arrangements: Sequence[Arrangement]) -> tuple[ModeSpectra, list[Frontier]]:
     """Return the spectra of a change's own modes, and the frontiers of all its arrangements."""
     native = cheapest_spectrum("study_ranks", delta)
-    rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in Arrangement.candidates(delta.ndim)[1:])
+    rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in arrangements if not a.is_native)
     # Only values are kept: cores and factors of all weights together are as large as the model.
     spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
     return spectra, [spectrum.frontier(partial=True, one_whole=True) for spectrum in (native, *rest)]

@@ -1,5 +1,6 @@
 """The rank study and its pictures."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import flora_tensor as ft
-from checkpoints import save
+from checkpoints import run, save
 from flora_tensor.plots import plot_budgets, plot_spectra, save_figure
 
 
@@ -47,6 +48,28 @@ def test_a_study_agrees_with_the_functions_it_stands_for(pair: tuple[Path, Path]
         study.energy_ranks("fc", 1.5)
     with pytest.raises(KeyError):
         study.energy_ranks("b", 0.5)
+
+
+def test_a_study_tries_heads_as_extraction_does(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    # A sum of products over heads: of low rank with the heads as a mode, and of full rank without.
+    change = np.einsum("h,d,i->hdi", *(rng.standard_normal(n) for n in (4, 6, 12)))
+    change = (change * rng.choice([-1.0, 1.0], (4, 1, 12))).reshape(24, 12)
+    base = {"layers.0.q_proj.weight": np.zeros((24, 12)), "fc": np.zeros((5, 4))}
+    paths = (
+        save(tmp_path / "b.safetensors", base),
+        save(tmp_path / "t.safetensors", {"layers.0.q_proj.weight": change, "fc": rng.standard_normal((5, 4))}),
+    )
+    alone = ft.study_ranks(*paths, budgets=[0.2], heads=None)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "hidden_size": 24}')
+    for study in (ft.study_ranks(*paths, budgets=[0.2]), ft.study_ranks(*paths, budgets=[0.2], heads=4)):
+        report = ft.extract(*paths, None, dry_run=True, max_ratio=0.2, noise_floor=None)
+        assert study.budgets[0].relative_error == pytest.approx(report.relative_error, rel=1e-9)
+        assert study.budgets[0].relative_error < 0.9 * alone.budgets[0].relative_error
+    shown = json.loads(run("ranks", *paths, "--heads", "none", "--budget", "20%", "--json").stdout)
+    assert shown["budgets"][0]["relative_error"] == alone.budgets[0].relative_error
+    with pytest.raises(ValueError, match="heads is 0; pass 'auto', None, or the number of heads"):
+        ft.study_ranks(*paths, heads=0)
 
 
 def test_a_study_looks_where_it_is_told_and_refuses_nothing_to_study(pair: tuple[Path, Path]):

@@ -43,6 +43,9 @@ _BUDGET = (
     click.option("--rtol", type=float, metavar="ERROR", help="The relative error to stay within."),
     click.option("--ranks", type=ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2."),
 )
+_HEADS = click.option(
+    "--heads", type=heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
+)
 _METHOD = (
     click.option(
         "--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode: o (i h w)."
@@ -54,9 +57,7 @@ _METHOD = (
         help="Store the weights of one shape that match, such as 'layers.*.fc.weight', as one tensor where that is "
         "smaller; repeatable.",
     ),
-    click.option(
-        "--heads", type=heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
-    ),
+    _HEADS,
     click.option(
         "--calibration", type=EXISTING, metavar="FILE", help="Second moments of the inputs: count errors of outputs."
     ),
@@ -206,7 +207,7 @@ def extract(
 @click.option(
     "--budget", "budgets", type=share, metavar="SHARE", multiple=True, help="A budget to try, such as 5%; repeatable."
 )
-@with_options(picture("the singular values"), PAGE, MAX_MEMORY, SELECTION, PICKLE, PROGRESS, COMMON)
+@with_options(_HEADS, picture("the singular values"), PAGE, MAX_MEMORY, SELECTION, PICKLE, PROGRESS, COMMON)
 def ranks_command(
     base: Path,
     tuned: Path,
