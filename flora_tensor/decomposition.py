@@ -50,7 +50,7 @@ from flora_tensor._checks import (
 from flora_tensor._driver import RELIABLE, Fit, Method, Random, fit_to, residual_norm
 from flora_tensor._typing import Array, Ranks
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.ranks import check_budget
+from flora_tensor.ranks import certificate_of, check_budget
 from flora_tensor.spectra import ModeSpectra, Prepared, prepare
 from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize
 
@@ -73,8 +73,10 @@ class TuckerFit:
         these ranks. For the randomized method, ``relative_error`` itself.
     lower_bound : float
         No tensor of these ranks has a smaller relative error: √(max_n Σ_{i≥r_n} σ_i²) / ‖X‖ over the modes whose exact
-        singular values are known, 0 where none are (the randomized method). ``relative_error / lower_bound`` certifies
-        how close to the best the fit is.
+        singular values are known, 0 where none are (the randomized method).
+    certificate : float
+        ``relative_error / lower_bound``: how many times the error of the best tensor of these ranks this is at most. At
+        most √N for HOSVD; 1 where both are 0, infinite where no bound is known.
     spectra : ModeSpectra
         The singular values that the method computed; ``spectra.kind`` tells of which tensor.
     method : str
@@ -87,6 +89,11 @@ class TuckerFit:
     lower_bound: float
     spectra: ModeSpectra
     method: str
+
+    @property
+    def certificate(self) -> float:
+        """How many times the error of the best tensor of these ranks this one is at most."""
+        return certificate_of(self.relative_error, self.lower_bound)
 
     def __repr__(self) -> str:
         return (

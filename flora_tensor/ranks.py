@@ -41,6 +41,9 @@ class RankChoice:
         ‖X − X_r‖ / ‖X‖ of the HOSVD truncated to these ranks, exactly; HOOI can only lower it.
     lower_bound : float
         No tensor of these ranks has a smaller relative error.
+    certificate : float
+        ``relative_error / lower_bound``: how many times the error of the best tensor of these ranks this is at most. At
+        most √N; 1 where both are 0.
     method : str
         The criterion that chose them.
     notes : tuple of str
@@ -53,6 +56,11 @@ class RankChoice:
     lower_bound: float
     method: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def certificate(self) -> float:
+        """How many times the error of the best tensor of these ranks the truncated HOSVD is at most."""
+        return certificate_of(self.relative_error, self.lower_bound)
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,11 @@ def effective_ranks(x: Array | Spectrum) -> EffectiveRanks:
         entropy = math.exp(-float(np.sum(p * np.log(p))))
         rows.append((entropy, float(squares.sum()), float(squares.sum() ** 2 / np.sum(squares * squares))))
     return EffectiveRanks(*(tuple(column) for column in zip(*rows)))
+
+
+def certificate_of(error: float, lower_bound: float) -> float:
+    """Return how far an error is from a bound that no other falls below: their ratio, 1 where both are 0."""
+    return error / lower_bound if lower_bound > 0 else 1.0 if error == 0 else math.inf
 
 
 def _by_noise_rule(

@@ -119,6 +119,10 @@ def test_the_error_is_the_one_reported_and_within_its_bounds(case, method):
     tails = truth.tails(ranks)
     assert math.sqrt(max(tails)) - slack <= true <= math.sqrt(sum(tails)) + slack
     assert fit.lower_bound <= math.sqrt(max(tails)) + slack
+    assert fit.certificate >= 1 - 1e-6
+    if fit.lower_bound > 1e-3 and method == "hosvd":
+        assert fit.certificate <= math.sqrt(len(ranks)) * (1 + 1e-3)
+    assert fit.certificate < math.inf or fit.lower_bound == 0 < fit.relative_error
 
 
 @given(case=wide_samples(), method=methods)

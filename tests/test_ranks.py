@@ -238,8 +238,9 @@ def test_sweeps_never_lose_and_the_certificate_lies_between_one_and_the_root_of_
     assert polished <= choice.relative_error + rounding
     assert choice.lower_bound - rounding <= polished
     if choice.lower_bound > 1e-6:
-        certificate = choice.relative_error / choice.lower_bound
-        assert 1 - 1e-9 <= certificate <= math.sqrt(len(sample.shape)) * (1 + 1e-9)
+        assert 1 - 1e-9 <= choice.certificate <= math.sqrt(len(sample.shape)) * (1 + 1e-9)
+        assert choice.relative_error / choice.certificate <= polished + rounding
+    assert ft.select_ranks(sample.values, rtol=0).certificate == 1.0
 
 
 # --- what it says ------------------------------------------------------------------------------------
