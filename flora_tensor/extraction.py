@@ -126,6 +126,7 @@ def extract(
         likewise), sorted by the numbers in their names: the layers then share their factors, and each has a core of its
         own. They are read as one tensor, which ``max_memory`` must hold, and once more than without. At a budget that
         chooses stacks everything is decomposed without them too, and what ends with the smaller error is kept.
+        Not with ``ranks``, ``calibration`` or ``weights="uniform"``.
     heads : "auto", int or None
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
