@@ -1,12 +1,13 @@
 """How much memory a process may still take: what the machine has free, within the limits of its container."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flora_tensor._checks import size_text
 from flora_tensor._errors import ResourceError
 
-__all__ = ["available_memory", "require_memory"]
+__all__ = ["available_memory", "naming_tensor", "require_memory"]
 
 _CACHES = ("active_file", "inactive_file", "total_active_file", "total_inactive_file")
 
@@ -27,6 +28,18 @@ def require_memory(where: str, name: str, shape: Sequence[int], need: int, limit
             f"{where}: {name!r} of shape {tuple(shape)} needs about {size_text(need)} of memory, but {size_text(free)} "
             "are allowed; exclude it, or use a machine with more memory"
         )
+
+
+@contextmanager
+def naming_tensor(where: str, name: str) -> Generator[None]:
+    """Say which tensor it was where memory gives out though the estimate fitted, NumPy's or a device's."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = " ".join(str(error).split())[:200] or "not enough memory"
+        raise ResourceError(f"{where}: {name!r}: {reason}; exclude it, or use a machine with more memory") from None
 
 
 def _of_machine(root: Path) -> Iterator[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from flora_tensor._deltas import read_change, read_digest
 from flora_tensor._errors import InputError
 from flora_tensor._files import canonical_json, parse_json
+from flora_tensor._memory import naming_tensor
 from flora_tensor._settings import Settings
 from flora_tensor._storing import Part, decompose
 from flora_tensor._survey import Weight, scan
@@ -114,6 +115,11 @@ def perform_job(job: Job, task: Task) -> Outcome | None:
 
 def perform(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task) -> Outcome | None:
     """Do a task; ``None`` where its outcome is known and the inputs are still the same."""
+    with naming_tensor("extract", task.name):
+        return _performed(base, tuned, settings, task)
+
+
+def _performed(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Task) -> Outcome | None:
     if task.members:
         base, tuned = (side.stacked(task.name, task.members) for side in (base, tuned))
     if task.known and read_digest(base, tuned, task.name) == task.known:

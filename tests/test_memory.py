@@ -4,11 +4,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from checkpoints import save
+from checkpoints import run, save
 from flora_tensor._memory import available_memory
 
 GIB = 2**30
@@ -61,6 +63,24 @@ MACHINE = {"proc__meminfo": f"MemTotal: {99 * GIB // 1024} kB\nMemAvailable: {64
 def test_the_narrowest_limit_counts(files: dict[str, str], left: int | None, tmp_path: Path):
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
     assert available_memory(system(tmp_path, **files)) == left
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 3 GiB"), torch.OutOfMemoryError("CUDA out of\nit")])
+def test_memory_that_gives_out_all_the_same_names_the_tensor(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("flora_tensor._tasks.scan", fail)
+    paths = [
+        save(tmp_path / f"{name}.safetensors", {"w": np.full((3, 3), step)}) for name, step in (("b", 0.0), ("t", 1.0))
+    ]
+    done = run("extract", *paths, "-o", tmp_path / "out")
+    assert (done.exit_code, done.stdout) == (5, "")
+    reason = " ".join(str(error).split())
+    assert done.stderr == f"error: extract: 'w': {reason}; exclude it, or use a machine with more memory\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors"}
 
 
 def test_a_limit_of_the_shell_is_an_error_with_the_tensor_and_its_need(tmp_path: Path):
