@@ -43,6 +43,7 @@ FLOORS = {
     "flora_torch.layers": 11,
     "flora_torch.weight_layer": 11,
     "flora_torch.flora_layer": 11,
+    "flora_torch.reading": 11,
     "flora_torch.gradients": 12,
     "flora_torch.training": 12,
     "flora_torch.initialize": 11,

@@ -3,6 +3,7 @@
 import copy
 import sys
 import types
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -160,6 +161,87 @@ class TestAttention:
                     fast = model[0](q, k, v, need_weights=weights)
                 assert close(fast[0], expected[0])
                 assert (fast[1] is None) == (not weights)
+
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_every_weight_is_formed_once(self, fast, monkeypatch):
+        """Also where torch looks at each weight before it uses it."""
+        formed, effective = [], FloraLayer.effective
+
+        def counted(layer, parameter="weight", updates=None):
+            formed.append((id(layer), parameter))
+            return effective(layer, parameter, updates)
+
+        monkeypatch.setattr(FloraLayer, "effective", counted)
+        monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: fast)
+        fused = []
+        original = torch._transformer_encoder_layer_fwd
+        monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fused.append(1) or original(*args))
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+        x = torch.randn(2, 3, 8).double()
+        for model, inputs in ((attention(), (x, x, x)), (nn.Sequential(nn.Sequential(layer)).double(), (x,))):
+            attach(model, ranks=2)
+            randomize(model)
+            plain = merge(copy.deepcopy(model))
+            for training in (True, False):
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad):
+                        expected = plain.train(training)[0](*inputs)
+                        formed.clear()
+                        fused.clear()
+                        found = model.train(training)[0](*inputs)
+                    if training or not grad:
+                        assert len(formed) == len(set(formed)) >= 2
+                    # The fused kernel is taken where it can be, with the effective weights.
+                    assert bool(fused) == (len(inputs) == 1 and fast and not training and not grad)
+                    first, second = (y[0] if isinstance(y, tuple) else y for y in (found, expected))
+                    assert close(first, second)
+
+    def test_a_weight_that_is_held_is_made_again_when_something_changed(self):
+        layer = FloraLinear(nn.Linear(4, 3), ranks=2)
+        update = layer.tucker_update["default"]
+        nn.init.ones_(update.core)
+        # A backward pass can go through a weight once, so that one with a gradient is never given twice.
+        kept = layer.weight
+        kept.sum().backward()
+        layer.weight.sum().backward()
+
+        def rescale():
+            update.scale = 2.0
+
+        def weigh():
+            update.multiplier = 3.0
+
+        def step():
+            update.core.add_(1.0)
+
+        def step_base():
+            layer.base_layer.weight.add_(1.0)
+
+        def replace():
+            update.core.data = update.core.data * 2.0
+
+        def add():
+            nn.init.ones_(layer.add_adapter("other", 1).core)
+
+        def spoil():
+            layer.weight.add_(1.0)
+
+        with torch.no_grad():
+            held = layer.weight
+            for change in (rescale, weigh, step, step_base, replace, add, spoil):
+                before = held.clone()
+                assert layer.weight is held
+                change()
+                assert torch.equal(layer.weight, layer.effective()), change.__name__
+                assert torch.equal(layer.weight, before) == (change is spoil)
+                held = layer.weight
+            assert torch.equal(copy.deepcopy(layer).weight, held)
+            with torch.inference_mode():
+                assert torch.equal(layer.weight, held)
+            last = weakref.ref(held)
+            del held
+            assert last() is None, "nothing is kept alive"
+        assert layer.weight.requires_grad
 
     def test_targets_by_name_include_the_output_projection(self):
         model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12))

@@ -23,6 +23,7 @@ from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embeddin
 from flora_torch.geometry import ConvGeometry, kept_geometry
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain, own_convolution
+from flora_torch.reading import effective_weight
 from flora_torch.rows import RowPlan
 from flora_torch.steps import Rows, Step
 from flora_torch.update import TuckerUpdate, widest_float
@@ -468,7 +469,7 @@ class FloraParameter(FloraLayer):
         # While unpickling there is no `tucker_update` yet; and its own look-up comes here too.
         ready = "tucker_update" in self.__dict__.get("_modules", {})
         if ready and name not in ("base_layer", "tucker_update") and name in self.parameter_names:
-            return self.effective(name)
+            return effective_weight(self, name)
         return super().__getattr__(name)
 
     @override

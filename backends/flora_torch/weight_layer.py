@@ -22,6 +22,7 @@ from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, shapes_of
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes
+from flora_torch.reading import effective_weight
 from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
 from flora_torch.steps import Step
@@ -94,7 +95,7 @@ class WeightLayer(FloraLayer):
     @property
     def weight(self) -> Tensor:
         """The effective weight W + Σ s·ΔW, for code that reads it instead of calling the layer."""
-        return self.effective("weight")
+        return effective_weight(self, "weight")
 
     @override
     def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
