@@ -449,6 +449,7 @@ def install(
             wrapper = wrappers.get(identity) or holder.wrapper
             refuse_sharded(f"attach: {plan.site.name}", plan.site.weight)
             if wrapper is None:
+                _refuse_compiled(plan.site.name, holder.places)
                 wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, memory, plan.site.name)
                 doors.extend((place, wrapper) for place in holder.places)
             wrappers[identity] = wrapper
@@ -467,6 +468,15 @@ def install(
     counted: set[int] = set()
     reports = tuple(report_of(plan, wrappers[id(plan.site.holders[0].module)], counted) for plan in plans)
     return AttachReport(adapter_name, reports, n_model, tuple(whole))
+
+
+def _refuse_compiled(name: str, places: Sequence[Place]) -> None:
+    """Refuse a module that was compiled by itself: what was compiled would go on calling it, and no layer around it."""
+    if any(type(place.parent).__name__ == "OptimizedModule" for place in places):
+        raise ValueError(
+            f"attach: the module of {name!r} was compiled by itself, and would go on without the adapter; attach first,"
+            " or compile it in place (module.compile()), or the whole model"
+        )
 
 
 def _parameters_of(module: nn.Module, plans: list[Plan]) -> list[str]:

@@ -145,7 +145,10 @@ def check_adaptable(where: str, module: nn.Module, parameter: str) -> BaseWeight
         )
     if weight is None:
         known = ", ".join(weight_names(module)) or "none"
-        raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}")
+        hint = ""
+        if parameter not in vars(module)["_buffers"] and isinstance(getattr(module, parameter, None), Tensor):
+            hint = ", which a hook computes it from; use torch.nn.utils.parametrizations, or make it permanent first"
+        raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}{hint}")
     if isinstance(own_parameter(module, parameter), nn.parameter.UninitializedParameter):
         raise ValueError(f"{where}: {parameter!r} of {base} has no shape yet; run the model once, then adapt it")
     if weight.device.type == "meta":
@@ -290,7 +293,8 @@ def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...
     2.0
     """
     own: Any = module
-    if all(name in own._parameters for name in values):
+    internals: Any = torch
+    if all(name in own._parameters for name in values) and not internals.jit.is_tracing():
         # What is tied to a parameter inside the base has updates of its own: it would get them twice.
         return functional_call(module, dict(values), args, kwargs, tie_weights=False)
     return stand_in(module, values)(*args, **kwargs)

@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
+from flora_torch.chain import autocasts
 from flora_torch.update import TuckerUpdate
 from flora_torch.weight_layer import WeightLayer
 
@@ -77,7 +77,7 @@ class FloraBilinear(WeightLayer):
             a, b = nnf.dropout(a, update.dropout), nnf.dropout(b, update.dropout)
         if not self._has_factored(update) or self.path == "dense":
             return nnf.bilinear(a, b, update.delta(drop=self.training).to(a.dtype))
-        if not torch.is_autocast_enabled(a.device.type):
+        if not autocasts(a):
             a, b = a.to(update.core.dtype), b.to(update.core.dtype)
         total: Tensor | None = None
         for core, (u, v, w), sign in update.terms(drop=self.training):

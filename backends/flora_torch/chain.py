@@ -22,7 +22,19 @@ from flora_tensor.algebra import contraction_order
 from flora_torch._caching import cached
 from flora_torch.steps import Convolve, Step
 
-__all__ = ["Chain", "Frozen", "Made", "Memory", "form", "in_order", "run_chain", "run_step", "transforming"]
+__all__ = [
+    "Chain",
+    "Frozen",
+    "Made",
+    "Memory",
+    "autocasts",
+    "exactly",
+    "form",
+    "in_order",
+    "run_chain",
+    "run_step",
+    "transforming",
+]
 
 Memory: TypeAlias = Literal["normal", "low"]
 Parameters: TypeAlias = Sequence[Tensor | None]
@@ -174,17 +186,28 @@ def transforming() -> bool:
 
     Then only ordinary operations will do: each of these sees through them, and decides itself what is stored.
     """
-    if torch.compiler.is_compiling():
-        return True
     internals: Any = torch
+    if torch.compiler.is_compiling() or internals.jit.is_tracing():
+        return True
     levels: Any = forward_ad
     return bool(internals._C._are_functorch_transforms_active()) or levels._current_level >= 0
+
+
+def autocasts(x: Tensor) -> bool:
+    """Tell whether autocast takes products with ``x`` in another type; it knows nothing of the meta device.
+
+    Examples
+    --------
+    >>> autocasts(torch.ones(1)), autocasts(torch.ones(1, device="meta"))
+    (False, False)
+    """
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor, core: Tensor) -> torch.dtype:
     """Return the type that products are computed in: autocast's, or the parameters'."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else core.dtype
+    return torch.get_autocast_dtype(kind) if autocasts(x) else core.dtype
 
 
 @dataclass(frozen=True)
@@ -247,13 +270,13 @@ def run_chain(
     if transforming():
         if beside is not None:
             added = run_step(beside.step, x, beside.weight, beside.bias)
-        with _exactly(x):
+        with exactly(x):
             result = _run_plain(chain, x, parameters, scale, dtype)
             return result if added is None else (added + result).to(added.dtype)
     narrow = step = weight = bias = None
     if beside is not None:
         step, weight, bias = beside.step, beside.weight, beside.bias
-        if weight.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != torch.float64 and autocasts(x):
             narrow = dtype  # autocast leaves float64 alone
     plan = _Plan(chain, memory == "low", scale, dtype, narrow, step)
     if not torch.is_grad_enabled():
@@ -277,10 +300,10 @@ def run_step(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         The product; kernels whose gradient is slow in the library get it in a faster way, see `flora_torch.depthwise`.
     """
     # Autocast does not know every operation that steps are made of.
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+    if autocasts(x) and weight.dtype != torch.float64:
         narrow = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = _cast(x, narrow), _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
-    with _exactly(x):
+    with exactly(x):
         # What a convolution pads itself is not kept, but padded again.
         ours = isinstance(step, Convolve) and (step.is_slow(x, weight) or step.pads)
         if not (ours and weight.requires_grad and torch.is_grad_enabled()) or transforming():
@@ -301,7 +324,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         (g,), (_, *needed) = grads, ctx.needs_input_grad
-        with _exactly(x):
+        with exactly(x):
             return (
                 None,
                 *ctx.step.gradients(g, x, weight, needed[0], needed[1]),
@@ -309,10 +332,10 @@ class _Convolution(torch.autograd.Function):
             )
 
 
-def _exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Keep autocast out of what is cast already."""
+def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Keep autocast out of what is cast already, or must not be."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocasts(x):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
@@ -356,7 +379,7 @@ def _run(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Run a chain, into ``out`` or the frozen layer's output; also return what is between its steps and W as used."""
     chain, _, scale, dtype, narrow, beside = plan
-    with _exactly(x):
+    with exactly(x):
         entry = _cast(x, dtype)
         given = out is not None
         if beside is not None:
@@ -401,7 +424,7 @@ class _Product(torch.autograd.Function):
         (g,), needed = grads, ctx.needs_input_grad[5:]
         x, weight, *rest = ctx.saved_tensors
         parameters, kept = rest[: len(needed)], rest[len(needed) :]
-        with _exactly(x):
+        with exactly(x):
             entry, products = _cast(x, dtype), _products(chain, parameters, scale)
             weights = _laid_out(_weights(chain, products, dtype), entry)
             # What is stored hangs on no graph, so a second derivative needs it computed again.
@@ -462,7 +485,7 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         parameters = ctx.saved_tensors
-        with _exactly(grads[0]):
+        with exactly(grads[0]):
             made = _whole(parameters)
             found = made.gradients(grads[0], parameters, ctx.scale, made.products(parameters, ctx.scale))
         return (None, *(found.get(k) if ctx.needs_input_grad[1 + k] else None for k in range(len(parameters))))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_torch.base_weight import stand_in
+from flora_torch.chain import autocasts
 from flora_torch.layers import FloraParameter
 
 __all__ = ["FloraExperts", "expert_weights"]
@@ -192,7 +193,7 @@ class _Expert(_Lazy):
         """Add the change's product with x to the base's."""
         total: Tensor | None = None
         for sign, core, (rows, columns) in self.terms:
-            y = x if torch.is_autocast_enabled(x.device.type) else x.to(core.dtype)
+            y = x if autocasts(x) else x.to(core.dtype)
             first, last, middle = (rows, columns, core) if transposed else (columns, rows, core.mT)
             y = (y if first is None else y @ first) @ middle
             y = sign * (y if last is None else y @ last.mT)

@@ -8,11 +8,10 @@ Everything here is a pure function of tensors: no module, no state. A factor tha
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from flora_tensor.arrangement import Arrangement
-from flora_torch.chain import Chain, Frozen, Memory, form, run_chain
+from flora_torch.chain import Chain, Frozen, Memory, exactly, form, run_chain
 from flora_torch.geometry import ConvGeometry
 from flora_torch.plans import Shapes, Sides, Split, conv_chain, embedding_chain, linear_chain
 
@@ -154,7 +153,7 @@ def dense_delta(
     >>> dense_delta(core, factors, arrangement=Arrangement("(o h) (i w)"), shape=(3, 2, 2, 2)).shape
     torch.Size([3, 2, 2, 2])
     """
-    with torch.autocast(core.device.type, enabled=False):
+    with exactly(core):
         tensor = form((core, *factors), scale)
         if arrangement is None or arrangement.is_native:
             return tensor

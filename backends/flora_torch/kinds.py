@@ -26,7 +26,8 @@ quantized, without one                     yes            yes            no     
 =========================================  =============  =============  =========  =====  ======  ==========
 
 Training, switching off and taking off work for all of them. Where ΔW is formed, it is formed once in each call, or
-twice by attention that is evaluated with gradients. In place (`merge_`) only a weight can be merged that the module keeps as it is used.
+twice by attention that is evaluated with gradients. In place (`merge_`) only a weight can be merged that the module
+keeps as it is used.
 """
 
 from torch import nn

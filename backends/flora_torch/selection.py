@@ -142,10 +142,22 @@ def _join(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
+# Modules that only run another one, by their classes' names, and what they call it.
+_RUNNERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+}
+
+
 def places(model: nn.Module) -> list[Place]:
     """List every module of a model under its plain name, seen through the layers that wrap some of them.
 
-    A shared module is listed once for each of its names.
+    A shared module is listed once for each of its names. What only runs another module, as a compiled or parallel one
+    does, adds nothing to a name.
 
     Examples
     --------
@@ -163,7 +175,8 @@ def places(model: nn.Module) -> list[Place]:
         for child_key, child in vars(base)["_modules"].items():
             if child is not None:
                 inside = internal or (child_key == "parametrizations" and is_parametrized(base))
-                walk(child, _join(name, child_key), base, child_key, inside)
+                below = name if _RUNNERS.get(type(base).__name__) == child_key else _join(name, child_key)
+                walk(child, below, base, child_key, inside)
 
     walk(model, "", None, "")
     return found

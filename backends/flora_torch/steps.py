@@ -1,5 +1,6 @@
 """The linear steps that chains of thin products are made of; each knows its transposes, so gradients are steps too."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +99,8 @@ class Channels(Step):
         if self._is_last(x):
             return nnf.linear(x.movedim(1, -1), w).movedim(-1, 1)
         flat = self._flat(x)
-        return torch.bmm(w.expand(flat.shape[0], *w.shape), flat).reshape(x.shape[0], -1, *x.shape[2:])
+        product = torch.bmm(w.expand(flat.shape[0], *w.shape), flat)
+        return product.reshape(x.shape[0], self.groups * w.shape[0], *x.shape[2:])
 
     @override
     def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
@@ -132,7 +134,8 @@ class Channels(Step):
         return self.groups == 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
 
     def _flat(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, -1)
+        # Spelled out: of an empty batch, no size could be left to be found.
+        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, math.prod(x.shape[2:]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from flora_torch._sharding import is_sharded, refuse_part
 from flora_torch.base_weight import call_with, dense_value, is_quantized
-from flora_torch.chain import Chain, Frozen, Memory, run_chain, run_step
+from flora_torch.chain import Chain, Frozen, Memory, autocasts, run_chain, run_step
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, shapes_of
 from flora_torch.initialize import Ranks
@@ -223,9 +223,8 @@ class WeightLayer(FloraLayer):
     @override
     def _as_used(self, weight: Tensor) -> Tensor:
         # Autocast would make a copy of its own, and the operation would keep that.
-        kind = weight.device.type
-        narrow = self._is_plain and torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
-        return weight.to(torch.get_autocast_dtype(kind)) if narrow else weight
+        narrow = self._is_plain and autocasts(weight) and weight.dtype == torch.float32
+        return weight.to(torch.get_autocast_dtype(weight.device.type)) if narrow else weight
 
     def _drops(self, update: TuckerUpdate) -> bool:
         return self.training and update.dropout > 0.0

@@ -1,0 +1,242 @@
+"""Adapted models under PyTorch's own tools: traced, exported, replicated, wrapped, and run on nothing."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flora_torch import (
+    FloraLayer,
+    activate,
+    adapter_parameters,
+    attach,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    merge_,
+    save_adapter,
+    unmerge_,
+)
+from support import same_bits, tolerance
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+class Net(nn.Module):
+    """Every way of computing an output: factored, formed, read, recurrent."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.gru = nn.GRU(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x, _ = self.gru(self.conv(self.embed(ids).mT).mT)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def randomize(model):
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def adapted(**options):
+    model = net()
+    attach(model, ranks=2, **options)
+    return randomize(model)
+
+
+def close(a, b):
+    return float((a - b).detach().norm()) <= tolerance("float32", 100, norm=float(b.detach().norm()), factor=1e3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_by_jit():
+    model = adapted()
+    traced = torch.jit.trace(model, (IDS,), check_trace=False)
+    assert close(traced(IDS), model(IDS))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights")
+@pytest.mark.parametrize("merged", [False, True])
+def test_exported(merged):
+    model = adapted()
+    expected = model(IDS)
+    exported = torch.export.export(merge(model) if merged else model, (IDS,))
+    assert close(exported.module()(IDS), expected)
+
+
+def test_shapes_on_the_meta_device():
+    model = adapted().to("meta")
+    out = model(IDS.to("meta"))
+    assert (out.shape, out.device.type) == ((2, 5, 11), "meta")
+
+
+@pytest.mark.parametrize("path", ["factored", "dense"])
+@pytest.mark.parametrize(
+    ("base", "shape", "arrangements"),
+    [
+        (nn.Conv1d(8, 8, 3, groups=2), (0, 8, 5), [None, "(o w) i", "o (i w)"]),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), (0, 8, 5, 5), [None, "(o h) (i w)", "o (i h w)"]),
+        (nn.ConvTranspose2d(8, 8, 3, groups=2), (0, 8, 5, 5), [None]),
+        (nn.Linear(8, 4), (3, 0, 8), [None]),
+    ],
+)
+def test_batches_without_samples(base, shape, arrangements, path):
+    for arrangement in arrangements:
+        for memory in ("normal", "low"):
+            model = nn.Sequential(copy.deepcopy(base))
+            attach(model, ranks=2, path=path, memory=memory, arrangement=arrangement)
+            out = model(torch.zeros(shape))
+            assert out.shape == base(torch.zeros(shape)).shape
+            out.sum().backward()
+            assert all(bool((p.grad == 0).all()) for p in adapter_parameters(model))
+
+
+RUNNERS = {
+    "parallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_only_runs_a_model_adds_nothing_to_names(runner, tmp_path):
+    """A file that was saved through it fits the model itself, and the other way round."""
+    model, wrap = adapted(), RUNNERS[runner]
+    expected = model(IDS)
+    wrapped = wrap(model)
+    one, two = save_adapter(model, tmp_path / "one"), save_adapter(wrapped, tmp_path / "two")
+    assert all((one / file.name).read_bytes() == file.read_bytes() for file in two.iterdir())
+    other = net()
+    load_adapter(other, two)
+    assert close(other(IDS), expected)
+    fresh = wrap(net())
+    load_adapter(fresh, one)
+    assert close(fresh(IDS), expected)
+    assert close(merge(fresh)(IDS), expected)
+    again = wrap(net())
+    assert [layer.name for layer in attach(again, ranks=1, target_modules=["head"]).layers] == ["head.weight"]
+    unmerge_(merge_(again))
+    detach(again)
+    assert not any(isinstance(module, FloraLayer) for module in again.modules())
+
+
+def test_a_layer_that_is_compiled_by_itself(tmp_path):
+    """It would be called without the adapter; one that is compiled in place is not."""
+    model = adapted()
+    path = save_adapter(model, tmp_path / "adapter")
+    other = net()
+    other.head = torch.compile(other.head, backend="eager")
+    for attempt in (lambda: load_adapter(other, path), lambda: attach(other, ranks=2)):
+        with pytest.raises(ValueError, match=r"the module of 'head.weight' was compiled by itself.*attach first"):
+            attempt()
+        assert not any(isinstance(module, FloraLayer) for module in other.modules())
+        assert all(p.requires_grad for p in other.parameters())
+    other = net()
+    other.head.compile(backend="eager")
+    load_adapter(other, path)
+    with torch.no_grad():
+        assert close(other(IDS), model(IDS))
+
+
+def test_compiled_once_and_switched():
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert close(compiled(IDS), model(IDS))
+        activate(model)
+        assert close(compiled(IDS), net()(IDS))
+        activate(model, "default")
+        expected = model(IDS)
+        merge_(model)
+        assert close(compiled(IDS), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_called_with_other_parameters(grad):
+    model = adapted()
+    own = dict(model.named_parameters())
+    zeros = {name: torch.zeros_like(p) if "tucker_update" in name else p for name, p in own.items()}
+    with torch.set_grad_enabled(grad):
+        assert close(torch.func.functional_call(model, zeros, (IDS,)), net()(IDS))
+        assert close(torch.func.functional_call(model, own, (IDS,)), model(IDS))
+
+
+def test_replicas_of_data_parallel():
+    model, x = adapted(), torch.randn(2, 8)
+    replica = model.head._replicate_for_data_parallel()
+    replica._modules = dict(model.head._modules)
+    assert torch.equal(replica(x), model.head(x))
+
+
+def test_trained_after_inference_mode():
+    model = adapted()
+    with torch.inference_mode():
+        before = model(IDS)
+    model(IDS).sum().backward()
+    assert close(model(IDS), before)
+    assert all(p.grad is not None for p in adapter_parameters(model))
+
+
+def test_states_are_assigned_and_whole_models_saved():
+    model, other = adapted(), net()
+    attach(other, ranks=2)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(IDS), model(IDS))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(IDS), model(IDS))
+
+
+def test_everything_is_frozen_thawed_and_taken_off():
+    model = adapted()
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+    model(IDS).sum().backward()
+    with disabled(model):
+        model(IDS).sum().backward()
+    detach(model)
+    assert all(
+        same_bits(value, other) for value, other in zip(model.state_dict().values(), net().state_dict().values())
+    )
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_merged_transformers_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=12, tie_word_embeddings=True)
+    model = GPT2LMHeadModel(config).eval()
+    attach(model, ranks=2)
+    randomize(model)
+    expected = model(IDS).logits
+    text = model.generate(IDS[:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    merge(model).save_pretrained(tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert close(again(IDS).logits, expected)
+    assert torch.equal(again.generate(IDS[:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0), text)
+
+
+def test_weights_that_hooks_compute_are_refused_with_the_way_out():
+    pruned = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="which a hook computes it from; use "):
+        attach(pruned, ranks=2)
+    prune.remove(pruned[0], "weight")
+    attach(pruned, ranks=2)
