@@ -1,6 +1,7 @@
 """Where an update starts: what is promised of each start, and gradients that are compressed while they are computed."""
 
 import copy
+import itertools
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import flora_tensor as ft
 from flora_tensor import Arrangement, Moments, TuckerTensor
-from flora_torch import adapter_parameters, attach, collect_gradients, collect_moments, disabled
+from flora_torch import adapter_parameters, attach, collect_gradients, collect_moments, disabled, moment_ranks
 from flora_torch.initialize import INITS, context, from_delta, from_moments, minor, start_update
 from flora_torch.moment_starts import mode_moments
 from support import distance, same_bits, tolerance
@@ -263,6 +264,41 @@ class TestMomentStarts:
             model, ranks=2, init="from_moments", init_tensors=Moments(loaded, moments.axes, moments.counts),
             target_modules="head", adapter_name="c",
         )  # fmt: skip
+
+
+class TestRanksOfMoments:
+    @pytest.mark.parametrize("max_rank", [None, 2, 9])
+    def test_no_other_choice_explains_more(self, max_rank):
+        sizes, rank = {"a": 3, "b": 4, "c": 2}, 2
+        values = {name: torch.rand(n, dtype=torch.float64) ** 3 for name, n in sizes.items()}
+        bases = {name: torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for name, n in sizes.items()}
+        full = {name: (q * values[name]) @ q.mT for name, q in bases.items()}
+        full["c"] = values["c"]  # a diagonal
+        moments = Moments(full, dict.fromkeys(sizes, "i"), dict.fromkeys(sizes, 9))
+        found = moment_ranks(moments, rank, max_rank=max_rank)
+        shares = {name: (v.sort(descending=True).values / v.sum()).cumsum(0).tolist() for name, v in values.items()}
+
+        def explained(ranks):
+            return sum(shares[name][r - 1] for name, r in zip(sizes, ranks) if r)
+
+        most = 2 * rank if max_rank is None else max_rank
+        choices = itertools.product(*(range(min(n, most) + 1) for n in sizes.values()))
+        best = max(explained(ranks) for ranks in choices if sum(ranks) <= rank * len(sizes))
+        assert explained([found.get(name, 0) for name in sizes]) == pytest.approx(best, abs=1e-12)
+        assert sum(found.values()) == min(rank * len(sizes), sum(min(n, most) for n in sizes.values()))
+
+    def test_they_are_what_attach_takes(self):
+        model = net()
+        moments = collect_moments(model, [IDS])
+        ranks = moment_ranks(moments, 1)
+        report = attach(model, target_parameters=list(ranks), ranks=ranks, init="from_moments", init_tensors=moments)
+        assert {layer.name: layer.asked[0] for layer in report.layers} == ranks
+
+    def test_refusals(self):
+        moments = Moments({"a": torch.eye(2)}, {"a": "i"}, {"a": 1})
+        for given in ((moments, 0), (Moments({}, {}, {}), 1)):
+            with pytest.raises(ValueError, match=r"moment_ranks: .* pass at least one of each"):
+                moment_ranks(*given)
 
 
 class TestGradients:

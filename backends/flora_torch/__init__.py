@@ -34,6 +34,7 @@ from flora_torch.model import (
     save_adapter,
     unmerge_,
 )
+from flora_torch.moment_starts import moment_ranks
 from flora_torch.training import parameter_groups, retract_
 from flora_torch.update import TuckerUpdate, register_with_torch
 
@@ -64,6 +65,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_",
+    "moment_ranks",
     "parameter_groups",
     "rename_adapter",
     "retract_",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import flora_tensor as ft
-from flora_tensor import Arrangement, TuckerTensor
+from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch.starts import PRESETS, Start, default_dtype, from_delta, in_float64, start_at
 
-__all__ = ["context", "from_moments", "mode_moments"]
+__all__ = ["context", "from_moments", "mode_moments", "moment_ranks"]
 
 # Directions whose share of the input is below this part of the largest are weighed as if they had it.
 FLOOR = 1e-6
@@ -120,7 +120,7 @@ def from_moments(
     """Let the factors of the input's modes span its leading directions, beside a zero core.
 
     No other factor of these ranks lets more of the input's energy through. The modes of the output get random
-    orthonormal factors. Ranks are as they are given: EVA also moves them between layers.
+    orthonormal factors. Ranks are as they are given; `moment_ranks` moves them between layers, as EVA does.
 
     Parameters
     ----------
@@ -270,3 +270,57 @@ def _multiplied(core: Tensor, factor: Tensor | None, matrix: Tensor, mode: int) 
         return ft.mode_dot(core, matrix, mode), None
     orthonormal, upper = torch.linalg.qr(matrix @ factor)
     return ft.mode_dot(core, upper, mode), orthonormal
+
+
+def moment_ranks(moments: Moments, rank: int, *, max_rank: int | None = None) -> dict[str, int]:
+    """Spread ranks over weights: each goes to where the next direction explains the largest share of a layer's input.
+
+    There are as many as ``rank`` for each weight would be, and of all choices with as many this one has the largest sum
+    of explained shares. A weight that gets none is left out.
+
+    Parameters
+    ----------
+    moments : Moments
+        The second moments of the weights' inputs, as `flora_torch.collect_moments` gives them.
+    rank : int
+        How many directions a weight has on average.
+    max_rank : int, optional
+        The most that one has; by default twice ``rank``.
+
+    Returns
+    -------
+    dict of str to int
+        The rank of each weight, for `attach` as ``ranks``, and its keys as ``target_parameters``.
+
+    Raises
+    ------
+    ValueError
+        If there are no moments, or a rank is below one.
+
+    References
+    ----------
+    Paischer et al., *EVA: parameter efficient fine-tuning via explained variance adaptation*, arXiv 2410.07170, section
+    3, with ρ = ``max_rank`` / ``rank``.
+
+    Examples
+    --------
+    >>> flat, steep = torch.eye(4), torch.diag(torch.tensor([6.0, 2.0, 1.0, 1.0]))
+    >>> names = ("flat", "steep")
+    >>> moments = Moments(dict(zip(names, (flat, steep))), dict.fromkeys(names, "i"), dict.fromkeys(names, 9))
+    >>> moment_ranks(moments, 2)
+    {'flat': 3, 'steep': 1}
+    """
+    most = 2 * rank if max_rank is None else max_rank
+    if not moments or rank < 1 or most < 1:
+        raise ValueError(
+            f"moment_ranks: {len(moments)} moments, rank {rank} and max_rank {most}; pass at least one of each"
+        )
+    gains: list[tuple[float, str]] = []
+    for name, moment in moments.items():
+        given = in_float64(torch.as_tensor(moment))
+        energies = (given if given.dim() == 1 else torch.linalg.eigvalsh(given)).clamp(min=0.0)
+        shares = energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        gains += [(share, name) for share in shares.sort(descending=True).values[:most].tolist()]
+    # The sort is stable: of equal shares the first weight's comes first.
+    chosen = [name for _, name in sorted(gains, key=lambda gain: -gain[0])[: rank * len(moments)]]
+    return {name: chosen.count(name) for name in moments if name in chosen}

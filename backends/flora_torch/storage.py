@@ -441,14 +441,14 @@ def load_adapter(
 
     Examples
     --------
-    >>> import tempfile, pathlib
+    >>> import copy, tempfile, pathlib
     >>> from flora_torch import attach
-    >>> model, copy = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
-    >>> _ = attach(model, ranks=2, scale=3.0)
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> other, _ = copy.deepcopy(model), attach(model, ranks=2, scale=3.0)
     >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
-    >>> load_adapter(copy, directory).layers[0].ranks
+    >>> load_adapter(other, directory).layers[0].ranks
     (2, 2)
-    >>> copy[0].tucker_update["default"].scale
+    >>> other[0].tucker_update["default"].scale
     3.0
     """
     check_option("load_adapter", verify_base)
