@@ -20,7 +20,7 @@ from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.noise import edge_squared, projected_edge
 from flora_tensor.spectra import Spectrum, cheapest_spectrum
 
-__all__ = ["Look", "Reach", "full_look", "leading_look", "reach_of"]
+__all__ = ["Look", "Reach", "full_look", "leading_look", "leading_part", "reach_of"]
 
 # Modes with fewer singular values than this are decomposed in full.
 _LARGE = 512
@@ -93,9 +93,9 @@ def reach_of(shape: tuple[int, ...], share: float | None, widening: int, known: 
     if len(shape) == 2:
         short, long = sorted(shape)
         rank = math.ceil(most / (short + long))
-        # Three products with so many columns, and QR of their parts, against a Gram matrix in float64 and
-        # its eigenvalues, in measured rates: below this the estimate costs less than half.
-        cheap = short >= _LARGE and rank * long <= short * (0.05 * long + 0.4 * short)
+        # Three products with so many columns, and QR of their parts, against a Gram matrix in float64 and its
+        # eigenvalues, in measured rates.
+        cheap = short >= _LARGE and rank * long <= short * (0.1 * long + 0.25 * short)
         return Reach(rank * (short + long), (rank, rank)) if cheap or rank <= known < short else None
     available = [min(n, size // n) for n in shape]
     large = [k for k, n in enumerate(available) if n >= _LARGE]
@@ -167,7 +167,7 @@ def leading_look(x: Array, reach: Reach, norm: float, noise: float | None, value
 def _look_at_matrix(x: Array, reach: Reach, norm: float, noise: float | None, values: FloatArray | None) -> Look:
     assert reach.ranks is not None
     rows, columns = x.shape
-    squares = _krylov(x, reach.ranks[0]).squares if values is None else values[: reach.ranks[0]] ** 2
+    squares = _leading_squares(x, reach.ranks[0]) if values is None else values[: reach.ranks[0]] ** 2
     above = len(squares) if noise is None else int(np.count_nonzero(squares > noise**2 * edge_squared(rows, columns)))
     caps = None if above == len(squares) else (above, above)
     errors = np.maximum(norm**2 - np.concatenate([[0.0], np.cumsum(squares[:above])]), 0.0)
@@ -257,14 +257,45 @@ class _Leading(NamedTuple):
     projected: Array
 
 
+def leading_part(matrix: Array, rank: int, norm: float) -> tuple[Array, Array, float] | None:
+    """Return U (n, rank) and Uᵀ A of nearly the best approximation, and its relative error, from the space of a look.
+
+    The space reaches three times as far as the rank. ``None`` where that is no small part of the matrix, or numbers are
+    so large or small that their squares are not safe.
+    """
+    reach = 3 * rank
+    small = min(matrix.shape) < max(_LARGE, 2 * reach)
+    if small or abs(math.frexp(norm)[1]) >= 60:
+        return None
+    found = _krylov(matrix, reach)
+    left = norm * norm - float(np.sum(found.squares[:rank]))
+    return found.vectors[:, :rank], found.projected[:rank, :], math.sqrt(max(left, 0.0)) / norm
+
+
 def _krylov(matrix: Array, rank: int) -> _Leading:
-    """Find leading singular vectors in a block Krylov space, by Rayleigh and Ritz.
+    """Find leading singular vectors by Rayleigh and Ritz."""
+    xp = array_namespace("extract", matrix)
+    basis, inside = _krylov_space(xp, matrix, rank)
+    squares, vectors = np.linalg.eigh(_gram(to_numpy(inside)))
+    turn = xp.asarray(np.ascontiguousarray(vectors[:, ::-1][:, :rank]), device=matrix.device)
+    turn = xp.astype(turn, matrix.dtype)
+    squares = np.maximum(squares[::-1][:rank], 0.0)
+    return _Leading(xp.matmul(basis, turn), squares, xp.matmul(hermitian(xp, turn), inside))
+
+
+def _leading_squares(matrix: Array, rank: int) -> FloatArray:
+    """Find the squares of leading singular values alone."""
+    inside = _krylov_space(array_namespace("extract", matrix), matrix, rank)[1]
+    return np.maximum(np.linalg.eigvalsh(_gram(to_numpy(inside)))[::-1][:rank], 0.0)
+
+
+def _krylov_space(xp: Namespace, matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Return an orthonormal basis Q of a block Krylov space that nearly holds the leading left vectors, and Qᵀ A.
 
     Musco and Musco, *Randomized block Krylov methods for stronger and faster approximate singular value decomposition*,
     NeurIPS 2015, algorithm 2, with blocks smaller than the rank: each block is orthonormalized against those before, as
     nothing else keeps small singular values apart from rounding. Two products with the matrix a block.
     """
-    xp = array_namespace("extract", matrix)
     width = math.ceil(_SHARE * rank) + 8
     generator = np.random.default_rng(0)  # equal input gives equal bits
     drawn = generator.standard_normal((matrix.shape[1], width), dtype=np.float32)
@@ -276,16 +307,7 @@ def _krylov(matrix: Array, rank: int) -> _Leading:
         rows.append(xp.matmul(hermitian(xp, blocks[-1]), matrix))
         if block + 1 < _BLOCKS:
             new = xp.matmul(matrix, hermitian(xp, rows[-1]))
-    inside = xp.concat(rows, axis=0)
-    rows.clear()  # half the tensor, where the rank is a third of the mode
-    squares, vectors = np.linalg.eigh(_gram(to_numpy(inside)))
-    turn = xp.asarray(np.ascontiguousarray(vectors[:, ::-1][:, :rank]), device=matrix.device)
-    turn = xp.astype(turn, matrix.dtype)
-    return _Leading(
-        xp.matmul(xp.concat(blocks, axis=1), turn),
-        np.maximum(squares[::-1][:rank], 0.0),
-        xp.matmul(hermitian(xp, turn), inside),
-    )
+    return xp.concat(blocks, axis=1), xp.concat(rows, axis=0)
 
 
 def _orthonormal(xp: Namespace, blocks: list[Array], new: Array) -> Array:

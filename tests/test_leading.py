@@ -206,3 +206,26 @@ def test_a_merged_low_rank_update_comes_back_with_its_rank_at_default_settings(t
     assert {name: tucker.ranks[0] for name, tucker in ft.load_adapter(tmp_path / "out").items()} == dict.fromkeys(
         base, 8
     )
+
+
+@pytest.mark.parametrize(("shape", "ratio"), [((640, 768), 0.03), ((520, 128, 3, 3), 0.04)])
+def test_what_is_stored_is_as_good_as_the_best_of_its_rank(shape: tuple[int, ...], ratio: float, tmp_path: Path):
+    tuned = falling(shape[0], int(np.prod(shape[1:])), 0, 0.5, 0.3).reshape(shape)
+    paths = (
+        save(tmp_path / "b.safetensors", {"w": np.zeros_like(tuned)}),
+        save(tmp_path / "t.safetensors", {"w": tuned}),
+    )
+    report = ft.extract(*paths, tmp_path / "a", max_ratio=ratio)
+    (tucker,) = ft.load_adapter(tmp_path / "a").values()
+    if len(shape) == 2:
+        rank = min(tucker.ranks)
+        assert tucker.factors[1] is None
+        exact = np.linalg.svd(tuned.astype(np.float64), compute_uv=False)
+        least = float(np.sqrt(np.sum(exact[rank:] ** 2) / np.sum(exact**2)))
+        assert least * (1 - 1e-6) <= report.relative_error <= least * (1 + 1e-3)
+    stored = ft.load_adapter(tmp_path / "a").delta("w", dtype=np.float64)
+    dense = float(np.linalg.norm(stored - tuned) / np.linalg.norm(tuned.astype(np.float64)))
+    assert report.relative_error == pytest.approx(dense, rel=2e-5)
+    for factor in tucker.factors:
+        if factor is not None:
+            np.testing.assert_allclose(factor.T @ factor, np.eye(factor.shape[1]), atol=1e-5)
