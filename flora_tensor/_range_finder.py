@@ -170,7 +170,6 @@ def find_range(
     if widest < 2 * block or len(shape) < 2:
         return None
     space = _Space(ready, mode, block, generator)
-    space = _Space(ready, mode, block, generator)
     widths = [2 * max(_BLOCK, n // 32) for n in carried]
     wanted = float(2 * block)
     while wanted <= widest:
