@@ -233,6 +233,18 @@ def test_merged_transformers_are_saved_and_loaded(tmp_path):
     assert torch.equal(again.generate(IDS[:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0), text)
 
 
+def test_weights_that_accelerate_keeps_elsewhere():
+    """A layer's updates are read and not called, so that the layer has to bring them along."""
+    offload = pytest.importorskip("accelerate").cpu_offload
+    model = adapted(target_modules=["embed", "head"])
+    with torch.no_grad():
+        expected = model(IDS)
+        classes = ["FloraEmbedding", "FloraLinear", "MultiheadAttention", "GRU"]
+        offload(model, execution_device="cpu", preload_module_classes=classes)
+        assert {p.device.type for p in adapter_parameters(model)} == {"meta"}
+        assert close(model(IDS), expected)
+
+
 def test_weights_that_hooks_compute_are_refused_with_the_way_out():
     pruned = nn.Sequential(nn.Linear(4, 4))
     prune.l1_unstructured(pruned[0], "weight", 0.5)

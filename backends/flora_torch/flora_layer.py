@@ -65,6 +65,9 @@ class FloraLayer(nn.Module):
     -----
     Any other attribute (``in_features``, ``kernel_size``, ``bias``, …) is the base layer's.
 
+    Updates are read and never called. Where weights are brought in for a module's call, as by accelerate's
+    ``cpu_offload``, the layer has to be told to bring its updates along: ``preload_module_classes=["FloraLinear"]``.
+
     References
     ----------
     FLoRA, arXiv 2405.14739, equation 5.
