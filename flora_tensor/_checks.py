@@ -19,6 +19,13 @@ def as_int(where: str, name: str, value: Any) -> int:
         raise TypeError(f"{where}: {name} is {value!r}; pass an integer") from None
 
 
+def check_shard_size(where: str, size: Any) -> int | None:
+    """Return the limit on the bytes of a file; one that no file can keep is refused, ``None`` is no limit."""
+    if size is not None and as_int(where, "max_shard_size", size) < 1:
+        raise ValueError(f"{where}: max_shard_size is {size}; pass at least 1 byte")
+    return size
+
+
 def some_names(names: Sequence[str]) -> str:
     """Return the first three names of a list, quoted, and how many more there are."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""

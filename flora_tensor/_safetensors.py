@@ -31,6 +31,7 @@ __all__ = [
     "decode_into",
     "encode",
     "float_table",
+    "in_file_order",
     "read_header",
     "read_into",
     "read_span",
@@ -356,6 +357,11 @@ def _check_cover(tensors: list[TensorInfo], data_start: int, size: int, path: Pa
         raise InputError(f"{path}: {size - position} bytes after the last tensor, which belong to no tensor")
 
 
+def in_file_order(layout: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Sort tensors (name, type, shape) as a file holds them: by falling size of their type, then by name."""
+    return sorted(layout, key=lambda item: (-BITS[item[1]], item[0]))
+
+
 class SafetensorsWriter:
     """Write a new safetensors file whose layout is known, its tensors in any order.
 
@@ -379,7 +385,7 @@ class SafetensorsWriter:
         self.path = path
         entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         position = 0
-        for name, dtype, shape in sorted(layout, key=lambda item: (-BITS[item[1]], item[0])):
+        for name, dtype, shape in in_file_order(layout):
             stop = position + math.prod(shape) * BITS[dtype] // 8
             entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
             position = stop

@@ -46,6 +46,7 @@ class Settings:
     dry_run: bool
     share: float | None = None  # the budget as a share of what the headers list, where it is one
     stack: tuple[str, ...] = ()
+    max_shard_size: int | None = None  # how the result is laid out in files: no outcome depends on it
 
     def limit(self) -> dict[str, Any]:
         """Return the budget as `allocate_ranks` takes it."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flora_tensor._adapter_shards import tensor_writer
 from flora_tensor._algorithms import Target
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import SAMPLES, sample_positions, text_of_samples
@@ -17,14 +18,13 @@ from flora_tensor._files import check_free_space
 from flora_tensor._leading import leading_part
 from flora_tensor._residual import PLAIN, residual_norm
 from flora_tensor._resized import NEW_ROWS, new_rows
-from flora_tensor._safetensors import BITS, SafetensorsWriter, decode, encode, round_to
+from flora_tensor._safetensors import BITS, decode, encode, round_to
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
 from flora_tensor._weighting import Weighting
 from flora_tensor.adapter_file import (
     CONFIG_NAME,
-    MODEL_NAME,
     config_of,
     fitting_core,
     metadata_of,
@@ -72,7 +72,7 @@ def write_adapter(
     directory: Path,
     stored: Mapping[str, Stored],
     whole: Sequence[str],
-    dtype: str,
+    settings: Settings,
     resized: Mapping[str, tuple[int, int]],
 ) -> None:
     """Put the adapter's files together, in the order of the checkpoint, whatever the order of the work was."""
@@ -80,8 +80,8 @@ def write_adapter(
     stacks = {name: weight.members for name, weight in weights.items() if weight.members}
     grown = new_rows(tuned, resized)
     rows = [(whole_key(n), tuned.info(n.removesuffix(NEW_ROWS)).dtype, shape) for n, shape in grown.items()]
-    layout = [*_layout(tuned, weights, whole, dtype), *rows]
-    with SafetensorsWriter(directory / MODEL_NAME, layout, metadata_of(stacks)) as writer:
+    layout = [*_layout(tuned, weights, whole, settings.dtype), *rows]
+    with tensor_writer(directory, layout, metadata_of(stacks), settings.max_shard_size) as writer:
         for name, item in stored.items():
             for part, content in item.parts().items():
                 writer.write(tensor_key(name, part), content.data)
@@ -89,7 +89,6 @@ def write_adapter(
             writer.write(whole_key(name), tuned.read_raw(name))
         for name in grown:
             writer.write(whole_key(name), _read_new_rows(tuned, name.removesuffix(NEW_ROWS)))
-        writer.finish()
     config = config_of(
         ranks={name: weight.ranks for name, weight in weights.items()},
         scales={name: item.scale for name, item in stored.items()},

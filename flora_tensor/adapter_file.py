@@ -1,5 +1,8 @@
 """The adapter directory: `adapter_config.json` and `adapter_model.safetensors`, read and written without PyTorch.
 
+The tensors may be split among `adapter_model-00001-of-0000N.safetensors`, …; the index of Hugging Face transformers,
+`adapter_model.safetensors.index.json`, then says where each one is.
+
 The layout is the one of Hugging Face PEFT. For the parameter ``weight`` of a module ``m`` the tensors are named
 ``base_model.model.m.tucker_update.core``, ``….factor_0``, ``….factor_1``, …; for another parameter ``p`` of it
 ``base_model.model.m.tucker_update.p.core``, and so on. A factor that is the identity is absent. A weight whose output
@@ -24,24 +27,17 @@ from warnings import warn
 
 import numpy as np
 
+from flora_tensor._adapter_shards import TENSOR_FILES, open_tensors, tensor_writer
 from flora_tensor._arrays import to_numpy
-from flora_tensor._checks import some_names
+from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._errors import InputError
-from flora_tensor._files import canonical_json, open_regular, read_json, staged_directory, write_file
-from flora_tensor._safetensors import (
-    READABLE,
-    Header,
-    SafetensorsWriter,
-    decode,
-    dtype_code,
-    encode,
-    read_header,
-    read_span,
-)
+from flora_tensor._files import canonical_json, read_json, staged_directory, write_file
+from flora_tensor._safetensors import READABLE, decode, dtype_code, encode
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter import MAX_SCALE, Adapter, check_scale
 from flora_tensor.arrangement import Arrangement
+from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -50,10 +46,9 @@ FORMAT_VERSION = "1.2"
 # What an adapter without stacks is written as, so that programs which know no newer one read it without a warning.
 _WITHOUT_STACKS = "1.1"
 CONFIG_NAME = "adapter_config.json"
-MODEL_NAME = "adapter_model.safetensors"
 REPORT_NAME = "extraction_report.json"
 # What a directory of ours may hold, and so what overwriting one may remove. PEFT puts a model card beside an adapter.
-OWNED_NAMES = (CONFIG_NAME, MODEL_NAME, REPORT_NAME, "README.md")
+OWNED_NAMES = (CONFIG_NAME, *TENSOR_FILES, REPORT_NAME, "README.md")
 PREFIX = "base_model.model."
 MARK = "tucker_update"
 # Binary exponents of a core's largest entry that a type stores well. Outside them a power of two moves into the
@@ -156,7 +151,7 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     Parameters
     ----------
     path : path
-        A directory with `adapter_config.json` and `adapter_model.safetensors`.
+        A directory with `adapter_config.json` and `adapter_model.safetensors`, or with shards and their index.
     strict : bool, default True
         Whether a key of the tensor file that is unknown, or one that the config promises and the file lacks, is an
         error. With ``strict=False`` both are listed in ``missing_keys`` and ``unexpected_keys``, and incomplete
@@ -170,8 +165,8 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     Raises
     ------
     InputError
-        If the directory is no adapter, is of a newer major format, or its parts contradict each other. It is a
-        ValueError.
+        If the directory is no adapter, is of a newer major format, or its parts contradict each other, or an index and
+        its shards do, whatever ``strict`` is. It is a ValueError.
     OSError
         If a file cannot be read.
 
@@ -194,18 +189,12 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     (2, 3)
     """
     directory = Path(path)
-    config_path, model_path = directory / CONFIG_NAME, directory / MODEL_NAME
+    config_path = directory / CONFIG_NAME
     if directory.is_dir() and not config_path.exists():
         raise InputError(f"{directory}: has no {CONFIG_NAME}; it is not a flora_tensor adapter")
     config = read_json(config_path)
     _check_format(config, config_path)
-    if not model_path.exists():
-        raise InputError(f"{directory}: has no {MODEL_NAME}; the adapter is incomplete")
-    fd = open_regular(model_path)
-    try:
-        return _read_tensors(fd, model_path, config, strict=strict)
-    finally:
-        os.close(fd)
+    return _read_tensors(open_tensors(directory), config, strict=strict)
 
 
 def _check_format(config: Mapping[str, Any], path: Path) -> None:
@@ -226,30 +215,30 @@ def _check_format(config: Mapping[str, Any], path: Path) -> None:
         warn(f"{path}: format {version} is newer than {FORMAT_VERSION}; what it adds is ignored", FloraWarning, 3)
 
 
-def _read_tensors(fd: int, path: Path, config: dict[str, Any], *, strict: bool) -> Adapter:
-    header = read_header(fd, path)
-    if not header.tensors:
+def _read_tensors(stored: Checkpoint, config: dict[str, Any], *, strict: bool) -> Adapter:
+    path = stored.path
+    if not stored.names():
         raise InputError(f"{path}: holds no tensors; an adapter has at least one")
-    plan = _Plan.of(header, config, path)
+    plan = _Plan.of(stored.names(), config, path)
     missing, unexpected = plan.differences()
     if strict and (missing or unexpected):
         raise InputError(_key_message(path, missing, unexpected))
     arrays: dict[str, np.ndarray] = {}
 
     def read(key: str) -> np.ndarray:
-        info = header.tensors[key]
-        if info.dtype not in READABLE or info.dtype == "C64":
-            raise InputError(f"{path}: tensor {key!r} is of type {info.dtype}; an adapter holds real numbers")
-        arrays[key] = decode(read_span(fd, info.start, info.n_bytes, path), info.dtype, info.shape)
+        file, dtype = stored.shard_of(key), stored.info(key).dtype
+        if dtype not in READABLE or dtype == "C64":
+            raise InputError(f"{file}: tensor {key!r} is of type {dtype}; an adapter holds real numbers")
+        arrays[key] = stored.read(key)
         if not np.isfinite(arrays[key]).all():
-            raise InputError(f"{path}: tensor {key!r} has NaN or infinite entries; the adapter is damaged")
+            raise InputError(f"{file}: tensor {key!r} has NaN or infinite entries; the adapter is damaged")
         return arrays[key]
 
     tensors = {name: _assemble(name, parts, read, path) for name, parts in plan.complete().items()}
     magnitudes = {name: read(plan.parts[name]["magnitude"]) for name in plan.channels if name in tensors}
     whole = {name: read(key) for name, key in plan.whole.items()}
-    dtypes = {name: header.tensors[plan.parts[name]["core"]].dtype for name in tensors}
-    dtypes |= {name: header.tensors[key].dtype for name, key in plan.whole.items()}
+    dtypes = {name: stored.info(plan.parts[name]["core"]).dtype for name in tensors}
+    dtypes |= {name: stored.info(key).dtype for name, key in plan.whole.items()}
     stacks = {name: members for name, members in plan.stacks.items() if name in tensors}
     try:
         joint = Adapter(
@@ -293,7 +282,7 @@ class _Plan:
     stacks: dict[str, list[str]]
 
     @classmethod
-    def of(cls, header: Header, config: Mapping[str, Any], path: Path) -> "_Plan":
+    def of(cls, keys: Iterable[str], config: Mapping[str, Any], path: Path) -> "_Plan":
         where = f"{path.parent / CONFIG_NAME}"
         promised = config.get("whole", [])
         if not isinstance(promised, list) or not all(isinstance(n, str) for n in promised):
@@ -302,7 +291,7 @@ class _Plan:
         whole: dict[str, str] = {}
         unknown: list[str] = []
         expected_whole = set(promised)
-        for key in header.tensors:
+        for key in keys:
             name, part = split_key(key) or (None, None)
             if name is not None and part is not None:
                 parts.setdefault(name, {})[part] = key
@@ -433,7 +422,13 @@ def _assemble(
     return tensor
 
 
-def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTensor], *, overwrite: bool = False) -> Path:
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, TuckerTensor],
+    *,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write an adapter directory, whole or not at all; the same adapter gives the same bytes.
 
     The directory is built beside its place, flushed to the disk, read back and compared, and only then renamed. A
@@ -445,6 +440,9 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
         The directory to write. Its parents are made where they are missing.
     adapter : Adapter, or mapping of str to TuckerTensor
         What to write; arrays of any library. A plain mapping means native arrangements and scale 1.
+    max_shard_size : int, optional
+        The most bytes of tensors in a file; more are split into `adapter_model-00001-of-0000N.safetensors`, … with an
+        index, as Hugging Face does for models. One file by default: PEFT itself reads no adapter in several.
     overwrite : bool, default False
         Whether an adapter directory that exists is replaced. A directory that holds anything else never is.
 
@@ -456,7 +454,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
     Raises
     ------
     ValueError
-        If there is nothing to write, an entry is not finite, or a name cannot be stored.
+        If there is nothing to write, an entry is not finite, a name cannot be stored, or ``max_shard_size`` is below 1.
     FileExistsError
         If the directory exists and ``overwrite`` is false, or holds files that this library did not write.
     OSError
@@ -474,6 +472,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
     >>> sorted(file.name for file in written.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    check_shard_size("save_adapter", max_shard_size)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
     if not adapter and not adapter.whole:
         raise ValueError("save_adapter: the adapter is empty; pass at least one tensor")
@@ -481,10 +480,9 @@ def save_adapter(path: str | os.PathLike[str], adapter: Mapping[str, TuckerTenso
     stored = dict(_stored_arrays(adapter))
     with staged_directory("save_adapter", Path(path), overwrite=overwrite, owned=OWNED_NAMES) as stage:
         layout = [(key, dtype, tuple(array.shape)) for key, (array, dtype) in stored.items()]
-        with SafetensorsWriter(stage / MODEL_NAME, layout, metadata_of(stacks)) as writer:
+        with tensor_writer(stage, layout, metadata_of(stacks), max_shard_size) as writer:
             for key, (array, dtype) in stored.items():
                 writer.write(key, encode_finite(key, to_numpy(array), dtype))
-            writer.finish()
         config = config_of(
             ranks={name: tensor.ranks for name, tensor in adapter.items()},
             scales=adapter.scales,

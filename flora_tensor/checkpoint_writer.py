@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from flora_tensor._checks import some_names
+from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._files import staged_directory, staged_file, write_file
 from flora_tensor._safetensors import SafetensorsWriter, TensorInfo
-from flora_tensor.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from flora_tensor.checkpoint import Checkpoint
 
-__all__ = ["CheckpointWriter", "plan_shards", "write_checkpoint"]
+__all__ = ["CheckpointWriter", "plan_shards", "write_checkpoint", "write_files"]
 
 # What overwriting a checkpoint directory may remove: nothing that `CheckpointWriter` does not write.
 OWNED_NAMES = ("*.safetensors", "*.safetensors.index.json", "merge_report.json")
@@ -22,9 +22,9 @@ Layout: TypeAlias = Mapping[str, Sequence[TensorInfo]]
 
 
 def plan_shards(
-    tensors: Iterable[TensorInfo], *, like: Checkpoint | None, max_shard_size: int | None
+    tensors: Iterable[TensorInfo], *, like: Checkpoint | None, max_shard_size: int | None, stem: str = "model"
 ) -> dict[str, list[TensorInfo]]:
-    """Spread tensors over files: into as many as ``like`` has, or by size; one file is called `model.safetensors`.
+    """Spread tensors over files: into as many as ``like`` has, or by size; one file is called `STEM.safetensors`.
 
     Parameters
     ----------
@@ -34,6 +34,8 @@ def plan_shards(
         A checkpoint whose shards, and their names, are kept where no size is given.
     max_shard_size : int, optional
         The most bytes of data in a file; a larger tensor has a file of its own.
+    stem : str, default "model"
+        What the names of the files begin with.
 
     Returns
     -------
@@ -56,18 +58,17 @@ def plan_shards(
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     infos = list(tensors)
+    check_shard_size("plan_shards", max_shard_size)
     if max_shard_size is None:
         if like is None or len(like.files) < 2:
-            return {SINGLE_NAME: infos}
+            return _numbered([infos], stem)
         groups: dict[str, list[TensorInfo]] = {}
         for info in infos:
             groups.setdefault(str(like.shard_of(info.name)), []).append(info)
         names = [Path(path).name for path in groups]
         if len(set(names)) == len(names) and all(name.endswith(".safetensors") for name in names):
             return dict(zip(names, groups.values()))
-        return _numbered(list(groups.values()))
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size is {max_shard_size}; pass at least 1 byte")
+        return _numbered(list(groups.values()), stem)
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in infos:
@@ -76,13 +77,13 @@ def plan_shards(
             size = 0
         shards[-1].append(info)
         size += info.n_bytes
-    return _numbered(shards)
+    return _numbered(shards, stem)
 
 
-def _numbered(shards: list[list[TensorInfo]]) -> dict[str, list[TensorInfo]]:
+def _numbered(shards: list[list[TensorInfo]], stem: str) -> dict[str, list[TensorInfo]]:
     if len(shards) == 1:
-        return {SINGLE_NAME: shards[0]}
-    return {f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards)}
 
 
 class CheckpointWriter:
@@ -212,11 +213,61 @@ def write_checkpoint(
         ):
             yield writer
         return
-    with staged_directory("write_checkpoint", target, overwrite=overwrite, owned=OWNED_NAMES) as stage:
-        with _finished({file: stage / file for file in layout}, layout, metadata) as writer:
-            yield writer
-        if len(layout) > 1:
-            write_file(stage / INDEX_NAME, _index(layout))
+    with (
+        staged_directory("write_checkpoint", target, overwrite=overwrite, owned=OWNED_NAMES) as stage,
+        write_files(stage, layout, metadata=metadata) as writer,
+    ):
+        yield writer
+
+
+@contextmanager
+def write_files(
+    directory: Path, layout: Layout, *, metadata: Mapping[str, str] | None = None, stem: str = "model"
+) -> Generator[CheckpointWriter]:
+    """Write the files of a layout into a directory in the making, and their index where there are several.
+
+    Parameters
+    ----------
+    directory : Path
+        Where the files go; none of them exists there.
+    layout : mapping of str to sequence of TensorInfo
+        The tensors of each file.
+    metadata : mapping of str to str, optional
+        Text to store in each file.
+    stem : str, default "model"
+        What the index is called: `STEM.safetensors.index.json`.
+
+    Yields
+    ------
+    CheckpointWriter
+        To write every tensor to, once.
+
+    Raises
+    ------
+    ValueError
+        If a tensor was not written.
+    OSError
+        If the disk is full or cannot be written to.
+
+    References
+    ----------
+    The index is the one of Hugging Face transformers.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> here = pathlib.Path(tempfile.mkdtemp())
+    >>> layout = {f"part-{k}.safetensors": [TensorInfo(k, "U8", (1,), 0, 1)] for k in ("a", "b")}
+    >>> with write_files(here, layout, stem="part") as writer:
+    ...     for name in ("a", "b"):
+    ...         writer.write(name, np.zeros(1, np.uint8))
+    >>> sorted(file.name for file in here.iterdir())
+    ['part-a.safetensors', 'part-b.safetensors', 'part.safetensors.index.json']
+    """
+    with _finished({file: directory / file for file in layout}, layout, metadata) as writer:
+        yield writer
+    if len(layout) > 1:
+        write_file(directory / f"{stem}.safetensors.index.json", _index(layout))
 
 
 @contextmanager

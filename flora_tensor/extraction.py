@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from warnings import warn
 
+from flora_tensor._checks import check_shard_size
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
@@ -84,6 +85,7 @@ def extract(
     noise_floor: float | Literal["auto"] | None = "auto",
     device: Any = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32",
+    max_shard_size: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -157,6 +159,9 @@ def extract(
         A PyTorch device to compute on, such as ``"cuda"``; NumPy on the CPU by default.
     dtype : {"float32", "bfloat16", "float16", "float64"}
         The type to store cores and factors in.
+    max_shard_size : int, optional
+        The most bytes of tensors in a file; more are split into `adapter_model-00001-of-0000N.safetensors`, … with an
+        index, as Hugging Face does for models. One file by default: PEFT itself reads no adapter in several.
     dry_run : bool, default False
         Do everything but the decomposition and the writing.
     overwrite : bool, default False
@@ -245,13 +250,21 @@ def extract(
         max_memory,
         noise_option(noise_floor),
         dry_run,
+        max_shard_size=check_shard_size("extract", max_shard_size),
     )
     before, after = (open_checkpoint(path, allow_pickle=allow_pickle) for path in (base, tuned))
-    found = {"heads": heads_option(heads, before, after), "share": share_of(settings.budget, before)}
-    settings = replace(settings, **found, stack=stack_option(stack, settings))
-    before, after = crop(before, after, settings)
+    settings, before, after = _fitted(settings, before, after, heads=heads, stack=stack)
     run = Run(before, after, Job.of(before, after, settings, allow_pickle), None, executor, progress or silent)
     return _warned(rtol, _begun(run, out, resume=resume, overwrite=overwrite), settings)
+
+
+def _fitted(
+    settings: Settings, base: Checkpoint, tuned: Checkpoint, *, heads: Any, stack: str | Sequence[str] | None
+) -> tuple[Settings, Checkpoint, Checkpoint]:
+    """Settle the options that depend on the checkpoints, and crop these to what both have where that was asked for."""
+    found = {"heads": heads_option(heads, base, tuned), "share": share_of(settings.budget, base)}
+    settings = replace(settings, **found, stack=stack_option(stack, settings))
+    return settings, *crop(base, tuned, settings)
 
 
 def _warned(rtol: float | None, report: ExtractionReport, settings: Settings) -> ExtractionReport:
@@ -314,7 +327,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     if not (stored or whole or new_rows(tuned, resized)):
         raise InputError("extract: nothing to extract: no tensor that changed can be stored; see a dry run for why")
     with staged_directory("extract", target, overwrite=overwrite, owned=OWNED_NAMES, lock=False) as stage:
-        write_adapter(base, tuned, stage, stored, whole, settings.dtype, resized)
+        write_adapter(base, tuned, stage, stored, whole, settings, resized)
         write_file(stage / REPORT_NAME, (report.to_json() + "\n").encode())
         base.check_unchanged()
         tuned.check_unchanged()

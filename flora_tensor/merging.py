@@ -11,7 +11,7 @@ from warnings import warn
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._checks import some_names
+from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
@@ -142,6 +142,7 @@ def merge_checkpoint(
     """
     if verify_base not in ("warn", "error", "ignore"):
         raise ValueError(f"merge: verify_base is {verify_base!r}; pass 'warn', 'error' or 'ignore'")
+    check_shard_size("merge", max_shard_size)
     source = open_checkpoint(base, allow_pickle=allow_pickle)
     check_distinct("merge", out, source)
     change = as_adapter(adapter)

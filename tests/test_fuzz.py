@@ -61,6 +61,8 @@ FILES = {
     "adapter": "adapter/adapter_model.safetensors",
     "second config": "second/adapter_config.json",
     "second": "second/adapter_model.safetensors",
+    "shards": "sharded/adapter_model.safetensors.index.json",
+    "shard": "sharded/adapter_model-00001-of-00002.safetensors",
     "moments": "moments.safetensors",
     "lora config": "lora/adapter_config.json",
     "lora": "lora/adapter_model.safetensors",
@@ -96,6 +98,7 @@ COMMANDS = {
         "convert $/adapter $/out.safetensors --to lycoris --skip-whole",
         "convert $/adapter $/out.safetensors --to kohya --skip-whole",
     ],
+    "shards shard": ["inspect $/sharded", "merge $/base.safetensors $/sharded -o $/out"],
     "moments": [
         f"{EXTRACT} --calibration $/moments.safetensors --max-ratio 90%",
         f"{EXTRACT} --calibration $/moments.safetensors --rtol 0.1 --arrangement 'o (i h w)'",
@@ -120,6 +123,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     paths = save(here / "base.safetensors", base), save(here / "tuned.safetensors", tuned)
     ft.extract(*paths, here / "adapter", ranks=2)
     ft.save_adapter(here / "second", ft.scale_adapter(here / "adapter", 0.5, base=paths[0]))
+    stored = ft.open_checkpoint(here / "adapter" / "adapter_model.safetensors")
+    ft.save_adapter(here / "sharded", ft.load_adapter(here / "adapter"), max_shard_size=stored.n_bytes - 1)
     names = list(base)
     shards = {"x.safetensors": names[:2], "y.safetensors": names[2:]}
     save_sharded(here / "model", {file: {name: base[name] for name in held} for file, held in shards.items()})

@@ -270,6 +270,7 @@ def save_adapter(
     *,
     adapter_name: str | None = None,
     base_model_name_or_path: str | None = None,
+    max_shard_size: int | None = None,
     overwrite: bool = False,
 ) -> FilePath:
     """Write one adapter of a model as an adapter directory, whole or not at all.
@@ -291,6 +292,9 @@ def save_adapter(
         The adapter; needed where there are several. The name is not stored.
     base_model_name_or_path : str, optional
         A note in the config of the model that the adapter is for.
+    max_shard_size : int, optional
+        The most bytes of tensors in a file; more are split into `adapter_model-00001-of-0000N.safetensors`, … with an
+        index, as Hugging Face does for models. One file by default: PEFT itself reads no adapter in several.
     overwrite : bool
         Whether an adapter directory that exists is replaced.
 
@@ -302,7 +306,8 @@ def save_adapter(
     Raises
     ------
     ValueError
-        If there is no such adapter, or several and none was named, or a number is not finite.
+        If there is no such adapter, or several and none was named, a number is not finite, or ``max_shard_size`` is
+        below 1.
     FileExistsError, OSError
         As for `flora_tensor.save_adapter`.
 
@@ -326,7 +331,7 @@ def save_adapter(
     updates = updates_by_weight(model, _one_adapter(model, adapter_name, "save_adapter"))
     if any(is_sharded(p) for update in updates.values() for p in update.parameters()) and not is_first_process():
         return FilePath(path)
-    return ft.save_adapter(path, adapter, overwrite=overwrite)
+    return ft.save_adapter(path, adapter, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapter:

@@ -113,6 +113,12 @@ _TENSORS = (
 _WRITING = (
     click.option("-o", "--out", type=OUTPUT, help="The adapter directory to write."),
     click.option("--overwrite", is_flag=True, help="Replace an adapter directory that exists."),
+    click.option(
+        "--max-shard-size",
+        type=size,
+        metavar="SIZE",
+        help="Split the tensor file at this size; PEFT reads one file only.",
+    ),
     click.option("--dry-run", is_flag=True, help="Say what would be stored, and write nothing."),
     click.option("--resume", is_flag=True, help="Go on from OUT.partial, which an interrupted run left."),
 )

@@ -1,0 +1,47 @@
+"""The tensors of an adapter directory: in one file, or in shards with an index, as those of a checkpoint."""
+
+import math
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flora_tensor._errors import InputError
+from flora_tensor._safetensors import BITS, TensorInfo, in_file_order
+from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.checkpoint_writer import CheckpointWriter, plan_shards, write_files
+
+__all__ = ["TENSOR_FILES", "open_tensors", "tensor_writer"]
+
+_STEM = "adapter_model"
+_MODEL_NAME = f"{_STEM}.safetensors"
+_INDEX_NAME = f"{_MODEL_NAME}.index.json"
+# What overwriting an adapter may remove of its tensors: the globs of all names that `tensor_writer` gives.
+TENSOR_FILES = (_MODEL_NAME, _INDEX_NAME, f"{_STEM}-[0-9]*-of-[0-9]*.safetensors")
+
+
+def open_tensors(directory: Path) -> Checkpoint:
+    """Open the tensor file of an adapter or its shards, every header checked; the file comes first, as for models."""
+    for name in (_MODEL_NAME, _INDEX_NAME):
+        if (directory / name).exists():
+            return open_checkpoint(directory / name)
+    raise InputError(f"{directory}: has no {_MODEL_NAME} and no {_INDEX_NAME}; the adapter is incomplete")
+
+
+@contextmanager
+def tensor_writer(
+    directory: Path,
+    layout: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    max_shard_size: int | None,
+) -> Generator[CheckpointWriter]:
+    """Write tensors (name, type, shape) into an adapter directory in the making, in any order.
+
+    The order of ``layout`` does not matter either: tensors are spread over shards in the order of one file.
+    """
+    infos = [
+        TensorInfo(name, code, shape, 0, math.prod(shape) * BITS[code] // 8)
+        for name, code, shape in in_file_order(layout)
+    ]
+    shards = plan_shards(infos, like=None, max_shard_size=max_shard_size, stem=_STEM)
+    with write_files(directory, shards, metadata=metadata, stem=_STEM) as writer:
+        yield writer
