@@ -21,6 +21,7 @@ from flora_tensor._algorithms import (
 )
 from flora_tensor._arrays import epsilon, float_squares, host_view, is_differentiated, stop_gradient, widest_dtype
 from flora_tensor._checks import feasible_ranks
+from flora_tensor._krylov import matrix_of
 from flora_tensor._randomized import large_modes, randomized_of, range_sizes
 from flora_tensor._range_finder import Found, find_range
 from flora_tensor._residual import residual_norm as host_residual_norm
@@ -139,7 +140,8 @@ def _fit_directly(ready: Prepared, target: Target, method: Method, rng: Random) 
         return Fit(result, math.sqrt(max(tails)), math.sqrt(sum(tails)), f"hosvd: {why}")
     if method == "randomized":
         generator = np.random.default_rng(0 if rng is None else rng)
-        result, products = randomized_of(xp, x, target.ranks or (), generator, squares)
+        decompose = matrix_of if len(x.shape) == 2 else randomized_of
+        result, products = decompose(xp, x, target.ranks or (), generator, squares)
         error = math.sqrt(max(squares - float_squares("tucker", xp, result.core), 0.0))
         return Fit(result, 0.0, error, f"randomized, {products} products with x: {why}")
     order = cheapest_order(x.shape, target.ranks)

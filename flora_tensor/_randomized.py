@@ -7,10 +7,10 @@ product is made to tell as much as it can:
   (`range_sizes`), and all that follows until the next product works on what is left: for each mode of the other side
   the leading directions given the present factors, which is an update of HOOI but wider, and HOOI *within* the small
   core that all bases leave, to convergence.
-* A side of one mode keeps the bases of earlier rounds and multiplies X by the new directions alone. For a matrix that
-  is a block Krylov method with full orthogonalization.
+* A side of one mode keeps the bases of earlier rounds and multiplies X by the new directions alone.
 
-The wider bases contain the present factors, so the error falls from round to round.
+The wider bases contain the present factors, so the error falls from round to round. Of a matrix the two sides would be
+those of one Krylov space: see `_krylov`.
 """
 
 import math
@@ -110,7 +110,7 @@ def randomized_of(
 ) -> tuple[Truncation, int]:
     """Decompose from a random start; return the result and how many products with ``x`` it took.
 
-    ``squares`` is ‖X‖². At least two modes must be large.
+    ``squares`` is ‖X‖². There are three modes or more, and at least two must be large.
     """
     sizes = range_sizes(x.shape, ranks)
     large = large_modes(x.shape, sizes)
@@ -186,10 +186,8 @@ def _inner(
     squares: float,
 ) -> Truncation:
     """Decompose the core that all bases leave: from the present factors, or anew where there are none yet."""
-    if len(ranks) <= 2 or any(u is None for u in factors):
+    if any(u is None for u in factors):
         start = st_hosvd_of(xp, core, Target(ranks), cheapest_order(core.shape, ranks), quick=True)
-        if len(ranks) <= 2:
-            return start
     else:
         inner = [
             _coordinates(xp, side, k, u) if k in side.bases else _leading(xp, core, k, ranks) if k in directions else u

@@ -18,7 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums, to_numpy
-from flora_tensor._bases import column_blocks, complement, gaussian, orthonormal_columns
+from flora_tensor._bases import column_blocks, gaussian, orthonormal_columns
+from flora_tensor._krylov import KrylovSpace, columns_at_a_time
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -35,9 +36,6 @@ _TRUSTED = 1 / 2
 
 # A squared error is taken as a difference of squares down to so many ε ‖X‖², else the residual itself is summed.
 _CANCELS = 1e3
-
-# Columns of the unfolding that are worked on at a time, in numbers: at least this many, or a 16th of the tensor.
-_AT_A_TIME = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,39 +194,12 @@ def _is_trusted(spectrum: PartialSpectrum, mode: int, rank: int) -> bool:
     return rank <= _TRUSTED * size or size == spectrum.factors[mode].shape[0]
 
 
-class _Space:
-    """A growing basis of one mode, and X projected onto it."""
+class _Space(KrylovSpace):
+    """A Krylov space that knows how much of a tensor it must hold."""
 
     def __init__(self, ready: Prepared, mode: int, block: int, generator: np.random.Generator) -> None:
-        self.xp, self.x, self.mode, self.block = ready.xp, ready.x, mode, block
+        super().__init__(ready.xp, ready.x, mode, block, generator)
         self.squares = ready.norm() ** 2
-        self.generator = generator
-        self.basis: Array = None
-        self.rows: list[Array] = []  # X projected onto the blocks of the basis
-        self.captured = self.last = 0.0
-        self.products = 0
-
-    @property
-    def width(self) -> int:
-        return self.block * len(self.rows)
-
-    def grow(self) -> None:
-        """Add a block of directions."""
-        xp, x, mode = self.xp, self.x, self.mode
-        if self.basis is None:
-            columns = math.prod(x.shape) // x.shape[mode]
-            across = gaussian(xp, x, (columns, self.block), self.generator)
-        else:
-            # Orthonormal, not the rows themselves: these would square the singular values of what is sought, and lose
-            # below √ε of the largest.
-            across = orthonormal_columns(xp, hermitian(xp, unfold(self.rows[-1], mode)))
-        new = orthonormal_columns(xp, _times_rest(xp, x, mode, across))
-        new = new if self.basis is None else complement(xp, self.basis, new)
-        self.basis = new if self.basis is None else xp.concat([self.basis, new], axis=1)
-        self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
-        self.last = float_squares("tucker", xp, self.rows[-1])
-        self.captured += self.last
-        self.products += 2
 
     def surely_misses(self, allowed: float | None) -> bool:
         """Tell, without a product, whether what is missed is more than ``allowed``."""
@@ -271,19 +242,9 @@ def _outside(xp: Namespace, x: Array, mode: int, basis: Array, projected: Array,
     difference = float_squares("tucker", xp, x) - float_squares("tucker", xp, projected)
     if difference > _CANCELS * epsilon(xp, x.dtype) * squares:
         return difference
-    width = max(1, max(_AT_A_TIME, math.prod(x.shape) // 16) // x.shape[mode])
+    width = columns_at_a_time(x, mode)
     parts = zip(column_blocks(xp, x, mode, width), column_blocks(xp, projected, mode, width))
     return sum(float_squares("tucker", xp, part - xp.matmul(basis, inside)) for part, inside in parts)
-
-
-def _times_rest(xp: Namespace, x: Array, mode: int, matrix: Array) -> Array:
-    """Multiply an unfolding (n, p) by a matrix (p, b) from the right, without copying the unfolding."""
-    width = max(1, max(_AT_A_TIME, math.prod(x.shape) // 16) // x.shape[mode])
-    total, at = None, 0
-    for part in column_blocks(xp, x, mode, width):
-        product = xp.matmul(part, matrix[at : at + part.shape[1], :])
-        total, at = product if total is None else total + product, at + part.shape[1]
-    return total
 
 
 def _leading_range(xp: Namespace, matrix: Array, size: int, generator: np.random.Generator) -> Array:

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -503,24 +502,21 @@ def test_whatever_step_fails_the_output_is_the_old_or_the_new_one(
     assert codes - {0}
 
 
+LIMITED = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+runpy.run_module("flora_tensor", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("command", ["extract by ranks", "merge to a directory", "ranks"])
 def test_a_limit_on_files_is_an_error_like_a_full_disk(command: str, here: Path):
     save(here / "base.safetensors", weights(0.0) | {"w": np.zeros((99, 99))})
     save(here / "tuned.safetensors", weights(1.0) | {"w": np.random.default_rng(0).standard_normal((99, 99))})
     before = tree(here)
-    arguments = [
-        sys.executable,
-        "-m",
-        "flora_tensor",
-        *words(here, WRITERS[command].replace("model", "base.safetensors")),
-    ]
-    done = subprocess.run(
-        [*arguments, *(["--ranks", "90"] if "extract" in command else [])],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
-    )
+    line = words(here, WRITERS[command].replace("model", "base.safetensors"))
+    line += ["--ranks", "90"] if "extract" in command else []
+    done = subprocess.run([sys.executable, "-c", LIMITED, *line], capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert re.search(f"File too large: {here}", error_line(done))
     assert tree(here) == before
