@@ -12,15 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 from flora_tensor._arrays import array_namespace, hermitian, to_numpy
-from flora_tensor._bases import mode_basis, orthonormal_columns
+from flora_tensor._bases import mode_basis
 from flora_tensor._frontiers import Choices, Frontier, n_parameters_of
+from flora_tensor._krylov import KrylovSpace
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, rank_grid
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.noise import edge_squared, projected_edge
 from flora_tensor.spectra import Spectrum, cheapest_spectrum
 
-__all__ = ["Look", "Reach", "full_look", "leading_look", "leading_part", "reach_of"]
+__all__ = ["Look", "Reach", "full_look", "leading_look", "reach_of"]
 
 # Modes with fewer singular values than this are decomposed in full.
 _LARGE = 512
@@ -257,21 +258,6 @@ class _Leading(NamedTuple):
     projected: Array
 
 
-def leading_part(matrix: Array, rank: int, norm: float) -> tuple[Array, Array, float] | None:
-    """Return U (n, rank) and Uᵀ A of nearly the best approximation, and its relative error, from the space of a look.
-
-    The space reaches three times as far as the rank. ``None`` where that is no small part of the matrix, or numbers are
-    so large or small that their squares are not safe.
-    """
-    reach = 3 * rank
-    small = min(matrix.shape) < max(_LARGE, 2 * reach)
-    if small or abs(math.frexp(norm)[1]) >= 60:
-        return None
-    found = _krylov(matrix, reach)
-    left = norm * norm - float(np.sum(found.squares[:rank]))
-    return found.vectors[:, :rank], found.projected[:rank, :], math.sqrt(max(left, 0.0)) / norm
-
-
 def _krylov(matrix: Array, rank: int) -> _Leading:
     """Find leading singular vectors by Rayleigh and Ritz."""
     xp = array_namespace("extract", matrix)
@@ -290,33 +276,12 @@ def _leading_squares(matrix: Array, rank: int) -> FloatArray:
 
 
 def _krylov_space(xp: Namespace, matrix: Array, rank: int) -> tuple[Array, Array]:
-    """Return an orthonormal basis Q of a block Krylov space that nearly holds the leading left vectors, and Qᵀ A.
-
-    Musco and Musco, *Randomized block Krylov methods for stronger and faster approximate singular value decomposition*,
-    NeurIPS 2015, algorithm 2, with blocks smaller than the rank: each block is orthonormalized against those before, as
-    nothing else keeps small singular values apart from rounding. Two products with the matrix a block.
-    """
-    width = math.ceil(_SHARE * rank) + 8
+    """Return an orthonormal basis Q of a block Krylov space that nearly holds the leading left vectors, and Qᵀ A."""
     generator = np.random.default_rng(0)  # equal input gives equal bits
-    drawn = generator.standard_normal((matrix.shape[1], width), dtype=np.float32)
-    new = xp.matmul(matrix, xp.astype(xp.asarray(drawn, device=matrix.device), matrix.dtype))
-    blocks: list[Array] = []
-    rows: list[Array] = []
-    for block in range(_BLOCKS):
-        blocks.append(_orthonormal(xp, blocks, new))
-        rows.append(xp.matmul(hermitian(xp, blocks[-1]), matrix))
-        if block + 1 < _BLOCKS:
-            new = xp.matmul(matrix, hermitian(xp, rows[-1]))
-    return xp.concat(blocks, axis=1), xp.concat(rows, axis=0)
-
-
-def _orthonormal(xp: Namespace, blocks: list[Array], new: Array) -> Array:
-    """Return an orthonormal basis of new directions, orthogonal to all blocks before: twice is enough."""
-    for _ in range(2 if blocks else 1):
-        for block in blocks:
-            new = new - xp.matmul(block, xp.matmul(hermitian(xp, block), new))
-        new = orthonormal_columns(xp, new)
-    return new
+    space = KrylovSpace(xp, matrix, 0, math.ceil(_SHARE * rank) + 8, generator)
+    for _ in range(_BLOCKS):
+        space.grow()
+    return space.basis, xp.concat(space.rows, axis=0)
 
 
 def _gram(rows: FloatArray) -> FloatArray:

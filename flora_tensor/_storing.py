@@ -15,7 +15,6 @@ from flora_tensor._base_notes import SAMPLES, sample_positions, text_of_samples
 from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._files import check_free_space
-from flora_tensor._leading import leading_part
 from flora_tensor._residual import PLAIN, residual_norm
 from flora_tensor._resized import NEW_ROWS, new_rows
 from flora_tensor._safetensors import BITS, decode, encode, round_to
@@ -39,9 +38,6 @@ from flora_tensor.spectra import prepare
 from flora_tensor.tucker_tensor import TuckerTensor, select_slice
 
 __all__ = ["Part", "Stored", "check_space", "decompose", "write_adapter"]
-
-# How much the error of a decomposition may exceed its estimate, relative to it.
-_NEARLY = 1e-3
 
 
 class Part(NamedTuple):
@@ -229,10 +225,6 @@ def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[Tuc
     must = "rtol" in settings.budget or weight.is_listed
     if len(cut) == 1:  # both bases of a matrix, for the leading directions, cost less than all of one side's
         x, target, whole = unfold(x, cut[0]), Target((ranks[cut[0]],) * 2), ()
-        part = None if must or weight.predicted is None else leading_part(x, ranks[cut[0]], norm)
-        # `tucker` takes longer, and stops further from the best, where many ranks only fit noise (0.16 % measured).
-        if part is not None and part[2] <= (weight.predicted or 0.0) * (1 + _NEARLY):
-            return _with_factor(part[0], part[1], cut[0], shape), part[2], None
     else:
         target, whole = Target(ranks), [k for k in range(len(shape)) if k not in cut]
     ready = prepare("extract", x, norm * norm)
@@ -248,11 +240,6 @@ def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[Tuc
 def _of_matrix(matrix: TuckerTensor, mode: int, shape: tuple[int, ...]) -> TuckerTensor:
     """Fold the decomposition of an unfolding back: the factor of its columns goes into the core."""
     core = multi_mode_dot(matrix.core, [matrix.factors[1]], modes=[1])
-    return _with_factor(matrix.factors[0], core, mode, shape)
-
-
-def _with_factor(factor: Array, unfolded_core: Array, mode: int, shape: tuple[int, ...]) -> TuckerTensor:
-    """Return a Tucker tensor of which all modes but one are whole."""
-    ranks = tuple(unfolded_core.shape[0] if k == mode else n for k, n in enumerate(shape))
-    factors = tuple(factor if k == mode else None for k in range(len(shape)))
-    return TuckerTensor(fold(unfolded_core, mode, ranks), factors)
+    ranks = tuple(core.shape[0] if k == mode else n for k, n in enumerate(shape))
+    factors = tuple(matrix.factors[0] if k == mode else None for k in range(len(shape)))
+    return TuckerTensor(fold(core, mode, ranks), factors)
