@@ -24,7 +24,7 @@ _AT_A_TIME = 1 << 17
 _SHARE, _MORE = 1 / 4, 8
 
 # Blocks of a matrix's space, at least; and at most, so that a spectrum without an end stays within memory.
-_FEWEST_BLOCKS, _MOST_BLOCKS = 4, 24
+_FEWEST_BLOCKS, _MOST_BLOCKS = 3, 24
 
 # A block that takes less than this share off the squared error was the last. What more of them would take off falls
 # fast where the spectrum decays, and on white noise is at most three times as much (measured): 0.1 % of the error.
@@ -52,10 +52,10 @@ class KrylovSpace:
         """How many directions the basis holds."""
         return self.block * len(self.rows)
 
-    def grow(self) -> None:
-        """Add a block of directions."""
+    def grow(self, *, fresh: bool = False) -> None:
+        """Add a block of directions; ``fresh`` ones do not follow from those before."""
         xp, x, mode = self.xp, self.x, self.mode
-        if self.basis is None:
+        if self.basis is None or fresh:
             columns = math.prod(x.shape) // x.shape[mode]
             across = gaussian(xp, x, (columns, self.block), self.generator)
         else:
@@ -83,16 +83,18 @@ def matrix_of(
     rank = min(ranks)
     space = KrylovSpace(xp, x, mode, math.ceil(_SHARE * rank) + _MORE, generator)
     most = min(_MOST_BLOCKS * space.block, x.shape[mode])
-    gram, captured, rounding = _Gram(xp), 0.0, epsilon(xp, x.dtype) * squares
+    gram, captured, fresh, rounding = _Gram(xp), 0.0, False, epsilon(xp, x.dtype) * squares
     while space.width + space.block <= most:
-        space.grow()
+        space.grow(fresh=fresh)
         gram.add(unfold(space.rows[-1], mode))
-        if len(space.rows) + 1 < _FEWEST_BLOCKS or space.width < rank:
-            continue
         before, captured = captured, gram.leading(rank)
-        left = max(squares - captured, 0.0)
-        if len(space.rows) >= _FEWEST_BLOCKS and captured - before <= max(_WORTHWHILE * left, rounding):
+        if len(space.rows) < _FEWEST_BLOCKS:
+            continue
+        ended = captured - before <= max(_WORTHWHILE * (squares - captured), rounding)
+        if ended and (fresh or space.block >= rank):
             break
+        # Of a singular value that comes more often than a block is wide the space never sees the rest.
+        fresh = ended
     inside = xp.concat(space.rows, axis=mode)
     inner = st_hosvd_of(xp, inside, Target(ranks), cheapest_order(inside.shape, ranks), quick=True)
     factors = [xp.matmul(space.basis, u) if k == mode else u for k, u in enumerate(inner.factors)]

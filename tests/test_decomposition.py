@@ -1257,6 +1257,30 @@ def test_sketches_of_what_has_hardly_any_rank_are_exact(shape, dtype):
         assert Truth.of(x).error(fit.tucker) <= tolerance(dtype, sum(shape))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("kind", ["falling", "slow", "white", "low rank and noise"])
+@pytest.mark.parametrize("shape", [(300, 260), (256, 700), (640, 256)])
+def test_a_matrix_comes_within_a_thousandth_of_its_truncated_svd(shape, kind, dtype):
+    """The documented end of the Krylov space, against all singular values; twelve equal ones are more than a block."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape)
+    if np.dtype(dtype).kind == "c":
+        x = x + 1j * rng.standard_normal(shape)
+    if kind != "white":
+        u, s, vh = np.linalg.svd(x, full_matrices=False)
+        k = np.arange(1.0, len(s) + 1)
+        s = {"falling": 0.9**k, "slow": k**-0.5, "low rank and noise": np.where(k <= 12, 1.0, 0.01 * s / s[0])}[kind]
+        x = (u * s) @ vh
+    x = x.astype(dtype)
+    values = np.linalg.svd(x.astype(complex if np.dtype(dtype).kind == "c" else float), compute_uv=False)
+    for rank in (1, 12, 40):
+        fit = ft.tucker(x, rank, method="randomized")
+        assert fit.method.startswith("randomized")
+        least = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
+        assert least * (1 - 1e-6) <= fit.relative_error <= least * (1 + 1e-3) + tolerance(dtype, sum(shape))
+        assert_orthonormal(fit.tucker)
+
+
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_tensors_in_the_processors_memory_give_the_bits_of_numpy(name):
     for shape, ranks in LARGE:
