@@ -23,8 +23,8 @@ _AT_A_TIME = 1 << 17
 # A block of a matrix's space holds this share of the wanted rank, and so many directions more.
 _SHARE, _MORE = 1 / 4, 8
 
-# Blocks of a matrix's space, at least, as what rounding hides of a very small error is found by doing, not by measuring;
-# and at most, so that a spectrum without an end stays within memory.
+# Blocks of a matrix's space: at least, as what rounding hides of a very small error is found by doing, not by
+# measuring; and at most, so that a spectrum without an end stays within memory.
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 24
 
 # A block that takes less than this share off the squared error was the last. What more of them would take off falls
