@@ -307,14 +307,14 @@ def _with_derivatives(xp: Namespace, matrix: Array, vectors: Array, values: Arra
     eigenvalues = values * values
     floor = max(n, p) * epsilon(xp, matrix.dtype) * xp.max(eigenvalues)
     gaps = eigenvalues[None, :] - eigenvalues[:, None]
-    turned = xp.matmul(vectors, within * _safe_inverse(xp, gaps, floor))
-    outside = (image - xp.matmul(vectors, within)) * _safe_inverse(xp, eigenvalues, floor)[None, :]
+    turned = xp.matmul(vectors, within * safe_inverse(xp, gaps, floor))
+    outside = (image - xp.matmul(vectors, within)) * safe_inverse(xp, eigenvalues, floor)[None, :]
     change = xp.real(xp.linalg.diagonal(within)) if is_complex(xp, matrix.dtype) else xp.linalg.diagonal(within)
-    singular = values + 0.5 * change * _safe_inverse(xp, values, xp.sqrt(floor))
+    singular = values + 0.5 * change * safe_inverse(xp, values, xp.sqrt(floor))
     return vectors + turned + outside, singular
 
 
-def _safe_inverse(xp: Namespace, x: Array, floor: Any) -> Array:
+def safe_inverse(xp: Namespace, x: Array, floor: Any) -> Array:
     """Return 1/x, and 0 where |x| does not exceed ``floor``."""
     large = xp.abs(x) > floor
     return xp.astype(large, x.dtype) / xp.where(large, x, xp.ones_like(x))

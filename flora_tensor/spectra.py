@@ -18,6 +18,8 @@ import numpy as np
 
 from flora_tensor._arrays import (
     array_namespace,
+    conjugate,
+    epsilon,
     float_squares,
     power_of_two,
     result_dtype,
@@ -28,12 +30,12 @@ from flora_tensor._arrays import (
     to_numpy,
     working_dtype,
 )
-from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, with_fixed_signs
+from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, safe_inverse, with_fixed_signs
 from flora_tensor._checks import as_int, check_tensor
 from flora_tensor._frontiers import Choices, Frontier
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid, table_of
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import multi_mode_dot, unfold
+from flora_tensor.algebra import fold, multi_mode_dot, unfold
 
 __all__ = ["Frontier", "ModeSpectra", "Spectrum", "error_table", "hosvd_spectrum", "mode_spectra"]
 
@@ -410,7 +412,38 @@ def matrix_spectrum(where: str, x: Array) -> Spectrum:
 
 def cheapest_spectrum(where: str, x: Array) -> Spectrum:
     """Compute what frontiers and bounds need of a tensor: its full HOSVD, or a matrix's singular values alone."""
-    return matrix_spectrum(where, x) if len(x.shape) == 2 else hosvd_spectrum(x)
+    if len(x.shape) == 2:
+        return matrix_spectrum(where, x)
+    entries = math.prod(x.shape)
+    tall = next((mode for mode, n in enumerate(x.shape) if n * n > entries), None)
+    return hosvd_spectrum(x) if tall is None else _tall_spectrum(prepare(where, stop_gradient(x)), tall)
+
+
+def _tall_spectrum(ready: "Prepared", tall: int) -> Spectrum:
+    """Compute a `Spectrum` without an SVD of the unfolding A = U Σ Vᵀ of a mode longer than all others together.
+
+    V comes from the shorter side, and the other modes see the small tensor Uᵀ A = Σ Vᵀ as they see A. The factor is
+    A V Σ⁻¹: it lacks directions whose singular values vanish, and is as orthonormal as these stand above rounding.
+    """
+    xp, x, k = ready.xp, ready.x, ready.exponent
+    others = [mode for mode in range(len(x.shape)) if mode != tall]
+    sizes = tuple(x.shape[mode] for mode in others)
+    short = xp.reshape(xp.permute_dims(x, (*others, tall)), (math.prod(sizes), x.shape[tall]))  # Aᵀ
+    side = mode_basis(xp, short, 0)
+    inverse = safe_inverse(xp, side.values, epsilon(xp, x.dtype) ** 2 * side.values[0])
+    factor = xp.matmul(xp.permute_dims(short, (1, 0)), conjugate(xp, side.vectors) * inverse[None, :])
+    projected = xp.permute_dims(side.vectors, (1, 0)) * side.values[:, None]
+    inside = fold(projected, tall, (*x.shape[:tall], math.prod(sizes), *x.shape[tall + 1 :]))
+    bases = {mode: mode_basis(xp, inside, mode) for mode in others}
+    core = multi_mode_dot(inside, [bases[mode].vectors for mode in others], modes=others, transpose=True)
+    bases[tall] = Basis(factor, side.values)
+    return Spectrum(
+        values=tuple(times_power_of_two(bases[mode].values, k) for mode in range(len(x.shape))),
+        core=times_power_of_two(core, k),
+        factors=tuple(bases[mode].vectors for mode in range(len(x.shape))),
+        norm=math.ldexp(ready.norm(), k),
+        shape=tuple(x.shape),
+    )
 
 
 def spectrum_of(ready: "Prepared", accuracy: float = 0.0) -> Spectrum:

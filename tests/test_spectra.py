@@ -1,5 +1,6 @@
 """Singular values of unfoldings, and the exact error of every rank tuple, compared with brute force."""
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from flora_tensor._rank_errors import ErrorTable, rank_grid
+from flora_tensor.spectra import cheapest_spectrum
 from support import (
     EVERY_DTYPE,
     FLOATING,
@@ -110,6 +112,28 @@ def test_a_spectrum_is_a_full_hosvd(xp, sample):
     assert spectrum.max_ranks == tuple(spectrum.core.shape) == counts
     assert tuple(v.shape[0] for v in spectrum.values) == counts
     assert spectrum.norm == pytest.approx(sample.norm, rel=1e-6, abs=limit)
+
+
+@for_all(
+    jax_shapes=((2, 3),),
+    sample=samples(dtypes=FLOATING, min_ndim=2, max_ndim=3, min_dim=1, max_dim=3),
+    place=st.integers(0, 3),
+    data=st.data(),
+)
+def test_a_mode_longer_than_all_others_is_seen_without_its_svd(xp, sample, place, data):
+    place = min(place, len(sample.shape))
+    tall = dataclasses.replace(sample, shape=(*sample.shape[:place], 30, *sample.shape[place:]))
+    spectrum, truth = cheapest_spectrum("test", tall.to(xp)), Truth.of(tall.values)
+    limit = tolerance(tall.dtype, sum(tall.shape), norm=tall.norm, xp=xp)
+    for ours, theirs in zip(spectrum.values, truth.values, strict=True):
+        assert distance(ours, times_power_of_two(theirs, truth.exponent)) <= limit
+    assert spectrum.shape == tall.shape
+    # The error that a truncation is said to have is that of the numbers themselves, formed densely.
+    ranks = tuple(data.draw(st.integers(0, m)) for m in spectrum.max_ranks)
+    wide = np.complex128 if np.iscomplexobj(tall.values) else np.float64
+    core, *factors = (to_numpy(a).astype(wide) for a in (spectrum.core, *spectrum.factors))
+    kept = dense(core[tuple(slice(r) for r in ranks)], [u[:, :r] for u, r in zip(factors, ranks)])
+    assert abs(frobenius(tall.values - kept) - spectrum.error(ranks) * tall.norm) <= limit
 
 
 def test_reprs_are_summaries():
