@@ -41,6 +41,7 @@ class FloraBilinear(WeightLayer):
 
     Examples
     --------
+    >>> import torch
     >>> layer = FloraBilinear(nn.Bilinear(5, 4, 3), ranks=2)
     >>> layer(torch.ones(1, 5), torch.ones(1, 4)).shape
     torch.Size([1, 3])
@@ -141,6 +142,7 @@ class FloraEmbeddingBag(WeightLayer):
 
     Examples
     --------
+    >>> import torch
     >>> layer = FloraEmbeddingBag(nn.EmbeddingBag(100, 16), ranks=4)
     >>> layer(torch.tensor([[3, 1], [4, 1]])).shape
     torch.Size([2, 16])

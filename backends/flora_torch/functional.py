@@ -61,6 +61,7 @@ def tucker_linear(
 
     Examples
     --------
+    >>> import torch
     >>> x, core = torch.ones(5, 4), torch.ones(2, 2)
     >>> tucker_linear(x, core, [torch.ones(3, 2), torch.ones(4, 2)]).shape
     torch.Size([5, 3])
@@ -103,6 +104,7 @@ def tucker_embedding(
 
     Examples
     --------
+    >>> import torch
     >>> rows = tucker_embedding(torch.tensor([0, 2]), torch.ones(1, 1), [torch.tensor([[1.0], [2.0], [3.0]]), None])
     >>> rows.tolist()
     [[1.0], [3.0]]
@@ -149,6 +151,7 @@ def dense_delta(
 
     Examples
     --------
+    >>> import torch
     >>> core, factors = torch.ones(1, 1), [torch.ones(6, 1), torch.ones(4, 1)]
     >>> dense_delta(core, factors, arrangement=Arrangement("(o h) (i w)"), shape=(3, 2, 2, 2)).shape
     torch.Size([3, 2, 2, 2])
@@ -212,6 +215,7 @@ def tucker_conv(
 
     Examples
     --------
+    >>> import torch
     >>> x, core = torch.ones(1, 4, 8, 8), torch.ones(2, 2, 1, 1)
     >>> factors = [torch.ones(6, 2), torch.ones(4, 2), torch.ones(3, 1), torch.ones(3, 1)]
     >>> tucker_conv(x, core, factors, stride=2, padding=1).shape
@@ -276,6 +280,7 @@ def tucker_conv_transpose(
 
     Examples
     --------
+    >>> import torch
     >>> x, core = torch.ones(1, 4, 8, 8), torch.ones(2, 2, 1, 1)
     >>> factors = [torch.ones(4, 2), torch.ones(6, 2), torch.ones(3, 1), torch.ones(3, 1)]
     >>> tucker_conv_transpose(x, core, factors, stride=2, padding=1, output_padding=1).shape
