@@ -20,8 +20,9 @@ from flora_tensor.algebra import multi_mode_dot, unfold
 # Columns of the unfolding that are worked on at a time, in numbers: at least this many, or a 16th of the tensor.
 _AT_A_TIME = 1 << 17
 
-# A block of a matrix's space holds this share of the wanted rank, and so many directions more.
-_SHARE, _MORE = 1 / 4, 8
+# A block of a matrix's space holds this share of the wanted rank and so many directions more, but all of ranks up to
+# `_WHOLE`: a product with so many columns costs hardly more than reading the matrix.
+_SHARE, _MORE, _WHOLE = 1 / 4, 8, 16
 
 # Blocks of a matrix's space: at least, as what rounding hides of a very small error is found by doing, not by
 # measuring; and at most, so that a spectrum without an end stays within memory.
@@ -82,7 +83,8 @@ def matrix_of(
     """
     mode = 0 if x.shape[0] <= x.shape[1] else 1
     rank = min(ranks)
-    space = KrylovSpace(xp, x, mode, math.ceil(_SHARE * rank) + _MORE, generator)
+    width = max(math.ceil(_SHARE * rank) + _MORE, min(rank, _WHOLE))
+    space = KrylovSpace(xp, x, mode, width, generator)
     most = min(_MOST_BLOCKS * space.block, x.shape[mode])
     gram, captured, fresh, rounding = _Gram(xp), 0.0, False, epsilon(xp, x.dtype) * squares
     while space.width + space.block <= most:

@@ -296,8 +296,8 @@ def tucker(
        ``x``: the randomized method. It alternates products of ``x`` with bases wider than the ranks and HOOI inside
        the small core these leave. Four products at least, five on spectra that decay; it ends when a product lowers
        the squared error by less than 0.02 %, or all to come are expected to by less than 0.03 %. A matrix is projected
-       onto a block Krylov space instead, whose blocks hold a quarter of the rank and eight directions more: four
-       blocks of two products at least, until one lowers the squared error by less than 0.07 %.
+       onto a block Krylov space instead, whose blocks hold a quarter of the rank and eight directions more, or the
+       rank up to 16: four blocks of two products at least, until one lowers the squared error by less than 0.07 %.
     3. For a matrix: ST-HOSVD, which is its truncated SVD.
     4. ST-HOSVD, then HOOI until further sweeps are expected to gain less than 0.03 % of the squared error.
 
