@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flora_tensor._algorithms import Target, Truncation, cheapest_order, st_hosvd_of
-from flora_tensor._arrays import epsilon, float_squares, hermitian, to_numpy, widest_dtype
+from flora_tensor._arrays import epsilon, hermitian, to_numpy, widest_dtype
 from flora_tensor._bases import column_blocks, complement, gaussian, orthonormal_columns
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -46,7 +46,6 @@ class KrylovSpace:
         self.generator = generator
         self.basis: Array = None
         self.rows: list[Array] = []  # X projected onto the blocks of the basis
-        self.captured = self.last = 0.0
         self.products = 0
 
     @property
@@ -68,8 +67,6 @@ class KrylovSpace:
         new = new if self.basis is None else complement(xp, self.basis, new)
         self.basis = new if self.basis is None else xp.concat([self.basis, new], axis=1)
         self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
-        self.last = float_squares("tucker", xp, self.rows[-1])
-        self.captured += self.last
         self.products += 2
 
 

@@ -200,6 +200,12 @@ class _Space(KrylovSpace):
     def __init__(self, ready: Prepared, mode: int, block: int, generator: np.random.Generator) -> None:
         super().__init__(ready.xp, ready.x, mode, block, generator)
         self.squares = ready.norm() ** 2
+        self.captured = self.last = 0.0
+
+    def grow(self, *, fresh: bool = False) -> None:
+        super().grow(fresh=fresh)
+        self.last = float_squares("tucker", self.xp, self.rows[-1])
+        self.captured += self.last
 
     def surely_misses(self, allowed: float | None) -> bool:
         """Tell, without a product, whether what is missed is more than ``allowed``."""
