@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from flora_tensor._execution import Run
 from flora_tensor._layer_grid import natural_key
-from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
 from flora_tensor.adapter_file import tensor_key
@@ -30,13 +29,13 @@ __all__ = [
 
 
 def find_stacks(
-    base: Checkpoint, tuned: Checkpoint, candidates: Sequence[str], settings: Settings
+    whose: str, base: Checkpoint, tuned: Checkpoint, candidates: Sequence[str], patterns: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
     """Return for each pattern the names that match it, in the order of the numbers in them, from the headers alone."""
     stacks: dict[str, tuple[str, ...]] = {}
     owner: dict[str, str] = {}
-    for pattern in settings.stack:
-        where = f"extract: the stack {pattern!r}"
+    for pattern in patterns:
+        where = f"{whose}: the stack {pattern!r}"
         members = sorted(fnmatch.filter(candidates, pattern), key=natural_key)
         if pattern in base or pattern in tuned:
             raise ValueError(f"{where} is a tensor's own name; pass a pattern, as 'layers.*.weight'")

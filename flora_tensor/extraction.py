@@ -295,7 +295,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     """Look at every tensor, choose the ranks, decompose, and put the directory together; or promise to."""
     settings, base, tuned = run.job.settings, run.base, run.tuned
     rows, candidates = survey(base, tuned, settings)
-    stacks = find_stacks(base, tuned, candidates, settings)
+    stacks = find_stacks("extract", base, tuned, candidates, settings.stack)
     if target is not None and settings.in_one_pass:
         check_space(target, tuned, expected_weights(base, tuned, candidates, settings), (), settings.dtype)
     tasks = [Task(name) for name in candidates]

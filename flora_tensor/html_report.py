@@ -150,8 +150,8 @@ def study_html(study: RankStudy, *, title: str = "Rank study") -> str:
     >>> page.count("<table")
     3
     """
-    dense = sum(math.prod(s.shape) for s in study.spectra.values())
-    body = [_facts([("changed weights", f"{len(study.spectra):,}"), ("numbers in their changes", f"{dense:,}")])]
+    dense = sum(math.prod(s.shape) for s in study.weights.values())
+    body = [_facts([("changed weights", f"{len(study.weights):,}"), ("numbers in their changes", f"{dense:,}")])]
     if len(study.curve) > 1:
         body += ["<h2>What budgets buy</h2>", _curve(study.curve, dense, None)]
     budgets = [
@@ -161,14 +161,19 @@ def study_html(study: RankStudy, *, title: str = "Rank study") -> str:
             _Cell(f"{row.n_weights:,}", row.n_weights, "n"),
             _Cell(f"{row.relative_error:.4g}", row.relative_error, "n"),
             _Cell(f"{row.lower_bound:.4g}", row.lower_bound, "n"),
+            *([_Cell(", ".join(row.stacks))] if study.stacks else []),
         ]
         for row in study.budgets
     ]
     header = ["budget", "numbers stored", "weights stored", "relative error", "lower bound"]
+    header += ["stored as one"] if study.stacks else []
     body.append(_table("Budgets, as a share of the dense changes", header, budgets))
     names = sorted(study.spectra, key=natural_key)
     body += ["<h2>Ranks that hold 99 % of ‖ΔW‖²</h2>"]
-    body += _heat({n: (study.energy_ranks(n, 0.99), study.spectra[n].shape) for n in names}, {})
+    held = {n: (study.energy_ranks(n, 0.99), study.spectra[n].shape) for n in names}
+    body += _heat({n: ranks for n, ranks in held.items() if n not in study.stacks}, {})
+    if study.stacks:
+        body.append(_tensor_heat([(n, *held[n]) for n in names if n in study.stacks], "of each stack"))
     rows = [
         [
             _Cell(name, None, "head"),

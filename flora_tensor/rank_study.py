@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,12 +14,14 @@ from flora_tensor._errors import InputError
 from flora_tensor._heads import with_heads
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
-from flora_tensor._settings import heads_option, matches
-from flora_tensor.allocation import allocate_ranks, budget_curve
+from flora_tensor._settings import globs, heads_option, matches
+from flora_tensor._stacks import find_stacks
+from flora_tensor.allocation import allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
 from flora_tensor.report import format_table
 from flora_tensor.spectra import Frontier, ModeSpectra, cheapest_spectrum
+from flora_tensor.stacking import stacked_arrangement
 
 __all__ = ["BudgetRow", "RankStudy", "study_ranks"]
 
@@ -43,6 +45,8 @@ class BudgetRow:
         What no choice of truncated HOSVDs can beat at this budget.
     n_weights : int
         How many weights would store anything.
+    stacks : tuple of str
+        The stacks that would be stored as one tensor.
     """
 
     max_ratio: float
@@ -50,6 +54,7 @@ class BudgetRow:
     relative_error: float
     lower_bound: float
     n_weights: int
+    stacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,16 @@ class RankStudy(Report):
     Attributes
     ----------
     spectra : dict of str to ModeSpectra
-        The singular values of each changed weight's own modes.
+        The singular values of each changed weight's own modes; of a stack, those of all its members as one tensor,
+        whose first mode counts them.
     frontiers : dict of str to list of Frontier
         What each number of parameters buys, for every arrangement that extraction would try.
     budgets : tuple of BudgetRow
         What each budget would give, all weights together.
     curve : tuple of (int, float)
         The same for growing numbers of stored numbers, and the relative error that each gives.
+    stacks : dict of str to tuple of str
+        The members of each stack that was asked for, as far as they changed; its other entries bear its name.
 
     References
     ----------
@@ -76,6 +84,12 @@ class RankStudy(Report):
     frontiers: dict[str, list[Frontier]]
     budgets: tuple[BudgetRow, ...]
     curve: tuple[tuple[int, float], ...] = ()
+    stacks: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    @property
+    def weights(self) -> dict[str, ModeSpectra]:
+        """The spectra of the weights alone, without those of stacks."""
+        return {name: spectra for name, spectra in self.spectra.items() if name not in self.stacks}
 
     def energy_ranks(self, name: str, energy: float) -> tuple[int, ...]:
         """Return for each mode of a weight how many singular values hold this share of ‖ΔW‖².
@@ -83,7 +97,7 @@ class RankStudy(Report):
         Parameters
         ----------
         name : str
-            The weight.
+            The weight, or the stack.
         energy : float
             The share, in (0, 1].
 
@@ -120,12 +134,13 @@ class RankStudy(Report):
                 "ranks_90": list(self.energy_ranks(name, 0.9)),
                 "ranks_99": list(self.energy_ranks(name, 0.99)),
                 "singular_values": [np.asarray(v, dtype=np.float64).tolist() for v in s.values],
+                **({"members": list(self.stacks[name])} if name in self.stacks else {}),
             }
             for name, s in self.spectra.items()
         ]
         return {
             "weights": weights,
-            "budgets": [vars(row) for row in self.budgets],
+            "budgets": [self._budget(row) for row in self.budgets],
             "curve": list(map(list, self.curve)),
         }
 
@@ -139,15 +154,20 @@ class RankStudy(Report):
             [
                 f"{100 * row.max_ratio:g} %",
                 f"{row.n_parameters:,}",
-                f"{row.n_weights} of {len(self.spectra)}",
+                f"{row.n_weights} of {len(self.weights)}",
                 f"{row.relative_error:.4g}",
                 f"{row.lower_bound:.4g}",
+                *([", ".join(row.stacks)] if self.stacks else []),
             ]
             for row in self.budgets
         ]
         first = format_table(["weight", "shape", "‖ΔW‖", "ranks at 90 %", "ranks at 99 %"], weights, "llrrr")
-        second = format_table(["budget", "parameters", "weights", "error", "lower bound"], budgets, "rrrrr")
+        header = ["budget", "parameters", "weights", "error", "lower bound", *(["as one"] if self.stacks else [])]
+        second = format_table(header, budgets, "rrrrr" + "l" * bool(self.stacks))
         return f"{first}\n\n{second}"
+
+    def _budget(self, row: BudgetRow) -> dict[str, Any]:
+        return {key: value for key, value in vars(row).items() if key != "stacks" or self.stacks}
 
     def _ranks_text(self, name: str, energy: float) -> str:
         return "×".join(map(str, self.energy_ranks(name, energy)))
@@ -160,6 +180,7 @@ def study_ranks(
     budgets: Sequence[float] = BUDGETS,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    stack: str | Sequence[str] | None = None,
     heads: int | Literal["auto"] | None = "auto",
     allow_pickle: bool = False,
     max_memory: int | None = None,
@@ -175,6 +196,9 @@ def study_ranks(
         Shares of the numbers in the dense changes, each in (0, 1].
     include, exclude : str or sequence of str, optional
         Globs of names to look at, and not to.
+    stack : str or sequence of str, optional
+        Globs of names of weights that `extract` may store as one tensor: their joint spectra are listed too, and a
+        budget takes a stack where it is smaller.
     heads : "auto", int or None
         How many heads the attentions have, as for `extract`: arrangements with heads as a mode are tried too.
     allow_pickle : bool, default False
@@ -194,7 +218,7 @@ def study_ranks(
     InputError
         If a checkpoint is damaged, a number is not finite, or no weight differs.
     ValueError
-        If a budget is out of its range.
+        If a budget is out of its range, or a stack's pattern does not match two weights or more of one shape.
     ResourceError
         If a tensor would need more memory than there is.
 
@@ -216,22 +240,31 @@ def study_ranks(
     shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
     names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
+    stacks = find_stacks("ranks", before, after, names, tuple(dict.fromkeys(globs(stack))))
     found = heads_option(heads, before, after)
     spectra: dict[str, ModeSpectra] = {}
     frontiers: dict[str, list[Frontier]] = {}
-    for done, name in enumerate(names):
+    for done, name in enumerate((*names, *stacks)):
         if progress:
-            progress("reading", done, len(names), name)
-        check_memory("ranks", before, after, name, max_memory)
-        delta = read_delta(before, after, name)
+            progress("reading", done, len(names) + len(stacks), name)
+        sides, of_one, members = (before, after), name, ()
+        if name in stacks:
+            stacks[name] = members = tuple(member for member in stacks[name] if member in spectra)
+            if len(members) < 2:
+                continue
+            sides, of_one = (before.stacked(name, members), after.stacked(name, members)), members[0]
+        check_memory("ranks", *sides, name, max_memory)
+        delta = read_delta(*sides, name)
         if delta is not None and np.any(delta):
-            spectra[name], frontiers[name] = _study(delta, with_heads(found, name, delta.shape))
+            own = with_heads(found, of_one, before.info(of_one).shape)
+            spectra[name], frontiers[name] = _study(delta, map(stacked_arrangement, own) if members else own)
     before.check_unchanged()
     after.check_unchanged()
     if not spectra:
         raise InputError(f"ranks: no selected weight differs between {before.path} and {after.path}")
-    rows = tuple(_budget_row(frontiers, share) for share in shares)
-    return RankStudy(spectra, frontiers, rows, budget_curve(frontiers))
+    stacks = {name: members for name, members in stacks.items() if name in spectra}
+    rows = tuple(_budget_row(frontiers, stacks, share) for share in shares)
+    return RankStudy(spectra, frontiers, rows, budget_curve(grouped_frontiers(frontiers, stacks)), stacks)
 
 
 def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
@@ -241,7 +274,7 @@ def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     return a.shape == b.shape and len(a.shape) > 1 and math.prod(a.shape) > 0 and is_float(a) and is_float(b)
 
 
-def _study(delta: np.ndarray, arrangements: Sequence[Arrangement]) -> tuple[ModeSpectra, list[Frontier]]:
+def _study(delta: np.ndarray, arrangements: Iterable[Arrangement]) -> tuple[ModeSpectra, list[Frontier]]:
     """Return the spectra of a change's own modes, and the frontiers of all its arrangements."""
     native = cheapest_spectrum("study_ranks", delta)
     rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in arrangements if not a.is_native)
@@ -250,7 +283,11 @@ def _study(delta: np.ndarray, arrangements: Sequence[Arrangement]) -> tuple[Mode
     return spectra, [spectrum.frontier(partial=True, one_whole=True) for spectrum in (native, *rest)]
 
 
-def _budget_row(frontiers: Mapping[str, list[Frontier]], share: float) -> BudgetRow:
-    allocation = allocate_ranks(frontiers, max_ratio=share)
-    stored = sum(any(choice.ranks) for choice in allocation.choices.values())
-    return BudgetRow(share, allocation.n_parameters, allocation.relative_error, allocation.lower_bound, stored)
+def _budget_row(
+    frontiers: Mapping[str, list[Frontier]], stacks: Mapping[str, tuple[str, ...]], share: float
+) -> BudgetRow:
+    found = allocate_with_stacks(frontiers, stacks, max_ratio=share)
+    stored = [name for name, choice in found.choices.items() if any(choice.ranks)]
+    together = tuple(name for name in stored if name in stacks)
+    count = len(stored) + sum(len(stacks[name]) - 1 for name in together)
+    return BudgetRow(share, found.n_parameters, found.relative_error, found.lower_bound, count, together)

@@ -131,3 +131,54 @@ else:
     sys.exit(1)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_study_of_stacks_agrees_with_extraction_and_is_shown_everywhere(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    names, pattern = [f"layers.{k}.fc.weight" for k in range(5)], "layers.*.fc.weight"
+    u, v = rng.standard_normal((12, 2)), rng.standard_normal((2, 10))
+    steps = {name: u @ rng.standard_normal((2, 2)) @ v + 0.01 * rng.standard_normal((12, 10)) for name in names}
+    steps |= {
+        "head": rng.standard_normal((4, 4)),
+        "layers.0.up.weight": np.eye(3),
+        "layers.1.up.weight": np.zeros((3, 3)),
+    }
+    paths = (
+        save(tmp_path / "b.safetensors", {name: np.zeros(x.shape) for name, x in steps.items()}),
+        save(tmp_path / "t.safetensors", steps),
+    )
+    seen: list[tuple[int, int, str]] = []
+    options = {"stack": [pattern, "layers.*.up.weight"], "budgets": [0.02, 0.2, 0.9]}
+    study = ft.study_ranks(*paths, progress=lambda _, *call: seen.append(call), **options)
+    assert [call[1] for call in seen] == [len(steps) + 2] * (len(steps) + 2)
+    assert study.stacks == {pattern: tuple(names)}  # of the other only one member changed
+    joint = np.stack([steps[name] for name in names])
+    for values, expected in zip(study.spectra[pattern].values, ft.mode_spectra(joint).values):
+        np.testing.assert_allclose(values, expected, atol=1e-12)
+    assert set(study.weights) == set(steps) - {"layers.1.up.weight"}
+    for budget in study.budgets:
+        given = {"max_ratio": budget.max_ratio, "noise_floor": None, "stack": pattern}
+        report = ft.extract(*paths, None, dry_run=True, **given)
+        assert budget.n_parameters == report.n_parameters
+        assert budget.relative_error == pytest.approx(report.relative_error, rel=1e-9, abs=1e-12)
+        assert budget.lower_bound == pytest.approx(report.lower_bound, rel=1e-9, abs=1e-12)
+        assert (budget.n_weights, bool(budget.stacks)) == (report.count("tucker"), any(r.stack for r in report.rows))
+    assert study.budgets[1].stacks == (pattern,)
+    alone = ft.study_ranks(*paths, budgets=[0.2])
+    assert study.budgets[1].relative_error < 0.5 * alone.budgets[0].relative_error
+    assert study.curve[-1] == pytest.approx(alone.curve[-1])
+    page, picture = tmp_path / "ranks.html", tmp_path / "ranks.png"
+    command = ["ranks", *paths, "--stack", pattern, "--budget", "20%", "--html", page]
+    done = run(*command, "--plot", picture)
+    assert done.exit_code == 0, done.output
+    assert "5×12×10" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith(f"  {pattern}")
+    assert "Ranks of each stack" in page.read_text()
+    assert picture.stat().st_size > 2000
+    told = json.loads(run(*command, "--json").stdout)
+    assert told["budgets"][0]["stacks"] == [pattern]
+    assert {w["name"]: w["members"] for w in told["weights"] if "members" in w} == {pattern: names}
+    with pytest.raises(ValueError, match=r"ranks: the stack 'x\*' matches no tensor to compare"):
+        ft.study_ranks(*paths, stack="x*")
+    with pytest.raises(ft.ResourceError, match=r"ranks: 'layers.\*.fc.weight' of shape \(5, 12, 10\) needs"):
+        ft.study_ranks(*paths, stack=pattern, max_memory=20_000)

@@ -46,17 +46,18 @@ _BUDGET = (
 _HEADS = click.option(
     "--heads", type=heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
 )
+_STACK = click.option(
+    "--stack",
+    multiple=True,
+    metavar="PATTERN",
+    help="Store the weights of one shape that match, such as 'layers.*.fc.weight', as one tensor where that is "
+    "smaller; repeatable.",
+)
 _METHOD = (
     click.option(
         "--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode: o (i h w)."
     ),
-    click.option(
-        "--stack",
-        multiple=True,
-        metavar="PATTERN",
-        help="Store the weights of one shape that match, such as 'layers.*.fc.weight', as one tensor where that is "
-        "smaller; repeatable.",
-    ),
+    _STACK,
     _HEADS,
     click.option(
         "--calibration", type=EXISTING, metavar="FILE", help="Second moments of the inputs: count errors of outputs."
@@ -206,6 +207,7 @@ def extract(
     epilog=examples(
         "flora-tensor ranks base/ tuned/",
         "flora-tensor ranks base/ tuned/ --budget 1% --budget 5% --html ranks.html --plot spectra.png",
+        "flora-tensor ranks base/ tuned/ --stack 'layers.*.attn.q_proj.weight'",
     ),
 )
 @click.argument("base", type=EXISTING)
@@ -213,7 +215,7 @@ def extract(
 @click.option(
     "--budget", "budgets", type=share, metavar="SHARE", multiple=True, help="A budget to try, such as 5%; repeatable."
 )
-@with_options(_HEADS, picture("the singular values"), PAGE, MAX_MEMORY, SELECTION, PICKLE, PROGRESS, COMMON)
+@with_options(_STACK, _HEADS, picture("the singular values"), PAGE, MAX_MEMORY, SELECTION, PICKLE, PROGRESS, COMMON)
 def ranks_command(
     base: Path,
     tuned: Path,
