@@ -35,8 +35,9 @@ from flora_torch.model import (
     unmerge_,
 )
 from flora_torch.moment_starts import moment_ranks
+from flora_torch.pytree import register_with_torch
 from flora_torch.training import parameter_groups, retract_
-from flora_torch.update import TuckerUpdate, register_with_torch
+from flora_torch.update import TuckerUpdate
 
 __all__ = [
     "AttachReport",

@@ -4,8 +4,7 @@ Everything is built and checked before the first module is replaced. All modules
 share one update.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +15,21 @@ from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import adaptable
 from flora_torch.chain import Memory
+from flora_torch.freezing import all_or_nothing, freeze
 from flora_torch.functional import Path
 from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scale, resolve_ranks, start_update
 from flora_torch.kinds import drops_input, wrapper_for
-from flora_torch.layers import FROZEN, FloraLayer, FloraParameter, freeze
+from flora_torch.layers import FloraLayer, FloraParameter
+from flora_torch.model_weights import Place, Site, sites
+from flora_torch.patterns import Pattern, PerName, near
 from flora_torch.scaling import Scaling, resolve_scale
-from flora_torch.selection import Pattern, PerName, Place, Site, SkippedWeight, choose, near, sites
+from flora_torch.selection import SkippedWeight, choose
 from flora_torch.update import TuckerUpdate
 
 __all__ = [
     "AttachReport",
     "LayerReport",
     "Plan",
-    "all_or_nothing",
     "attach",
     "install",
     "n_model_parameters",
@@ -410,23 +411,6 @@ class _AttachOptions:
         for name in () if isinstance(self.tensors, Moments) else self.tensors:
             if name not in names:
                 raise ValueError(f"attach: init_tensors has {name!r}, which is no target{near(name, names)}")
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Generator[None, None, None]:
-    """Put gradients' flags back as they were if the body fails: wrapping freezes bases before everything is checked."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    notes = [(m, m.__dict__.get(FROZEN)) for m in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-        for module, note in notes:
-            module.__dict__.pop(FROZEN, None)
-            if note is not None:
-                module.__dict__[FROZEN] = note
-        raise
 
 
 def install(

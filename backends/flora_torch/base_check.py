@@ -18,7 +18,7 @@ from flora_torch.base_weight import is_quantized, own_parameter
 from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.kinds import wrapper_for
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear
-from flora_torch.selection import Holder, Site
+from flora_torch.model_weights import Holder, Site
 from flora_torch.weight_layer import is_conv1d_of_transformers
 
 __all__ = ["VerifyBase", "check_layer", "check_option", "check_samples", "describe_bases", "dtype_codes"]
@@ -56,7 +56,7 @@ def describe_bases(sites: Mapping[str, Site], updates: Mapping[str, nn.Module]) 
 
     Examples
     --------
-    >>> from flora_torch.selection import sites
+    >>> from flora_torch.model_weights import sites
     >>> describe_bases(sites(nn.Sequential(nn.Conv2d(2, 2, 1))), {"0.weight": nn.Module()})["layer_pattern"]
     {'0.weight': {'kind': 'convolution', 'groups': 1, 'padding_mode': 'zeros'}}
     """
@@ -126,7 +126,7 @@ def check_layer(adapter: Adapter, name: str, site: Site) -> None:
 
     Examples
     --------
-    >>> from flora_torch.selection import sites
+    >>> from flora_torch.model_weights import sites
     >>> check_layer(Adapter({}), "0.weight", sites(nn.Sequential(nn.Linear(2, 2)))["0.weight"])
     """
     noted = noted_layer(adapter.config, name)

@@ -25,7 +25,9 @@ from flora_torch.functional import ConvGeometry
 from flora_torch.initialize import default_dtype
 from flora_torch.kinds import wrapper_for
 from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLinear
-from flora_torch.selection import Holder, Pattern, Site, select
+from flora_torch.model_weights import Holder, Site
+from flora_torch.patterns import Pattern
+from flora_torch.selection import select
 from flora_torch.weight_layer import is_conv1d_of_transformers, is_read_by_its_parent
 
 __all__ = ["collect_moments"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import Adapter, TuckerTensor
-from flora_torch.layers import FloraLayer, FloraLinear
-from flora_torch.selection import places, sites
-from flora_torch.storage import adapter_of
+from flora_torch.layers import FloraLinear
+from flora_torch.model_weights import places, sites
+from flora_torch.saving import adapter_of
 
 __all__ = ["from_lycoris", "from_official_flora", "from_peft_lora", "to_lycoris", "to_peft_lora"]
 
@@ -270,9 +270,9 @@ def _kinds(model: nn.Module, adapter: Mapping[str, TuckerTensor] | PathLike) -> 
     given = ft.load_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
     kinds: dict[str, str] = {}
     for place in places(model):
-        name = f"{place.name}.weight" if place.name else "weight"
+        name = place.name_of("weight")
         module: Any = place.module
-        if name not in given or isinstance(module, FloraLayer):
+        if name not in given:
             continue
         if isinstance(module, nn.Embedding):
             kinds[name] = "embedding"

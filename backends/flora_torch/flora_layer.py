@@ -1,4 +1,4 @@
-"""The base of all layers with a Tucker update: the frozen module, its adapters, the effective weight and merging."""
+"""The base of all layers with a Tucker update: how adapters are made, the effective weight and merging."""
 
 import contextlib
 import copy
@@ -7,25 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from flora_tensor import Arrangement
 from flora_torch._sharding import refuse_sharded
-from flora_torch.base_weight import adaptable, check_adaptable, own_parameter, plain_with
+from flora_torch.adapted_module import AdaptedModule
+from flora_torch.base_weight import adaptable, own_parameter, plain_with
 from flora_torch.chain import MEMORIES, Memory
 from flora_torch.functional import Path
 from flora_torch.initialize import Ranks, needs_values, resolve_ranks, start_update
 from flora_torch.rebuild import rebuilding
-from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate, widest_float
 
-__all__ = ["FROZEN", "FloraLayer", "check_adapter_name", "freeze", "thaw"]
+__all__ = ["FloraLayer"]
 
-# Under this name a module notes which of its own parameters were frozen.
-FROZEN = "_flora_frozen"
 _PATHS = ("auto", "factored", "dense")
 
 
-class FloraLayer(nn.Module):
+class FloraLayer(AdaptedModule):
     """What all layers share: a frozen ``base_layer``, the updates of its parameters, and how they are switched.
 
     Not made directly; use `FloraLinear`, `FloraConv`, `FloraConvTranspose`, `FloraEmbedding` or `FloraParameter`.
@@ -80,128 +79,14 @@ class FloraLayer(nn.Module):
     (True, 4, ['default'])
     """
 
-    base_layer: nn.Module
-    tucker_update: nn.ModuleDict
-
     def __init__(self, base_layer: nn.Module, *, path: Path = "auto", memory: Memory = "normal") -> None:
-        super().__init__()
-        if isinstance(base_layer, FloraLayer):
-            raise TypeError(
-                f"{type(self).__name__}: the base is a {type(base_layer).__name__} already; use its add_adapter"
-            )
         if path not in _PATHS:
             raise ValueError(f"{type(self).__name__}: path is {path!r}; pass one of {', '.join(_PATHS)}")
         if memory not in MEMORIES:
             raise ValueError(f"{type(self).__name__}: memory is {memory!r}; pass one of {', '.join(MEMORIES)}")
-        self.base_layer = base_layer
-        self.tucker_update = nn.ModuleDict()
-        self._active_adapters: list[str] = []
-        self._enabled = True
-        self.merged_adapters: tuple[str, ...] = ()
-        # What merged weights were before, by the parameter's name.
-        self.originals: dict[str, Tensor] = {}
-        self.row_plan: RowPlan | None = None
+        super().__init__(base_layer)
         self.path: Path = path
         self.memory: Memory = memory
-        # A model in evaluation stays in evaluation: a new module would be in training, and would drop its input.
-        self.training = base_layer.training
-        freeze(base_layer)
-
-    def __getattr__(self, name: str) -> Any:
-        # Asked several times at every call; while unpickling there are no modules yet.
-        modules = self.__dict__.get("_modules")
-        if modules is not None and name in modules:
-            return modules[name]
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # A property that failed must not look like the base's attribute. Nor are special methods for the base alone
-            # to answer: a parametrized one has a `__deepcopy__`.
-            if modules is None or name == "base_layer" or name.startswith("__") or hasattr(type(self), name):
-                raise
-            return getattr(self.base_layer, name)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that take part, in the order in which they are added up."""
-        return self._active_adapters
-
-    @active_adapters.setter
-    def active_adapters(self, names: Iterable[str]) -> None:
-        names = list(names)
-        self.check_active(names)
-        self._active_adapters = names
-
-    def check_active(self, names: list[str]) -> None:
-        """Refuse a choice of adapters that what is merged in place does not allow.
-
-        Parameters
-        ----------
-        names : list of str
-            The adapters that would be active.
-
-        Raises
-        ------
-        ValueError
-            If one that is merged is not among them, or one that is not merged has a magnitude.
-        """
-        for merged in self.merged_adapters:
-            if merged not in names:
-                raise ValueError(
-                    f"{type(self).__name__}: adapter {merged!r} is merged into the weight; call unmerge_ first"
-                )
-        added = [name for name in names if self.merged_adapters and name not in self.merged_adapters]
-        if any(update.magnitude is not None for name in added for update in self.updates(name).values()):
-            raise ValueError(
-                f"{type(self).__name__}: a magnitude rescales the layer's own weight, and adapter "
-                f"{self.merged_adapters[0]!r} is merged into it; call unmerge_ first"
-            )
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the adapters take part at all."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        if self.merged_adapters and not value:
-            raise ValueError(
-                f"{type(self).__name__}: adapter {self.merged_adapters[0]!r} is merged into the weight and cannot be "
-                "switched off; call unmerge_ first"
-            )
-        self._enabled = value
-
-    def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
-        """Return an adapter's updates by the name of the parameter they change; empty where it has none.
-
-        Parameters
-        ----------
-        adapter_name : str
-            The adapter.
-
-        Returns
-        -------
-        dict of str to TuckerUpdate
-            One entry for each parameter.
-
-        Raises
-        ------
-        NotImplementedError
-            If called on `FloraLayer` itself.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> list(FloraLinear(nn.Linear(4, 3), ranks=2).updates("default"))
-        ['weight']
-        """
-        raise NotImplementedError
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """The parameters of the base layer that have updates."""
-        names = (name for adapter in self.tucker_update for name in self.updates(adapter))
-        return tuple(dict.fromkeys(names))
 
     def add_adapter(
         self,
@@ -280,46 +165,10 @@ class FloraLayer(nn.Module):
         self.install(adapter_name, update, parameter=parameter)
         return update
 
+    @override
     def check_update(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
-        """Refuse an update that this layer cannot have, before anything is changed.
-
-        Parameters
-        ----------
-        adapter_name : str
-            The name that it would get.
-        update : TuckerUpdate
-            The update.
-        parameter : str
-            The parameter that it would change.
-
-        Raises
-        ------
-        ValueError
-            If the adapter's name is taken or impossible, the parameter cannot be adapted, or shapes differ.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> layer = FloraLinear(nn.Linear(4, 3))
-        >>> layer.check_update("default", FloraLinear(nn.Linear(4, 3), ranks=1).tucker_update["default"])
-        """
-        where, weight = type(self).__name__, check_adaptable(type(self).__name__, self.base_layer, parameter)
-        check_adapter_name(where, adapter_name)
-        if parameter in self.updates(adapter_name):
-            raise ValueError(
-                f"{where}: there is an adapter {adapter_name!r} for {parameter!r} already; "
-                "choose another adapter_name, or remove that one first"
-            )
-        if update.shape != tuple(weight.shape):
-            raise ValueError(
-                f"{where}: an update of shape {update.shape} for {parameter!r} of shape {tuple(weight.shape)}; "
-                "pass one of the same shape"
-            )
-        if self.merged_adapters and (update.magnitude is not None or adapter_name in self.merged_adapters):
-            raise ValueError(
-                f"{where}: adapter {self.merged_adapters[0]!r} is merged into the weight that the update belongs to; "
-                "call unmerge_ first"
-            )
+        super().check_update(adapter_name, update, parameter=parameter)
+        where = type(self).__name__
         if update.magnitude is not None and update.channels != self.output_channels(where, self.base_layer):
             raise ValueError(
                 f"{where}: a magnitude for the output channels {update.channels} (axis, groups), but those of "
@@ -330,101 +179,6 @@ class FloraLayer(nn.Module):
                 f"{where}: path is 'factored', but {type(self.base_layer).__name__} with arrangement "
                 f"{update.arrangement.pattern!r} has no factored form; pass path='auto'"
             )
-
-    def install(self, adapter_name: str, update: TuckerUpdate, *, parameter: str = "weight") -> None:
-        """Put an update on the layer and activate it; it may be shared with another layer whose weight is tied.
-
-        Parameters
-        ----------
-        adapter_name : str
-            A name that this layer does not have yet.
-        update : TuckerUpdate
-            An update of the parameter's shape.
-        parameter : str
-            The parameter of the base layer.
-
-        Raises
-        ------
-        ValueError
-            As for `check_update`.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> layer, other = FloraLinear(nn.Linear(4, 3)), FloraLinear(nn.Linear(4, 3), ranks=1)
-        >>> layer.install("shared", other.tucker_update["default"])
-        """
-        self.check_update(adapter_name, update, parameter=parameter)
-        self._put(adapter_name, update, parameter)
-        if adapter_name not in self.active_adapters:
-            self.active_adapters.append(adapter_name)
-
-    def remove_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; without one left, the layer is its base.
-
-        Parameters
-        ----------
-        adapter_name : str
-            The adapter.
-
-        Raises
-        ------
-        ValueError
-            If there is none of this name.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
-        >>> layer.remove_adapter("default")
-        >>> len(layer.tucker_update)
-        0
-        """
-        if adapter_name not in self.tucker_update:
-            known = ", ".join(self.tucker_update) or "none"
-            raise ValueError(f"{type(self).__name__}: there is no adapter {adapter_name!r}; it has {known}")
-        # The setter refuses where it is merged.
-        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        del self.tucker_update[adapter_name]
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name; its place in the order, its parameters and its switches stay.
-
-        Parameters
-        ----------
-        old, new : str
-            The names.
-
-        Raises
-        ------
-        ValueError
-            If there is no adapter of the old name, or the new one is taken or impossible.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
-        >>> layer.rename_adapter("default", "style")
-        >>> list(layer.tucker_update), layer.active_adapters
-        (['style'], ['style'])
-        """
-        where = type(self).__name__
-        if old not in self.tucker_update:
-            known = ", ".join(self.tucker_update) or "none"
-            raise ValueError(f"{where}: there is no adapter {old!r}; it has {known}")
-        if new != old:
-            check_adapter_name(where, new)
-            if new in self.tucker_update:
-                raise ValueError(
-                    f"{where}: there is an adapter {new!r} already; remove it first, or choose another name"
-                )
-        modules = [(new if name == old else name, module) for name, module in self.tucker_update.items()]
-        # Kept as one object: an optimizer, a compiled graph or a hook may hold it.
-        self.tucker_update.clear()
-        for name, module in modules:
-            self.tucker_update[name] = module
-        self._active_adapters = [new if name == old else name for name in self._active_adapters]
-        self.merged_adapters = tuple(new if name == old else name for name in self.merged_adapters)
 
     @classmethod
     def output_channels(cls, where: str, module: nn.Module) -> tuple[int, int]:
@@ -457,46 +211,6 @@ class FloraLayer(nn.Module):
             f"{where}: a magnitude needs a weight with output channels, and {cls.__name__} knows none of "
             f"{type(module).__name__}; pass magnitude=False"
         )
-
-    def running(self, parameter: str = "weight") -> list[TuckerUpdate]:
-        """Return the updates of a parameter that take part in the output now.
-
-        Parameters
-        ----------
-        parameter : str
-            The parameter.
-
-        Returns
-        -------
-        list of TuckerUpdate
-            In the order in which they are added.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> layer = FloraLinear(nn.Linear(4, 3), ranks=2)
-        >>> layer.enabled = False
-        >>> layer.running()
-        []
-        """
-        if not self._enabled:
-            return []
-        if self.merged_adapters:
-            self._check_not_training()
-        active = [adapter for adapter in self._active_adapters if adapter not in self.merged_adapters]
-        found = [self.updates(adapter).get(parameter) for adapter in active]
-        return [update for update in found if update is not None]
-
-    def _check_not_training(self) -> None:
-        """Refuse a step of training that would pass a merged adapter by."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for adapter in self.merged_adapters:
-            if any(p.requires_grad for update in self.updates(adapter).values() for p in update.parameters()):
-                raise RuntimeError(
-                    f"{type(self).__name__}: adapter {adapter!r} is merged into the weight and would not be trained; "
-                    "call unmerge_ first, or put the model in evaluation"
-                )
 
     def effective(self, parameter: str = "weight", updates: Iterable[TuckerUpdate] | None = None) -> Tensor:
         """Return W + Σ s·ΔW in W's type, added up in the wider one; gradients flow to the updates.
@@ -608,33 +322,6 @@ class FloraLayer(nn.Module):
         values = {name: self.merged_value(name, self.active_adapters) for name in self.parameter_names}
         return plain_with(self.base_layer, values)
 
-    def original(self, parameter: str) -> Tensor:
-        """Return a parameter of the base as it is with nothing merged, without its gradient.
-
-        Parameters
-        ----------
-        parameter : str
-            The parameter.
-
-        Returns
-        -------
-        Tensor, of the parameter's shape
-            W.
-
-        Raises
-        ------
-        ValueError
-            If its values are packed in a way that nothing is known of.
-
-        Examples
-        --------
-        >>> from flora_torch import FloraLinear
-        >>> FloraLinear(nn.Linear(4, 3)).original("weight").shape
-        torch.Size([3, 4])
-        """
-        weight = adaptable("merge", self.base_layer, parameter).detach()
-        return self.originals[parameter].to(weight.device) if parameter in self.originals else weight
-
     @torch.no_grad()
     def merged_value(self, parameter: str, adapters: Iterable[str]) -> Tensor:
         """Return W + Σ s·ΔW over some adapters, summed in float64 and rounded once to W's type.
@@ -683,9 +370,6 @@ class FloraLayer(nn.Module):
             )
         return result
 
-    def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
-        raise NotImplementedError
-
     def _has_factored(self, update: TuckerUpdate) -> bool:
         del update
         return False
@@ -693,39 +377,6 @@ class FloraLayer(nn.Module):
     def takes_rows(self) -> bool:
         """Return whether each row of a batch can have adapters of its own."""
         return False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What a merged weight was before moves and changes its type together with the weight.
-        super()._apply(fn, recurse)
-        self.originals = {name: fn(value) for name, value in self.originals.items()}
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state with nothing merged, whatever is: the adapters would count twice where it is loaded.
-
-        Parameters
-        ----------
-        *args, **kwargs
-            As for `torch.nn.Module.state_dict`.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The state.
-        """
-        result = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name in self.originals:
-            result[f"{prefix}base_layer.{name}"] = self.original(name)
-        return result
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged_adapters:
-            raise ValueError(
-                f"{type(self).__name__}: a state dict cannot be loaded while adapter {self.merged_adapters[0]!r} is "
-                "merged into the weight; call unmerge_ first, then load it again"
-            )
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
@@ -736,64 +387,3 @@ class FloraLayer(nn.Module):
             shown.append(f"active_adapters={self.active_adapters}")
         shown += [f"merged_adapters={list(self.merged_adapters)}"] if self.merged_adapters else []
         return ", ".join(shown)
-
-
-def check_adapter_name(where: str, name: str) -> None:
-    """Refuse a name that an adapter cannot have.
-
-    Examples
-    --------
-    >>> check_adapter_name("here", "style")
-    """
-    if not name or "." in name or "lora_" in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"{where}: an adapter cannot be named {name!r}; choose another name")
-
-
-def freeze(module: nn.Module) -> None:
-    """Stop the gradients of every parameter of a module that is not part of an update, and note which ones had them.
-
-    The note lives on the module that owns the parameter, so that it survives copying, pickling and moving.
-
-    Examples
-    --------
-    >>> linear = nn.Linear(2, 2)
-    >>> freeze(linear)
-    >>> linear.weight.requires_grad
-    False
-    """
-    for owner in _outside_updates(module):
-        live = [name for name, p in owner.named_parameters(recurse=False) if p.requires_grad]
-        if live:
-            owner.__dict__[FROZEN] = (*owner.__dict__.get(FROZEN, ()), *live)
-            for name in live:
-                owner.get_parameter(name).requires_grad = False
-
-
-def thaw(module: nn.Module) -> None:
-    """Undo `freeze`.
-
-    Examples
-    --------
-    >>> linear = nn.Linear(2, 2)
-    >>> freeze(linear)
-    >>> thaw(linear)
-    >>> linear.weight.requires_grad
-    True
-    """
-    for owner in _outside_updates(module):
-        own = dict(owner.named_parameters(recurse=False))
-        for name in owner.__dict__.pop(FROZEN, ()):
-            if name in own:
-                own[name].requires_grad = True
-
-
-def _outside_updates(module: nn.Module) -> list[nn.Module]:
-    """List a module and all below it, without those of trainable updates."""
-    found: dict[int, nn.Module] = {}
-    waiting = [module]
-    while waiting:
-        owner = waiting.pop()
-        if id(owner) not in found and not isinstance(owner, TuckerUpdate):
-            found[id(owner)] = owner
-            waiting.extend(owner.children())
-    return list(found.values())

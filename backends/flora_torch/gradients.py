@@ -10,10 +10,12 @@ from torch import Tensor, nn
 import flora_tensor as ft
 from flora_tensor import Arrangement, TuckerTensor, feasible_ranks
 from flora_torch._sharding import in_several_processes, refuse_sharded, summed
+from flora_torch.base_weight import adaptable
 from flora_torch.calibration import evaluating
 from flora_torch.initialize import Ranks, default_dtype, resolve_ranks
-from flora_torch.layers import adaptable
-from flora_torch.selection import Pattern, PerName, Site, select
+from flora_torch.model_weights import Site
+from flora_torch.patterns import Pattern, PerName
+from flora_torch.selection import select
 
 __all__ = ["Gradients", "collect_gradients"]
 

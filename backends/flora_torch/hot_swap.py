@@ -11,9 +11,9 @@ from flora_tensor import TuckerTensor, mode_dot
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import is_sharded
 from flora_torch.in_place import refuse_merged
-from flora_torch.inventory import Whole, current_value, layers_by_weight, layers_of, updates_by_weight, whole_of
-from flora_torch.selection import Place, sites
-from flora_torch.storage import as_adapter, as_torch, plan_of
+from flora_torch.inventory import Whole, layers_by_weight, layers_of, updates_by_weight, whole_of
+from flora_torch.loading import as_adapter, as_torch, plan_of
+from flora_torch.model_weights import Place, sites
 from flora_torch.update import TuckerUpdate
 
 __all__ = ["hotswap_adapter"]
@@ -107,7 +107,7 @@ def _check_consistent(values: list[tuple[Tensor, Tensor]]) -> None:
 
 def _whole_values(adapter: Adapter, replaced: list[tuple[Place, str, Whole]]) -> list[tuple[Tensor, Tensor]]:
     """Pair the tensors that are replaced whole with their new values."""
-    there = {f"{place.name}.{local}" if place.name else local: (place, local, note) for place, local, note in replaced}
+    there = {place.name_of(local): (place, local, note) for place, local, note in replaced}
     if differing := set(there) ^ set(adapter.whole):
         raise ValueError(
             f"hotswap_adapter: {min(differing)!r} is replaced whole by only one of the two adapters; attach the new "
@@ -115,10 +115,7 @@ def _whole_values(adapter: Adapter, replaced: list[tuple[Place, str, Whole]]) ->
         )
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, (place, local, note) in there.items():
-        tensor, value = (
-            current_value(place.module, local) if note.active else note.other,
-            as_torch(adapter.whole[name], name),
-        )
+        tensor, value = note.value_in(place.module, local), as_torch(adapter.whole[name], name)
         if tensor.shape != value.shape:
             raise ValueError(
                 f"hotswap_adapter: {name!r} is of shape {tuple(tensor.shape)}, not {tuple(value.shape)}; pass the "

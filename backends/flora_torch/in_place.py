@@ -14,7 +14,7 @@ from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import is_quantized, own_parameter
 from flora_torch.inventory import check_known, layers_of
 from flora_torch.layers import FloraLayer
-from flora_torch.selection import Holder, Site, sites
+from flora_torch.model_weights import Holder, Site, sites
 
 __all__ = ["merge_", "refuse_merged", "unmerge_"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from flora_torch.layers import FloraLayer
-from flora_torch.selection import Place, places
+from flora_torch.model_weights import Place, places
 from flora_torch.update import TuckerUpdate
 
 __all__ = [
@@ -34,6 +34,10 @@ class Whole:
     adapter_name: str
     other: Tensor
     active: bool = True
+
+    def value_in(self, owner: nn.Module, local: str) -> Tensor:
+        """Return the adapter's value, wherever it is now."""
+        return current_value(owner, local) if self.active else self.other
 
 
 def replace_whole(owner: nn.Module, local: str, value: Tensor, adapter_name: str) -> None:
@@ -100,7 +104,7 @@ def updates_by_weight(model: nn.Module, adapter_name: str) -> dict[str, TuckerUp
     for place in places(model):
         if place.wrapper is not None:
             for parameter, update in place.wrapper.updates(adapter_name).items():
-                name = f"{place.name}.{parameter}" if place.name else parameter
+                name = place.name_of(parameter)
                 found.setdefault(id(update), (name, update))
     return dict(found.values())
 
@@ -111,5 +115,5 @@ def layers_by_weight(model: nn.Module) -> dict[str, FloraLayer]:
     for place in places(model):
         if place.wrapper is not None:
             for parameter in place.wrapper.parameter_names:
-                found[f"{place.name}.{parameter}" if place.name else parameter] = place.wrapper
+                found[place.name_of(parameter)] = place.wrapper
     return found

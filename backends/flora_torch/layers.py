@@ -1,7 +1,7 @@
 """Layers with a frozen base and trainable Tucker updates: the output is the base's with W + Σ s·ΔW.
 
 One class for each kind of product that is known, and `FloraParameter` for everything else. What they share is in
-`flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
+`flora_torch.adapted_module` and `flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
-from flora_torch.base_weight import adaptable, call_with, is_unpacked_linear
+from flora_torch.base_weight import call_with, is_unpacked_linear
 from flora_torch.chain import Chain, Frozen
 from flora_torch.cost import conv_rule, embedding_rule, linear_rule
-from flora_torch.flora_layer import FROZEN, FloraLayer, check_adapter_name, freeze, thaw
+from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
 from flora_torch.geometry import ConvGeometry, kept_geometry
 from flora_torch.initialize import Ranks
@@ -30,17 +30,12 @@ from flora_torch.update import TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
 
 __all__ = [
-    "FROZEN",
     "FloraConv",
     "FloraConvTranspose",
     "FloraEmbedding",
     "FloraLayer",
     "FloraLinear",
     "FloraParameter",
-    "adaptable",
-    "check_adapter_name",
-    "freeze",
-    "thaw",
 ]
 
 

@@ -1,6 +1,6 @@
 """Adapters on whole models: attach, detach, merge, disable, save and load.
 
-Attaching itself is in `flora_torch.attachment`, and files are in `flora_torch.storage`.
+Attaching itself is in `flora_torch.attachment`, and files are in `flora_torch.loading` and `flora_torch.saving`.
 """
 
 import math
@@ -10,15 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from flora_torch.adapted_module import check_adapter_name
 from flora_torch.attachment import AttachReport, LayerReport, attach
 from flora_torch.base_weight import identity, own_parameter
+from flora_torch.freezing import thaw
 from flora_torch.hot_swap import hotswap_adapter
 from flora_torch.in_place import merge_, refuse_merged, unmerge_
 from flora_torch.inventory import WHOLE, check_known, forget, layers_of, swap, whole_of
-from flora_torch.layers import FloraLayer, check_adapter_name, thaw
+from flora_torch.layers import FloraLayer
+from flora_torch.loading import attach_adapter, load_adapter
+from flora_torch.model_weights import Place, places
 from flora_torch.row_adapters import adapters_for_rows
-from flora_torch.selection import Place, places
-from flora_torch.storage import attach_adapter, load_adapter, save_adapter
+from flora_torch.saving import save_adapter
 from flora_torch.update import TuckerUpdate
 
 __all__ = [

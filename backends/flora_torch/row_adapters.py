@@ -8,8 +8,8 @@ from torch import nn
 from flora_torch.in_place import refuse_merged
 from flora_torch.inventory import check_known, layers_of, whole_of
 from flora_torch.layers import FloraLayer
+from flora_torch.model_weights import places
 from flora_torch.rows import RowAdapters, RowPlan
-from flora_torch.selection import places
 
 __all__ = ["adapters_for_rows"]
 

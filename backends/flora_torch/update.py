@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from flora_tensor import Arrangement, TuckerTensor
 from flora_tensor.magnitudes import by_channel, channel_count, channel_ratio, spread_over_channels
 from flora_torch._sharding import gathered
 from flora_torch.functional import dense_delta, sides_of, split_of
 
-__all__ = ["DROPOUTS", "TuckerUpdate", "register_with_torch", "widest_float"]
+__all__ = ["DROPOUTS", "TuckerUpdate", "widest_float"]
 
 # Kinds of devices without float64.
 NO_FLOAT64 = ("mps",)
@@ -610,47 +609,3 @@ def _check_start(tucker: TuckerTensor, start: TuckerTensor) -> None:
             "TuckerUpdate: a start without factors is no more than a shift of the core; pass the core's difference as "
             "the Tucker tensor, and no start"
         )
-
-
-def _flatten(tucker: TuckerTensor) -> tuple[list[Any], tuple[bool, ...]]:
-    # A whole mode is part of the structure: to torch, None would be a leaf that is no tensor.
-    return [tucker.core, *(u for u in tucker.factors if u is not None)], tuple(u is None for u in tucker.factors)
-
-
-def _unflatten(leaves: Any, whole: tuple[bool, ...]) -> TuckerTensor:
-    # Transformations rebuild trees from batched tensors and from placeholders, so nothing is validated here.
-    core, *given = leaves
-    factors = iter(given)
-    tucker = object.__new__(TuckerTensor)
-    object.__setattr__(tucker, "core", core)
-    object.__setattr__(tucker, "factors", tuple(None if is_whole else next(factors) for is_whole in whole))
-    return tucker
-
-
-def register_with_torch() -> bool:
-    """Make `TuckerTensor` a pytree of torch, so that `torch.func.vmap` takes and gives Tucker tensors.
-
-    Called once when `flora_torch` is imported; calling it again changes nothing.
-
-    Returns
-    -------
-    bool
-        Whether it is one now; false where this version of torch does not offer the registration.
-
-    Examples
-    --------
-    >>> register_with_torch()
-    True
-    >>> batch = torch.func.vmap(lambda core: TuckerTensor(core, [None, None]))(torch.ones(5, 2, 3))
-    >>> torch.func.vmap(lambda tucker: tucker.core.sum())(batch).shape
-    torch.Size([5])
-    """
-    global _torch_knows_us
-    register = getattr(pytree, "register_pytree_node", None)
-    if not _torch_knows_us and register is not None:
-        register(TuckerTensor, _flatten, _unflatten, serialized_type_name="flora_tensor.TuckerTensor")
-        _torch_knows_us = True
-    return _torch_knows_us
-
-
-_torch_knows_us = False

@@ -1,4 +1,4 @@
-"""Adapters from tensors and files, and back to files.
+"""Adapters from tensors and files on a model; the way back is `flora_torch.saving`.
 
 What a file names is looked up in a table of the model's own names and nowhere else.
 """
@@ -6,7 +6,6 @@ What a file names is looked up in a table of the model's own names and nowhere e
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -16,24 +15,22 @@ from torch import Tensor, nn
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
 from flora_tensor.adapter import Adapter
-from flora_torch._sharding import assign_, gathered, is_first_process, is_sharded
-from flora_torch.attachment import AttachReport, Plan, all_or_nothing, install, n_model_parameters, report_of
+from flora_torch._sharding import assign_, is_sharded
+from flora_torch.attachment import AttachReport, Plan, install, n_model_parameters, report_of
 from flora_torch.base_check import (
     VerifyBase,
     check_layer,
     check_option,
     check_samples,
-    describe_bases,
     dtype_codes,
 )
 from flora_torch.base_weight import adaptable
+from flora_torch.freezing import all_or_nothing
 from flora_torch.functional import Path
 from flora_torch.in_place import refuse_merged
 from flora_torch.initialize import default_dtype
 from flora_torch.inventory import (
     WHOLE,
-    Whole,
-    check_known,
     current_value,
     layers_by_weight,
     layers_of,
@@ -43,11 +40,12 @@ from flora_torch.inventory import (
     whole_of,
 )
 from flora_torch.kinds import drops_input
-from flora_torch.selection import Site, near, places, sites
-from flora_torch.stacks import check_shared, joined_stacks, share_factors
+from flora_torch.model_weights import Site, places, sites
+from flora_torch.patterns import near
+from flora_torch.stacks import check_shared, share_factors
 from flora_torch.update import DROPOUTS, TuckerUpdate
 
-__all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of", "save_adapter"]
+__all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of"]
 
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in dtype_codes}
 
@@ -119,7 +117,7 @@ def attach_adapter(
     """
     check_option("attach_adapter", verify_base)
     adapter, table = as_adapter(source), sites(model)
-    whole = {name: _whole_target(model, name, array) for name, array in _distinct(table, adapter.whole).items()}
+    whole = _whole_targets(model, _distinct(table, adapter.whole))
     with all_or_nothing(model):
         plans = [plan_of(adapter, name, table, dtype, dropout, verify_base) for name in adapter]
         twice = {site.name for site in (p.site for p in plans)}
@@ -240,156 +238,30 @@ def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, 
     return kept
 
 
-def _whole_target(model: nn.Module, name: str, array: Any) -> tuple[nn.Module, str, Tensor]:
-    """Find the parameter or buffer that a stored tensor replaces, and bring the value to its type and device."""
+def _whole_targets(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Find the parameters and buffers that stored tensors replace, and bring the values to their types and devices."""
     known: dict[str, tuple[nn.Module, str, Tensor]] = {}
-    for place in places(model):
+    for place in places(model) if arrays else ():
         named = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
-        for local, tensor in named:
-            known[f"{place.name}.{local}" if place.name else local] = (place.module, local, tensor)
-    if name not in known:
-        raise ValueError(f"attach_adapter: the model has no tensor {name!r}{near(name, known)}")
-    owner, local, current = known[name]
-    if current.is_meta:
-        raise ValueError(f"attach_adapter: {name!r} is on the meta device and has no values; load the model first")
-    value = as_torch(array, name)
-    if value.shape != current.shape:
-        raise ValueError(
-            f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
-            "the adapter; pass the adapter of this model"
-        )
-    taken = [dict(p.module.named_parameters(recurse=False)).get(other) for p, other, _ in whole_of(model)]
-    if local in owner.__dict__.get(WHOLE, {}) or any(parameter is current for parameter in taken):
-        raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
-    return owner, local, _cast(value, name, current.device, current.dtype)
-
-
-def save_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    adapter_name: str | None = None,
-    base_model_name_or_path: str | None = None,
-    max_shard_size: int | None = None,
-    overwrite: bool = False,
-) -> FilePath:
-    """Write one adapter of a model as an adapter directory, whole or not at all.
-
-    `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; so are factors that
-    layers share, as a stack with the layers' cores side by side; a ``"principal"``
-    update as the difference of its two tensors, of twice the ranks, which any reader can merge.
-
-    Where the parameters are spread over processes (``fully_shard``), all of them must call this, and the first writes
-    the file; it is the one that a single process would have written.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model with adapters.
-    path : path
-        The directory to write.
-    adapter_name : str, optional
-        The adapter; needed where there are several. The name is not stored.
-    base_model_name_or_path : str, optional
-        A note in the config of the model that the adapter is for.
-    max_shard_size : int, optional
-        The most bytes of tensors in a file; more are split into `adapter_model-00001-of-0000N.safetensors`, … with an
-        index, as Hugging Face does for models. One file by default: PEFT itself reads no adapter in several.
-    overwrite : bool
-        Whether an adapter directory that exists is replaced.
-
-    Returns
-    -------
-    Path
-        The directory.
-
-    Raises
-    ------
-    ValueError
-        If there is no such adapter, or several and none was named, a number is not finite, or ``max_shard_size`` is
-        below 1.
-    FileExistsError, OSError
-        As for `flora_tensor.save_adapter`.
-
-    References
-    ----------
-    The format is described at the head of `flora_tensor.adapter_file`.
-
-    Examples
-    --------
-    >>> import tempfile, pathlib
-    >>> from flora_torch import attach
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = attach(model, ranks=2)
-    >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
-    >>> ft.load_adapter(directory)
-    Adapter(1 weight, 0 tensors whole, n_parameters=36)
-    """
-    adapter = adapter_of(model, adapter_name, "save_adapter")
-    note = {"base_model_name_or_path": base_model_name_or_path}
-    adapter = replace(adapter, config={**adapter.config, **note})
-    updates = updates_by_weight(model, _one_adapter(model, adapter_name, "save_adapter"))
-    if any(is_sharded(p) for update in updates.values() for p in update.parameters()) and not is_first_process():
-        return FilePath(path)
-    return ft.save_adapter(path, adapter, max_shard_size=max_shard_size, overwrite=overwrite)
-
-
-def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapter:
-    """Return one adapter of a model as its file holds it; the only one, where none is named."""
-    name = _one_adapter(model, adapter_name, where)
-    updates = updates_by_weight(model, name)
-    whole = {
-        f"{place.name}.{local}" if place.name else local: _whole_value(place.module, local, note)
-        for place, local, note in whole_of(model)
-        if note.adapter_name == name
-    }
-    dtypes = {weight: update.core.dtype for weight, update in updates.items()}
-    config: dict[str, Any] = {
-        "adapter_dtypes": {weight: str(dtype).removeprefix("torch.") for weight, dtype in dtypes.items()},
-        "start_pattern": {weight: True for weight, update in updates.items() if update.start is not None},
-    }
-    for key in DROPOUTS:
-        chances = {weight: getattr(update, key) for weight, update in updates.items()}
-        config[f"{key}_pattern"] = {weight: chance for weight, chance in chances.items() if chance}
-    config |= describe_bases(sites(model), updates)
-    magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
-    stored = {weight: dtype_codes[dtype] for weight, dtype in dtypes.items() if dtype in dtype_codes}
-    stored |= {weight: dtype_codes[value.dtype] for weight, value in whole.items() if value.dtype in dtype_codes}
-    tensors = {weight: update.exported().map(_as_numpy) for weight, update in updates.items()}
-    stacks = joined_stacks(updates, tensors)
-    stacked = {member for stack in stacks.values() for member in stack.members}
-    return Adapter(
-        {weight: tensor for weight, tensor in tensors.items() if weight not in stacked},
-        {weight: update.arrangement for weight, update in updates.items()},
-        {weight: update.scale for weight, update in updates.items()},
-        {weight: update.shape for weight, update in updates.items()},
-        {weight: _as_numpy(value) for weight, value in whole.items()},
-        config,
-        stored,
-        magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
-        channels={weight: updates[weight].channels for weight in magnitudes},
-        stacks=stacks,
-    )
-
-
-def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:
-    layers = layers_of(model, where)
-    known = dict.fromkeys([name for layer in layers for name in layer.tucker_update])
-    known |= dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)])
-    if adapter_name is None and len(known) > 1:
-        raise ValueError(f"{where}: the model has the adapters {', '.join(known)}; pass adapter_name")
-    name = next(iter(known)) if adapter_name is None else adapter_name
-    check_known(model, where, [name])
-    return name
-
-
-def _whole_value(owner: nn.Module, local: str, note: Whole) -> Tensor:
-    return current_value(owner, local) if note.active else note.other
-
-
-def _as_numpy(tensor: Tensor) -> Any:
-    tensor = gathered(tensor.detach()).cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+        known |= {place.name_of(local): (place.module, local, tensor) for local, tensor in named}
+    taken = {id(dict(place.module.named_parameters(recurse=False)).get(local)) for place, local, _ in whole_of(model)}
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for name, array in arrays.items():
+        if name not in known:
+            raise ValueError(f"attach_adapter: the model has no tensor {name!r}{near(name, known)}")
+        owner, local, current = known[name]
+        if current.is_meta:
+            raise ValueError(f"attach_adapter: {name!r} is on the meta device and has no values; load the model first")
+        value = as_torch(array, name)
+        if value.shape != current.shape:
+            raise ValueError(
+                f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
+                "the adapter; pass the adapter of this model"
+            )
+        if local in owner.__dict__.get(WHOLE, {}) or id(current) in taken:
+            raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
+        found[name] = (owner, local, _cast(value, name, current.device, current.dtype))
+    return found
 
 
 def load_adapter(
@@ -447,7 +319,7 @@ def load_adapter(
     Examples
     --------
     >>> import copy, tempfile, pathlib
-    >>> from flora_torch import attach
+    >>> from flora_torch import attach, save_adapter
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> other, _ = copy.deepcopy(model), attach(model, ranks=2, scale=3.0)
     >>> directory = save_adapter(model, pathlib.Path(tempfile.mkdtemp()) / "adapter")
@@ -481,7 +353,7 @@ def _filled(
     table = sites(model)
     plans = [plan_of(adapter, name, table, verify_base=verify_base) for name in adapter]
     distinct = _distinct(table, adapter.whole)
-    whole = {name: _whole_again(model, name, array, adapter_name) for name, array in distinct.items()}
+    first, again = _whole_again(model, distinct, adapter_name)
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     check_shared("load_adapter", present, {name: plan.update for name, plan in zip(adapter, plans)})
@@ -489,10 +361,10 @@ def _filled(
         check_samples(adapter, table, verify_base)
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
-    for owner, local, value, is_new in whole.values():
-        if is_new:
-            replace_whole(owner, local, value, adapter_name)
-        elif (note := owner.__dict__[WHOLE][local]).active:
+    for owner, local, value in first.values():
+        replace_whole(owner, local, value, adapter_name)
+    for owner, local, value in again.values():
+        if (note := owner.__dict__[WHOLE][local]).active:
             swap(owner, local, value)
         else:
             note.other = value.to(note.other)
@@ -501,7 +373,7 @@ def _filled(
     plans = [replace(plan, update=present[name]) for name, plan in zip(adapter, plans)]
     counted: set[int] = set()
     reports = tuple(report_of(plan, layers[plan.site.name], counted) for plan in plans)
-    return AttachReport(adapter_name, reports, n_model_parameters(model), tuple(whole))
+    return AttachReport(adapter_name, reports, n_model_parameters(model), tuple(distinct))
 
 
 def _fill(there: TuckerUpdate, given: TuckerUpdate) -> None:
@@ -532,12 +404,20 @@ def _check_same_form(name: str, there: TuckerUpdate, given: TuckerUpdate) -> Non
         )
 
 
-def _whole_again(model: nn.Module, name: str, array: Any, adapter_name: str) -> tuple[nn.Module, str, Tensor, bool]:
-    """Find the tensor that a stored one replaces; one that this adapter replaced before is only given its new value."""
-    for place, local, note in whole_of(model):
-        if note.adapter_name == adapter_name and name == (f"{place.name}.{local}" if place.name else local):
-            value, current = as_torch(array, name), current_value(place.module, local)
-            if value.shape != current.shape:
-                raise ValueError(f"load_adapter: {name!r} is of shape {tuple(current.shape)}, not {tuple(value.shape)}")
-            return place.module, local, value, False
-    return (*_whole_target(model, name, array), True)
+def _whole_again(
+    model: nn.Module, arrays: Mapping[str, Any], adapter_name: str
+) -> tuple[dict[str, tuple[nn.Module, str, Tensor]], dict[str, tuple[nn.Module, str, Tensor]]]:
+    """Find what stored tensors replace: for the first time, and where this adapter has replaced it before."""
+    mine = {
+        place.name_of(local): (place.module, local)
+        for place, local, note in whole_of(model)
+        if note.adapter_name == adapter_name
+    }
+    again: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for name in (name for name in arrays if name in mine):
+        owner, local = mine[name]
+        value, current = as_torch(arrays[name], name), current_value(owner, local)
+        if value.shape != current.shape:
+            raise ValueError(f"load_adapter: {name!r} is of shape {tuple(current.shape)}, not {tuple(value.shape)}")
+        again[name] = (owner, local, value)
+    return _whole_targets(model, {name: array for name, array in arrays.items() if name not in mine}), again

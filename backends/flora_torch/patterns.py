@@ -1,0 +1,178 @@
+"""How a user names modules and weights: patterns, options for each pattern, and what was probably meant."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from torch import nn
+
+from flora_torch.model_weights import Site
+
+__all__ = ["Pattern", "PerName", "as_list", "is_name", "matches", "near", "shown"]
+
+Pattern: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Value = TypeVar("Value")
+
+
+def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    """Tell whether a pattern means a module, or a weight if ``name`` is one's.
+
+    Parameters
+    ----------
+    pattern : str, re.Pattern, type or callable
+        A plain name means that name and every name that ends with it after a dot (``"fc1"`` means ``"block.fc1"``). A
+        name with ``*``, ``?`` or ``[`` is a glob for the whole name. ``"re:…"`` and a compiled pattern are regular
+        expressions for the whole name. A type means its instances; a callable is asked with name and module.
+    name : str
+        The name.
+    module : nn.Module
+        The module, or the one that owns the weight.
+
+    Returns
+    -------
+    bool
+        Whether it matches.
+
+    Raises
+    ------
+    TypeError
+        If the pattern is of another kind.
+    ValueError
+        If a regular expression cannot be read.
+
+    Examples
+    --------
+    >>> linear = nn.Linear(2, 2)
+    >>> [matches(p, "block.fc1", linear) for p in ("fc1", "c1", "block.*", "re:.*fc[0-9]", nn.Linear)]
+    [True, False, True, True, True]
+    """
+    if isinstance(pattern, str):
+        if pattern.startswith("re:"):
+            try:
+                return re.fullmatch(pattern[3:], name) is not None
+            except re.error as error:
+                raise ValueError(f"attach: the regular expression {pattern[3:]!r} cannot be read: {error}") from error
+        if is_name(pattern):
+            return name == pattern or name.endswith(f".{pattern}")
+        return fnmatch.fnmatchcase(name, pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    if callable(pattern):
+        return bool(pattern(name, module))
+    raise TypeError(
+        f"attach: {pattern!r} is not a pattern; pass a name, a glob, 're:…', a compiled pattern, a type or a predicate"
+    )
+
+
+def is_name(pattern: Pattern) -> bool:
+    """Tell whether a pattern is a plain name, and not a glob or anything else that may mean many."""
+    return isinstance(pattern, str) and not pattern.startswith("re:") and not any(sign in pattern for sign in "*?[")
+
+
+def as_list(patterns: "Pattern | Sequence[Pattern] | None") -> list[Any]:
+    """Return one pattern, several or none as a list."""
+    if patterns is None:
+        return []
+    return list(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return an ending for an error message that names what was probably meant.
+
+    Examples
+    --------
+    >>> near("fc11", ["block.fc1", "block.norm"])
+    '; near names: block.fc1'
+    """
+    by_tail: dict[str, list[str]] = {}
+    for full in known:
+        parts = full.split(".")
+        for k in range(len(parts)):
+            by_tail.setdefault(".".join(parts[k:]), []).append(full)
+    close = difflib.get_close_matches(name, by_tail, n=5, cutoff=0.6)
+    names = list(dict.fromkeys(full for tail in close for full in by_tail[tail]))[:5]
+    return f"; near names: {', '.join(names)}" if names else ""
+
+
+def shown(pattern: Any) -> str:
+    """Return a pattern as an error message shows it."""
+    return pattern.__name__ if isinstance(pattern, type) else repr(pattern)
+
+
+class PerName(Generic[Value]):
+    """An option that is one value for all weights, or one for each pattern of names, the first match counting.
+
+    Parameters
+    ----------
+    option : str
+        The option's name, for error messages.
+    value : Value, or mapping of pattern to Value
+        The value or values.
+    default : Value, optional
+        For weights that no pattern means; without it they are an error.
+
+    Examples
+    --------
+    >>> from flora_torch.model_weights import sites
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> PerName("ranks", {"0": 4, "*": 2}).of(sites(model)["0.weight"])
+    4
+    """
+
+    _nothing: Any = object()
+
+    def __init__(self, option: str, value: Any, default: Any = _nothing) -> None:
+        self.option, self.default = option, default
+        self.table: dict[Any, Any] | None = dict(value) if isinstance(value, Mapping) else None
+        self.value: Any = value
+        self.used: set[Any] = set()
+
+    def of(self, site: Site) -> Value:
+        """Return the value for a weight: patterns are matched against its module's names and its own.
+
+        Raises
+        ------
+        ValueError
+            If no pattern matches and there is no default.
+
+        Examples
+        --------
+        >>> from flora_torch.model_weights import sites
+        >>> PerName("scale", 2.0).of(sites(nn.Sequential(nn.Linear(2, 2)))["0.weight"])
+        2.0
+        """
+        if self.table is None:
+            value: Any = self.value
+            return value
+        for pattern, value in self.table.items():
+            for holder in site.holders:
+                candidates = [*holder.names, *(place.name for place in holder.places)]
+                if any(matches(pattern, name, holder.module) for name in candidates):
+                    self.used.add(pattern)
+                    return value
+        if self.default is self._nothing:
+            raise ValueError(
+                f"attach: {self.option} has no pattern for {site.name!r}; add one, or '*' as the last pattern"
+            )
+        return self.default
+
+    def check_used(self, names: Iterable[str]) -> None:
+        """Refuse patterns that meant nothing: they are mistyped, or the module is not a target.
+
+        Raises
+        ------
+        ValueError
+            If a pattern was never used.
+
+        Examples
+        --------
+        >>> PerName("scale", 2.0).check_used([])
+        """
+        for pattern in self.table or ():
+            if pattern not in self.used:
+                hint = near(pattern, names) if isinstance(pattern, str) else ""
+                raise ValueError(f"attach: {self.option} has the pattern {shown(pattern)}, which means no target{hint}")
