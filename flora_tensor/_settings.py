@@ -216,8 +216,6 @@ def stack_option(given: str | Sequence[str] | None, settings: Settings) -> tuple
             "extract: stack with calibration: each layer's input has a moment of its own, so that layers scaled by "
             "theirs share no factor; pass one of the two"
         )
-    if patterns and settings.weights != "norm":
-        raise ValueError("extract: stack with weights='uniform' is not supported; pass weights='norm'")
     return patterns
 
 

@@ -6,11 +6,13 @@ The budget decides between the two. A stack is read as a whole: the memory rule 
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flora_tensor._execution import Run
 from flora_tensor._layer_grid import natural_key
+from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
 from flora_tensor.adapter_file import tensor_key
@@ -97,12 +99,18 @@ def noise_prices(weights: Mapping[str, Weight]) -> dict[str, float]:
     return {n: 2 * (w.floor or 0.0) ** 2 for name, w in stacks.items() for n in (name, *w.members)}
 
 
-def summed_error(weights: Mapping[str, Weight], found: Mapping[str, Outcome], prices: Mapping[str, float]) -> float:
+def summed_error(
+    weights: Mapping[str, Weight], found: Mapping[str, Outcome], prices: Mapping[str, float], settings: Settings
+) -> float:
     """Sum the squared errors of what is stored, and the prices of numbers that would gain no more than noise."""
     total = 0.0
     for name, weight in weights.items():
-        row = found[name].row if name in found else weight.row
-        error = (row.delta_norm or 0.0) * ((row.relative_error or 0.0) if name in found else 1.0)
+        row, done = (found[name].row, found[name].weight) if name in found else (weight.row, None)
+        if done is not None and done.units:
+            error = math.hypot(*(lost / unit for lost, unit in zip(done.member_errors, done.units)))
+        else:
+            norm = 1.0 if settings.weights == "uniform" else row.delta_norm or 0.0
+            error = norm * ((row.relative_error or 0.0) if name in found else 1.0)
         total += error * error + prices.get(name, 0.0) * row.n_parameters
     return total
 

@@ -19,6 +19,7 @@ from flora_tensor._residual import PLAIN, residual_norm
 from flora_tensor._resized import NEW_ROWS, new_rows
 from flora_tensor._safetensors import BITS, decode, encode, round_to
 from flora_tensor._settings import Settings
+from flora_tensor._stack_norms import StackNorm
 from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
 from flora_tensor._weighting import Weighting
@@ -202,6 +203,11 @@ def _fitted(
     The change is scaled by its input's second moment, and back, where a calibration gave one that fits.
     """
     assert weight.arrangement is not None
+    if weight.units and weight.ranks != arranged.shape:
+        units = StackNorm(weight.units)
+        scaled = on_device(units.scale_(arranged.copy()), settings.device)
+        found, _, bound = _fit(scaled, weight, settings, math.sqrt(len(weight.units)))
+        return units.unscale(found.map(to_numpy)), None, bound, None
     if not (weight.is_weighted and settings.calibration) or weight.ranks == arranged.shape:
         found, *told = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0)
         return found.map(to_numpy), told[0] if settings.device is None else None, told[1], None

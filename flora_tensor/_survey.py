@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,14 @@ from flora_tensor._rank_errors import FloatArray
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
-from flora_tensor.allocation import allocate_ranks, allocate_with_stacks, budget_curve, grouped_frontiers
+from flora_tensor._stack_norms import StackNorm
+from flora_tensor.allocation import (
+    allocate_ranks,
+    allocate_with_stacks,
+    budget_curve,
+    grouped_frontiers,
+    stack_scales,
+)
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.noise import worth_storing
@@ -44,6 +51,7 @@ class Weight:
     is_weighted: bool = False
     members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
     member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
+    units: tuple[float, ...] = ()  # what each slice of a stack is divided by, where slices count relative to them
     floor: float | None = None  # the noise in an entry, where that bounds the ranks
     bounds: tuple[Sequence[float], ...] = ()  # for each point of each frontier; none where it is an estimate
     bound: float | None = None  # no tensor of the chosen ranks has a smaller error, in the same norm
@@ -166,8 +174,10 @@ def scan(
     arrangements = settings.arrangements(members[0] if members else name, a.shape[1:] if members else a.shape)
     arrangements = tuple(map(stacked_arrangement, arrangements)) if members else arrangements
     weight = Weight(row, arrangements, digest=change.digest, members=members)
-    weighted = _weighted(weight, delta, settings)
     floor = change.noise if settings.caps_noise else settings.noise_floor
+    if members and settings.weights == "uniform":
+        delta, floor = _relative(weight, delta, floor)
+    weighted = _weighted(weight, delta, settings)
     # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
     applies = settings.ranks is None and not weight.is_weighted
     floor = floor if isinstance(floor, float) and applies else None
@@ -184,6 +194,7 @@ def scan(
 def _list(weight: Weight, weighted: np.ndarray, floor: float | None, widening: int, settings: Settings) -> None:
     """List what the ranks of every arrangement buy, as far as the budget may reach."""
     norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
+    norm = math.sqrt(len(weight.units)) if weight.units else norm
     looks: dict[Arrangement, Look] = {}
     known: dict[frozenset[int], FloatArray] = {}
     # Tensors first: a matrix that is one of their unfoldings has the same singular values.
@@ -230,6 +241,17 @@ def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarr
     weight.arrangements, weight.is_weighted = fitting, True
     weight.row = replace(weight.row, weighted_norm=frobenius_norm(weighted))
     return weighted
+
+
+def _relative(
+    weight: Weight, delta: np.ndarray, floor: float | Literal["auto"] | None
+) -> tuple[np.ndarray, float | Literal["auto"] | None]:
+    """Divide the slices of a stack by their norms, in place; the noise becomes the root mean square of theirs."""
+    norm = StackNorm.relative(delta)
+    weight.units = norm.units
+    if isinstance(floor, float):
+        floor *= math.sqrt(sum(unit**-2.0 for unit in norm.units) / len(norm.units))
+    return norm.scale_(delta), floor
 
 
 def _noise_note(caps: Sequence[int]) -> str:
@@ -302,7 +324,9 @@ def choose(
     stacks = {name: weight.members for name, weight in weights.items() if weight.members}
     if stacks:
         floors = {name: floor for name in stacks if (floor := weights[name].floor) is not None}
-        allocation = allocate_with_stacks(frontiers, stacks, floors=floors, **settings.limit())
+        allocation = allocate_with_stacks(
+            frontiers, stacks, floors=floors, weights=settings.weights, **settings.limit()
+        )
     else:
         allocation = allocate_ranks(frontiers, weights=settings.weights, **settings.limit())
     if not allocation.n_parameters and not keep_going:
@@ -316,7 +340,8 @@ def choose(
         raise ValueError(
             f"extract: the budget {settings.budget} holds nothing: the smallest tensor takes {least} numbers; raise it"
         )
-    curve = budget_curve(grouped_frontiers(frontiers, stacks), weights=settings.weights)
+    grouped = grouped_frontiers(frontiers, stacks, weights=settings.weights)
+    curve = budget_curve(grouped, weights=stack_scales(grouped, stacks, settings.weights))
     for name, choice in allocation.choices.items():
         weight = weights[name]
         weight.arrangement = weight.arrangements[choice.option]
@@ -349,8 +374,9 @@ def predicted_row(weight: Weight) -> TensorRow:
         modes=weight.arranged_shape,
         ranks=weight.ranks,
         n_parameters=_n_parameters(weight.arranged_shape, weight.ranks),
-        # In a dry run nothing is decomposed: under a calibration only the error that counts is known.
-        relative_error=None if weight.is_weighted else weight.predicted,
+        # In a dry run nothing is decomposed: under a calibration only the error that counts is known, and of a stack
+        # under relative weights only what it is in the mean.
+        relative_error=None if weight.is_weighted or weight.units else weight.predicted,
         weighted_error=None if weight.row.weighted_norm is None else weight.predicted,
         lower_bound=weight.bound,
     )

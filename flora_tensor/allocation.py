@@ -146,12 +146,15 @@ def allocate_with_stacks(
     max_ratio: float | None = None,
     rtol: float | None = None,
     floors: Mapping[str, float] = MappingProxyType({}),
+    weights: str = "norm",
 ) -> Allocation:
     """Spread a budget or a tolerance where some weights can also be stored together, as one tensor.
 
     ``stacks`` gives for some names of ``spectra`` the other names that each stands for; a member belongs to one stack.
     In the allocation either a stack or its members have zeros for ranks. ``floors`` are the noise in stacks' entries:
-    what needs more numbers, together or apart, for no more than noise is not chosen.
+    what needs more numbers, together or apart, for no more than noise is not chosen. ``weights`` are those of
+    `allocate_ranks`; where they are ``"uniform"``, stacks are given as tensors of slices of norm one: their squared
+    errors are sums of relative ones already.
 
     For the choice of together or apart a stack is one curve: the joint tensor's points, and the corners that the hulls
     of its members make when their segments are pooled. Whatever is chosen for the members lies on or above the hull of
@@ -161,18 +164,19 @@ def allocate_with_stacks(
     """
     where = "allocate_ranks"
     limits = {"max_parameters": max_parameters, "max_ratio": max_ratio, "rtol": rtol}
+    scales = stack_scales(spectra, stacks, weights)
     apart = {name: given for name, given in spectra.items() if name not in stacks}
-    found = _allocated(where, apart, limits, None, search=True)
+    found = _allocated(where, apart, limits, scales, search=True)
     if not stacks:
         return found
-    grouped = grouped_frontiers(spectra, stacks, floors)
-    bound = _allocated(where, grouped, limits, None, search=False).lower_bound
-    choices = _allocated(where, grouped, limits, None, search=True).choices
+    grouped = grouped_frontiers(spectra, stacks, floors, weights=weights)
+    bound = _allocated(where, grouped, limits, scales, search=False).lower_bound
+    choices = _allocated(where, grouped, limits, scales, search=True).choices
     chosen = [name for name in stacks if choices[name].option > 0]
     if chosen:
         members = {member for name in chosen for member in stacks[name]}
         mixed = {n: f for n, f in apart.items() if n not in members} | {name: spectra[name] for name in chosen}
-        other = _allocated(where, mixed, limits, None, search=True)
+        other = _allocated(where, mixed, limits, scales, search=True)
         most = {name: max(int(f.n_parameters[-1]) for f in grouped[name]) for name in floors}
         noisy = any(sum(found.choices[m].n_parameters for m in stacks[name]) > n for name, n in most.items())
         better = (
@@ -189,21 +193,36 @@ def grouped_frontiers(
     spectra: Mapping[str, Sequence[Frontier]],
     stacks: Mapping[str, Sequence[str]],
     floors: Mapping[str, float] = MappingProxyType({}),
+    *,
+    weights: str = "norm",
 ) -> dict[str, list[Frontier]]:
     """Give each stack its members' sum as its first frontier, in the members' place; each up to its floor of noise."""
+    scales = stack_scales(spectra, stacks, weights)
     members = {member for names in stacks.values() for member in names}
     rest = {name: list(given) for name, given in spectra.items() if name not in stacks and name not in members}
-    joined = {name: [_summed_frontier([spectra[m] for m in stacks[name]]), *spectra[name]] for name in stacks}
+    joined = {
+        name: [_summed_frontier({m: spectra[m] for m in stacks[name]}, scales), *spectra[name]] for name in stacks
+    }
     return rest | {n: worth_storing(given, floors[n]) if n in floors else given for n, given in joined.items()}
 
 
-def _summed_frontier(several: Sequence[Sequence[Frontier]]) -> Frontier:
-    """Add weights up: the corners of the hull of all that can be chosen for them together."""
-    stored, errors = _corners([_Options.of(given, 1.0).curve for given in several])
-    norm_squared = math.fsum(given[0].norm_squared for given in several)
+def stack_scales(
+    spectra: Mapping[str, Sequence[Frontier]], stacks: Mapping[str, Sequence[str]], weights: str
+) -> dict[str, float]:
+    """Return the factors of all squared errors: those of stacks are weighted already."""
+    scales = _scales("allocate_ranks", {name: list(given) for name, given in spectra.items()}, weights)
+    return scales | dict.fromkeys(stacks, 1.0)
+
+
+def _summed_frontier(several: Mapping[str, Sequence[Frontier]], scales: Mapping[str, float]) -> Frontier:
+    """Add weights up, scaled: the corners of the hull of all that can be chosen for them together."""
+    stored, errors = _corners([_Options.of(given, scales[name]).curve for name, given in several.items()])
+    norm_squared = math.fsum(given[0].norm_squared * scales[name] for name, given in several.items())
     lower = np.concatenate([[True], np.diff(errors) < 0])  # rounding can make two errors one
     stored, errors = stored[lower], errors[lower]
-    return Frontier(stored, errors, stored[:, None], norm_squared, sum(given[0].n_entries for given in several))
+    return Frontier(
+        stored, errors, stored[:, None], norm_squared, sum(given[0].n_entries for given in several.values())
+    )
 
 
 def _allocated(

@@ -128,7 +128,7 @@ def extract(
         likewise), sorted by the numbers in their names: the layers then share their factors, and each has a core of its
         own. They are read as one tensor, which ``max_memory`` must hold, and once more than without. At a budget that
         chooses stacks everything is decomposed without them too, and what ends with the smaller error is kept.
-        Not with ``ranks``, ``calibration`` or ``weights="uniform"``.
+        Not with ``ranks`` or ``calibration``.
     heads : "auto", int or None
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
@@ -141,7 +141,8 @@ def extract(
         thousandth of their mean are raised to that. The cap of ``noise_floor`` does not apply to calibrated weights.
     weights : {"norm", "uniform"}
         What a budget minimizes: the summed squared error of all changes, or the sum of their squared *relative* errors,
-        so that weights that changed little are kept as well as others.
+        so that weights that changed little are kept as well as others; a stack is then decomposed with its slices
+        divided by their norms.
     vectors : {"keep", "skip", "error"}
         Changed tensors of at most one axis (biases, norms): store them whole, leave them out, or refuse.
     on_mismatch : {"error", "skip"}
@@ -365,7 +366,7 @@ def _decomposed(
     other = _chosen(run, apart, rows, keep_going=True)[2]
     alone = run.do("decomposing", tasks_of(other))
     prices = noise_prices(chosen)
-    return min(((chosen, found), (other, alone)), key=lambda result: summed_error(*result, prices))
+    return min(((chosen, found), (other, alone)), key=lambda result: summed_error(*result, prices, run.job.settings))
 
 
 def _check_calibration(settings: Settings, weights: Iterable[Weight]) -> None:

@@ -110,7 +110,8 @@ class ExtractionReport(RowReport[TensorRow]):
     whole_parameters : int
         Numbers stored whole.
     relative_error : float
-        √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights; not a number in a dry run with a calibration.
+        √(Σ ‖ΔW − stored‖² / Σ ‖ΔW‖²) over those weights; not a number in a dry run with a calibration, or of a stack
+        under relative weights.
     lower_bound : float or None
         What no other choice of ranks could beat by truncated HOSVDs: an error for a budget, a number of parameters for
         a tolerance; ``None`` where the ranks were given. The sweeps that follow may end below an error. With a

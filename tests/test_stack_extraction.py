@@ -132,6 +132,45 @@ def test_stacks_never_cost_accuracy_and_dry_runs_keep_their_word(
     assert report.relative_error <= promised.relative_error * (1 + 1e-4) + 1e-6
 
 
+def root_mean_square(report: ft.ExtractionReport) -> float:
+    """The norm of relative weights: every changed weight counts alike."""
+    errors = [row.relative_error for row in report.rows if row.delta_norm is not None]
+    return float(np.sqrt(np.mean(np.square([np.nan if e is None else e for e in errors]))))
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 99), shared=st.booleans(), limit=st.sampled_from(LIMITS))
+def test_relative_weights_count_the_members_alike(
+    seed: int, shared: bool, limit: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+):
+    here = tmp_path_factory.mktemp("pair")
+    base, tuned = model(seed, shared=shared, count=4)
+    for k, name in enumerate(sorted(base)):  # sizes over seven orders of magnitude
+        tuned[name] = base[name].astype(np.float64) + 10.0 ** (k % 8 - 5) * (tuned[name] - base[name])
+    paths = save(here / "base.safetensors", base), save(here / "tuned.safetensors", tuned)
+    options: dict[str, Any] = {"weights": "uniform", "dtype": "float64"} | limit
+    apart = ft.extract(*paths, here / "apart", **options)
+    report = ft.extract(*paths, here / "out", stack=[FC, CONV], **options)
+    if "rtol" in limit:
+        assert root_mean_square(report) <= limit["rtol"] * (1 + 1e-6)
+        assert report.n_parameters <= apart.n_parameters
+        assert (report.lower_bound or 0) <= report.n_parameters
+    else:
+        assert root_mean_square(report) <= root_mean_square(apart) * (1 + 1e-9)
+        assert report.n_parameters <= limit["max_ratio"] * report.dense_parameters
+    promised = ft.extract(*paths, None, dry_run=True, stack=[FC, CONV], **options)
+    if any(row.stack for row in report.rows):
+        assert [row.ranks for row in report.rows] == [row.ranks for row in promised.rows]
+    adapter, tensors = ft.load_adapter(here / "out"), {name: tuned[name] - base[name] for name in base}
+    for stack in adapter.stacks.values():  # against the slices at norm one, decomposed by the library at these ranks
+        norms = [float(np.linalg.norm(tensors[name])) for name in stack.members]
+        scaled = np.stack([stack.arrangement.arrange(tensors[n] / size) for n, size in zip(stack.members, norms)])
+        errors = [report[name].relative_error or 0.0 for name in stack.members]
+        best = ft.tucker(scaled, [None if u is None else u.shape[1] for u in stack.tensor.factors])
+        assert np.sqrt(np.mean(np.square(errors))) <= best.relative_error * (1 + 1e-3) + 1e-9
+    ft.merge_checkpoint(paths[0], here / "out", here / "merged.safetensors")
+
+
 @settings(max_examples=40)
 @given(data=st.data())
 def test_the_choice_between_together_and_apart_is_bounded_by_brute_force(data: st.DataObject):
@@ -193,18 +232,19 @@ def test_a_stack_over_shards_and_of_16_bits_reads_as_its_members_do(tmp_path: Pa
     assert report[members[0]].stack == FC
 
 
-def test_a_stack_stores_no_rounding_noise_and_is_taken_where_its_members_would(tmp_path: Path):
+@pytest.mark.parametrize("weights", ["norm", "uniform"])
+def test_a_stack_stores_no_rounding_noise_and_is_taken_where_its_members_would(weights: Any, tmp_path: Path):
     rng = np.random.default_rng(0)
     before = {f"layers.{k}.fc.weight": torch.from_numpy(rng.standard_normal((64, 48))).bfloat16() for k in range(6)}
     steps = layers((64, 48), 6, 3, shared=True, noise=0.0)
     after = {n: (w.double() + torch.from_numpy(x)).bfloat16() for (n, w), x in zip(before.items(), steps)}
     paths = save(tmp_path / "b.safetensors", before), save(tmp_path / "t.safetensors", after)
-    report = ft.extract(*paths, tmp_path / "out", max_ratio=0.9, stack=FC)
+    report = ft.extract(*paths, tmp_path / "out", max_ratio=0.9, stack=FC, weights=weights)
     # Two directions on either side, and at most the four products of theirs that the layers differ in. Apart, the
     # members' own directions would come nearer to the rounded change, by fitting its noise.
     assert {row.stack for row in report.rows} == {FC}
     assert report.rows[0].ranks in [(4, 2, 2), (6, 2, 2)]
-    loose = ft.extract(*paths, tmp_path / "loose", max_ratio=0.9, stack=FC, noise_floor=None)
+    loose = ft.extract(*paths, tmp_path / "loose", max_ratio=0.9, stack=FC, weights=weights, noise_floor=None)
     assert loose.n_parameters > 10 * report.n_parameters
 
 
@@ -286,7 +326,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stack": "*fc.weight."}, "matches no tensor"),
     ({"stack": FC, "include": "*.conv.*"}, "matches no tensor to compare; there are layers...conv.weight"),
     ({"stack": FC, "max_ratio": None, "ranks": 2}, "stack with ranks: .* pass a budget or rtol"),
-    ({"stack": FC, "weights": "uniform"}, "stack with weights='uniform' is not supported"),
     (
         {"stack": FC, "calibration": MOMENTS},
         "stack with calibration",
