@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import BITS, TensorInfo, in_file_order
-from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.checkpoint import Checkpoint, open_checkpoint, open_shards
 from flora_tensor.checkpoint_writer import CheckpointWriter, plan_shards, write_files
 
 __all__ = ["TENSOR_FILES", "open_tensors", "tensor_writer"]
@@ -21,9 +21,10 @@ TENSOR_FILES = (_MODEL_NAME, _INDEX_NAME, f"{_STEM}-[0-9]*-of-[0-9]*.safetensors
 
 def open_tensors(directory: Path) -> Checkpoint:
     """Open the tensor file of an adapter or its shards, every header checked; the file comes first, as for models."""
-    for name in (_MODEL_NAME, _INDEX_NAME):
-        if (directory / name).exists():
-            return open_checkpoint(directory / name)
+    if (directory / _MODEL_NAME).exists():
+        return open_checkpoint(directory / _MODEL_NAME)
+    if (index := directory / _INDEX_NAME).exists():
+        return Checkpoint.of(index, open_shards(index, allow_pickle=None))
     raise InputError(f"{directory}: has no {_MODEL_NAME} and no {_INDEX_NAME}; the adapter is incomplete")
 
 

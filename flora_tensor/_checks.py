@@ -199,3 +199,13 @@ def exactly_one(where: str, **options: Any) -> str:
 def check_tolerance(where: str, value: Any) -> float:
     """Return a relative tolerance as a float in [0, 1]."""
     return check_fraction(where, "rtol", value, zero=True)
+
+
+def check_limit(where: str, name: str, value: Any) -> None:
+    """Refuse a budget or a tolerance, by the name of its option, that is out of its range."""
+    if name == "rtol":
+        check_tolerance(where, value)
+    elif name == "max_ratio":
+        check_fraction(where, name, value)
+    elif as_int(where, name, value) < 1:
+        raise ValueError(f"{where}: {name} is {value}; pass at least 1")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from flora_tensor._checks import as_int, check_fraction, check_tolerance, feasible_ranks
+from flora_tensor._checks import as_int, check_limit, feasible_ranks
 from flora_tensor._heads import Heads, heads_beside, with_heads
 from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
@@ -142,13 +142,8 @@ def checked_budget(budget: Mapping[str, Any], ranks: RanksOption | None) -> dict
     if len(given) + (ranks is not None) > 1:
         names = [*given, *(["ranks"] if ranks is not None else [])]
         raise TypeError(f"extract: got {' and '.join(names)}; pass one of {_CRITERIA}")
-    if "max_ratio" in given:
-        check_fraction("extract", "max_ratio", given["max_ratio"])
-    if "rtol" in given:
-        check_tolerance("extract", given["rtol"])
-    for name in ("max_parameters", "max_bytes"):
-        if name in given and as_int("extract", name, given[name]) < 1:
-            raise ValueError(f"extract: {name} is {given[name]}; pass at least 1")
+    for name, value in given.items():
+        check_limit("extract", name, value)
     if isinstance(ranks, Mapping):
         return {}
     for rank in ranks if isinstance(ranks, Sequence) else [ranks] if ranks is not None else []:

@@ -215,10 +215,15 @@ def _torch_info(path: Path, name: str, tensor: Any) -> TensorInfo:
 StoredFile: TypeAlias = SafetensorsFile | PickleFile
 
 
-def open_stored_file(path: Path, allow_pickle: bool) -> StoredFile:
-    """Open a file by what its name says that it is; pickle files only where they are allowed."""
+def open_stored_file(path: Path, allow_pickle: bool | None) -> StoredFile:
+    """Open a file by what its name says that it is; pickle files only where they are allowed.
+
+    ``None`` refuses them where no option could allow them.
+    """
     if path.suffix.lower() not in PICKLE_SUFFIXES:
         return SafetensorsFile.open(path)
+    if allow_pickle is None:
+        raise InputError(f"{path}: a pickle file, which can run code when it is read; convert it to safetensors")
     if not allow_pickle:
         raise InputError(
             f"{path}: a pickle file, which can run code when it is read; convert it to safetensors, or pass "

@@ -380,7 +380,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; pass a safetensors file, its index, or a model's directory")
     if file.name.endswith(".json"):
-        return Checkpoint.of(given, _open_shards(file, allow_pickle))
+        return Checkpoint.of(given, open_shards(file, allow_pickle))
     return Checkpoint.of(given, [open_stored_file(file, allow_pickle)])
 
 
@@ -403,8 +403,8 @@ def _find(directory: Path) -> Path:
     raise InputError(f"{directory}: holds no {SINGLE_NAME} and no {INDEX_NAME}; pass a model's directory or file")
 
 
-def _open_shards(index: Path, allow_pickle: bool) -> list[StoredFile]:
-    """Open the shards that an index names, and hold both to what the other says."""
+def open_shards(index: Path, allow_pickle: bool | None) -> list[StoredFile]:
+    """Open the shards that an index names, and hold both to what the other says; as for `open_stored_file`."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(f"{index}: weight_map must be a table from tensor names to file names")

@@ -169,6 +169,46 @@ def test_a_tolerance_is_kept(seed: int, rtol: float):
         assert tensor.n_parameters <= min(adapter[name].n_parameters, math.prod(adapter.shapes[name]))
 
 
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2}
+
+
+def n_bytes(adapter: ft.Adapter) -> int:
+    """The bytes of all cores and factors, by the types that they are stored in."""
+    return sum(WIDTHS[adapter.dtypes[name]] * tensor.n_parameters for name, tensor in adapter.items())
+
+
+@settings(max_examples=30)
+@given(seed=seeds, codes=st.tuples(*[st.sampled_from(sorted(WIDTHS))] * len(SHAPES)))
+def test_a_budget_in_bytes_counts_the_types_that_numbers_are_stored_in(seed: int, codes: tuple[str, ...]):
+    """Brute force over all choices on the frontiers of the dense changes is the oracle."""
+    plain = random_adapter(np.random.default_rng(seed), spread=1e-3)
+    adapter = ft.Adapter(plain.tensors, plain.arrangements, plain.scales, plain.shapes, dtypes=dict(zip(plain, codes)))
+    expected = dense(adapter)
+    arranged = [adapter.arrangements[name].arrange(x) for name, x in expected.items()]
+    frontiers = [ft.hosvd_spectrum(x).frontier(partial=True) for x in arranged]
+    costs = [WIDTHS[code] * f.n_parameters for code, f in zip(codes, frontiers)]
+    budget = 150 + min(int(c[1]) for c in costs)
+    fit = ft.round_adapter(adapter, max_bytes=budget)
+    assert n_bytes(fit.adapter) <= budget
+    allowed = sum(np.ix_(*costs)) <= budget
+    best = math.sqrt(np.min(sum(np.ix_(*(f.error_squared for f in frontiers)))[allowed])) / total_norm(expected)
+    if "BF16" not in codes:  # what its rounding takes away has no bound worth having: factors may nearly cancel
+        assert fit.relative_error <= best * (1 + 2e-4) + tolerance("float32", 24, 24)
+    assert fit.lower_bound is not None
+    assert fit.lower_bound <= best * (1 + 1e-6) + tolerance("float64", 24, 24)
+
+
+def test_a_budget_in_bytes_is_one_in_numbers_where_all_types_are_one():
+    rng = np.random.default_rng(0)
+    a, b = random_adapter(rng, dtype=np.float32), random_adapter(rng, dtype=np.float32)
+    for by_bytes, by_numbers in (
+        (ft.round_adapter(a, max_bytes=403), ft.round_adapter(a, max_parameters=100)),
+        (ft.add_adapters([a, b], max_bytes=403), ft.add_adapters([a, b], max_parameters=100)),
+    ):
+        assert by_bytes.to_json() == by_numbers.to_json()
+        assert gap(by_bytes.adapter, dense(by_numbers.adapter)) == 0.0
+
+
 def test_redundant_ranks_are_found():
     rng = np.random.default_rng(3)
     u, v = rng.standard_normal((40, 3)), rng.standard_normal((30, 3))
@@ -356,6 +396,9 @@ def one(core: float = 1.0, shape: tuple[int, int] = (2, 2)) -> dict[str, ft.Tuck
         (lambda: ft.round_adapter(one()), TypeError, "got none of them; pass exactly one of"),
         (lambda: ft.round_adapter(one(), rtol=0.1, max_ratio=0.1), TypeError, "got max_ratio and rtol"),
         (lambda: ft.round_adapter(one(), max_parameters=0), ValueError, "max_parameters is 0; pass at least 1"),
+        (lambda: ft.round_adapter(one(), max_bytes=0), ValueError, "max_bytes is 0; pass at least 1"),
+        (lambda: ft.round_adapter(one(), max_bytes=31), ValueError, "the smallest tensor takes 32 bytes; raise it"),
+        (lambda: ft.add_adapters([one()], max_bytes=1, rtol=0.1), TypeError, "add: got max_bytes and rtol"),
         (lambda: ft.round_adapter(one(), max_ratio=2.0), ValueError, "max_ratio is 2.0"),
         (lambda: ft.round_adapter(one(), rtol=-1.0), ValueError, "rtol is -1.0"),
         (lambda: ft.round_adapter({}, rtol=0.1), ValueError, "an adapter is empty"),
@@ -443,6 +486,8 @@ def test_the_commands_are_the_functions(two: tuple[Path, Path], tmp_path: Path):
     assert report == json.loads(fit.to_json())
     assert dense(ft.load_adapter(tmp_path / "r")).keys() == dense(fit.adapter).keys()
     assert gap(ft.load_adapter(tmp_path / "r"), dense(fit.adapter)) == 0.0
+    assert run("round", a, "-o", tmp_path / "m", "--max-bytes", "0.8kB").exit_code == 0
+    assert gap(ft.load_adapter(tmp_path / "m"), dense(ft.round_adapter(a, max_bytes=800).adapter)) == 0.0
     for words in (("--weights", ".7", "-.3"), ("--weights", ".7,-.3"), ("--weights=.7,-.3",)):
         assert run("add", a, b, *words, "-o", tmp_path / "s", "--overwrite", "--max-ratio", "50%").exit_code == 0
         expected = ft.add_adapters([a, b], weights=[0.7, -0.3], max_ratio=0.5)

@@ -147,6 +147,29 @@ def test_every_command_reads_shards_as_it_reads_one_file(pair: tuple[Path, Path]
         assert content(tmp_path / f"many{k}") == content(tmp_path / f"one{k}"), command
 
 
+def test_every_command_that_writes_an_adapter_splits_it(tmp_path: Path):
+    plain = ft.Adapter(dict(adapter()))
+    twice = ft.Adapter({name: ft.scale(tensor, 2) for name, tensor in plain.items()})
+    source, other = ft.save_adapter(tmp_path / "a", plain), ft.save_adapter(tmp_path / "b", twice)
+    commands = [
+        ("round", source, "--rtol", "0.3"),
+        ("add", source, other),
+        ("subtract", other, source),
+        ("scale", source, "0.5"),
+        ("convert", source, "--to", "flora"),
+    ]
+    for k, command in enumerate(commands):
+        one, many = tmp_path / f"one{k}", tmp_path / f"many{k}"
+        assert run(*command, "-o", one).exit_code == 0
+        assert run(*command, "-o", many, "--max-shard-size", "0.2kB").exit_code == 0
+        assert len(shards(many)) > 1
+        assert all(len(load(p)) == 1 or sum(t.nbytes for t in load(p).values()) <= 200 for p in shards(many))
+        assert_same(ft.load_adapter(many), ft.load_adapter(one))
+    refused = run("convert", source, tmp_path / "lora", "--to", "peft-lora", "--max-shard-size", "1kB")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--max-shard-size splits adapters of this library, not peft-lora; leave it out" in refused.stderr
+
+
 def test_a_model_takes_shards_as_it_takes_one_file(tmp_path: Path):
     def model() -> nn.Sequential:
         torch.manual_seed(0)
@@ -261,7 +284,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "name at the root": (lambda d: edit(d, BIAS, "/tmp/m.safetensors"), "the shard name '/tmp/m.safetensors' leaves"),
     "link": (move_out, r"is a link to .*outside.safetensors, outside"),
     "unknown key": (twice, "which the index does not know"),
-    "pickle": (pickled, r"x.bin: a pickle file, which can run code when it is read; convert it to safetensors"),
+    "pickle": (pickled, r"x.bin: a pickle file, which can run code when it is read; convert it to safetensors$"),
     "truncated shard": (lambda d: os.truncate(shards(d)[0], shards(d)[0].stat().st_size - 1), "it is truncated"),
     "index of numbers": (lambda d: (d / INDEX).write_text('{"weight_map": {"a": 1}}'), "weight_map must be a table"),
     "empty index": (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), "weight_map must be a table"),

@@ -72,6 +72,7 @@ FLOORS = {
     "flora_tensor.cli": 5,
     "flora_tensor.extraction": 4,
     "flora_tensor.adapter_algebra": 4,
+    "flora_tensor.adapter_fit": 4,
     "flora_tensor.conversion": 4,
     "flora_tensor.adapter_export": 4,
     "flora_tensor.merging": 4,

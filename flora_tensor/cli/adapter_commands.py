@@ -10,25 +10,33 @@ import click
 from flora_tensor.cli.options import (
     COMMON,
     EXISTING,
+    MAX_SHARD_SIZE,
     OUTPUT,
     PICKLE,
     VERIFY_BASE,
     examples,
     numbers,
     share,
+    size,
     with_options,
 )
 
 if TYPE_CHECKING:
     from flora_tensor.adapter import Adapter
+    from flora_tensor.adapter_fit import AdapterFit
 
 __all__ = ["COMMANDS"]
 
-_OUT = click.option("-o", "--out", type=OUTPUT, required=True, help="The adapter directory to write.")
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+_WRITING = (
+    click.option("-o", "--out", type=OUTPUT, required=True, help="The adapter directory to write."),
+    _OVERWRITE,
+    MAX_SHARD_SIZE,
+)
 _BUDGET = (
     click.option("--max-ratio", type=share, metavar="SHARE", help="Numbers stored, as a share of the dense changes."),
     click.option("--max-parameters", type=int, metavar="N", help="Numbers stored in all."),
+    click.option("--max-bytes", type=size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB."),
     click.option("--rtol", type=float, metavar="ERROR", help="The relative error to stay within."),
 )
 _BASE = (
@@ -37,10 +45,10 @@ _BASE = (
 )
 
 
-def _save(out: Path, overwrite: bool, fit: Any, as_json: bool) -> None:
+def _save(fit: "AdapterFit", out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool) -> None:
     from flora_tensor.adapter_file import save_adapter
 
-    save_adapter(out, fit.adapter, overwrite=overwrite)
+    save_adapter(out, fit.adapter, max_shard_size=max_shard_size, overwrite=overwrite)
     click.echo(fit.to_json() if as_json else fit.to_table())
 
 
@@ -64,17 +72,19 @@ def inspect(adapter: Path, as_json: bool) -> None:
 @click.command(
     "round",
     epilog=examples(
-        "flora-tensor round adapter -o smaller --max-parameters 100000",
+        "flora-tensor round adapter -o smaller --max-bytes 20MB",
         "flora-tensor round adapter -o smaller --rtol 0.05",
     ),
 )
 @click.argument("adapter", type=EXISTING)
-@with_options(_OUT, _OVERWRITE, _BUDGET, COMMON)
-def round_command(adapter: Path, out: Path, overwrite: bool, as_json: bool, **budget: Any) -> None:
+@with_options(_WRITING, _BUDGET, COMMON)
+def round_command(
+    adapter: Path, out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool, **budget: Any
+) -> None:
     """Lower an adapter's ranks to a budget or a tolerance."""
     from flora_tensor.adapter_algebra import round_adapter
 
-    _save(out, overwrite, round_adapter(adapter, **budget), as_json)
+    _save(round_adapter(adapter, **budget), out, overwrite, max_shard_size, as_json)
 
 
 class _WithNumbers(click.Command):
@@ -108,26 +118,30 @@ def _is_number(text: str) -> bool:
 )
 @click.argument("adapters", type=EXISTING, nargs=-1, required=True)
 @click.option("--weights", type=numbers, metavar="W1 W2 …", help="A number for each adapter; 1 by default.")
-@with_options(_OUT, _OVERWRITE, _BUDGET, _BASE, COMMON)
-def add(adapters: tuple[Path, ...], out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@with_options(_WRITING, _BUDGET, _BASE, COMMON)
+def add(
+    adapters: tuple[Path, ...], out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool, **options: Any
+) -> None:
     """Add adapters of one base, exactly.
 
     The sum is rounded if a budget or a tolerance is given.
     """
     from flora_tensor.adapter_algebra import add_adapters
 
-    _save(out, overwrite, add_adapters(adapters, **options), as_json)
+    _save(add_adapters(adapters, **options), out, overwrite, max_shard_size, as_json)
 
 
 @click.command(epilog=examples("flora-tensor subtract both style -o rest"))
 @click.argument("a", type=EXISTING)
 @click.argument("b", type=EXISTING)
-@with_options(_OUT, _OVERWRITE, _BASE, COMMON)
-def subtract(a: Path, b: Path, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@with_options(_WRITING, _BASE, COMMON)
+def subtract(
+    a: Path, b: Path, out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool, **options: Any
+) -> None:
     """Subtract adapter B from adapter A, exactly."""
     from flora_tensor.adapter_algebra import subtract_adapters
 
-    _save(out, overwrite, subtract_adapters(a, b, **options), as_json)
+    _save(subtract_adapters(a, b, **options), out, overwrite, max_shard_size, as_json)
 
 
 @click.command(
@@ -136,8 +150,16 @@ def subtract(a: Path, b: Path, out: Path, overwrite: bool, as_json: bool, **opti
 )
 @click.argument("adapter", type=EXISTING)
 @click.argument("factor", type=float)
-@with_options(_OUT, _OVERWRITE, _BASE, COMMON)
-def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@with_options(_WRITING, _BASE, COMMON)
+def scale(
+    adapter: Path,
+    factor: float,
+    out: Path,
+    overwrite: bool,
+    max_shard_size: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Multiply an adapter by a number.
 
     Its cores and factors keep their bits.
@@ -146,7 +168,7 @@ def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: boo
     from flora_tensor.adapter_file import save_adapter
 
     scaled = scale_adapter(adapter, factor, **options)
-    save_adapter(out, scaled, overwrite=overwrite)
+    save_adapter(out, scaled, max_shard_size=max_shard_size, overwrite=overwrite)
     _show(scaled, as_json)
 
 
@@ -171,7 +193,7 @@ def scale(adapter: Path, factor: float, out: Path, overwrite: bool, as_json: boo
 @click.option("--scale", type=float, help="The multiplier of an official FLoRA, whose file does not hold it.")
 @click.option("--prefix", help="What a LyCORIS or kohya file's names begin with, such as lora_unet.")
 @click.option("--skip-whole", is_flag=True, help="Leave out tensors stored whole, which LyCORIS and kohya cannot hold.")
-@with_options(_OVERWRITE, PICKLE, COMMON)
+@with_options(_OVERWRITE, MAX_SHARD_SIZE, PICKLE, COMMON)
 def convert(
     source: Path,
     out: Path | None,
@@ -180,6 +202,7 @@ def convert(
     prefix: str | None,
     skip_whole: bool,
     overwrite: bool,
+    max_shard_size: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -193,11 +216,12 @@ def convert(
 
     if (out is None) == (named is None):
         raise click.UsageError("pass where to write once: as OUT, or with '-o' / '--out'")
+    if max_shard_size is not None and target != "flora":
+        raise click.UsageError(f"--max-shard-size splits adapters of this library, not {target}; leave it out")
     out = Path(out or named or "")
-
     adapter = convert_adapter(source, prefix=prefix, **options)
     if target == "flora":
-        save_adapter(out, adapter, overwrite=overwrite)
+        save_adapter(out, adapter, max_shard_size=max_shard_size, overwrite=overwrite)
     elif target == "peft-lora":
         to_peft_lora(adapter, out, overwrite=overwrite)
     else:

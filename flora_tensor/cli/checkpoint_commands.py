@@ -9,6 +9,7 @@ from flora_tensor.cli.options import (
     COMMON,
     EXISTING,
     MAX_MEMORY,
+    MAX_SHARD_SIZE,
     OUTPUT,
     PAGE,
     PICKLE,
@@ -114,12 +115,7 @@ _TENSORS = (
 _WRITING = (
     click.option("-o", "--out", type=OUTPUT, help="The adapter directory to write."),
     click.option("--overwrite", is_flag=True, help="Replace an adapter directory that exists."),
-    click.option(
-        "--max-shard-size",
-        type=size,
-        metavar="SIZE",
-        help="Split the tensor file at this size; PEFT reads one file only.",
-    ),
+    MAX_SHARD_SIZE,
     click.option("--dry-run", is_flag=True, help="Say what would be stored, and write nothing."),
     click.option("--resume", is_flag=True, help="Go on from OUT.partial, which an interrupted run left."),
 )

@@ -143,6 +143,12 @@ SELECTION = (
 PROGRESS = click.option(
     "--progress/--no-progress", "wanted", default=None, help="Show progress; by default on a terminal."
 )
+MAX_SHARD_SIZE = click.option(
+    "--max-shard-size",
+    type=size,
+    metavar="SIZE",
+    help="Split the tensor file at this size; PEFT reads one file only.",
+)
 MAX_MEMORY = click.option("--max-memory", type=size, metavar="SIZE", help="The most memory for one tensor's work.")
 VERIFY_BASE = click.option(
     "--verify-base",
