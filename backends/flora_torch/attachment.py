@@ -6,6 +6,7 @@ share one update.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "AttachReport",
     "LayerReport",
     "Plan",
+    "UpdateOptions",
     "attach",
     "install",
     "n_model_parameters",
@@ -282,7 +284,7 @@ def attach(
     """
     targets, skipped = choose(model, target_modules, exclude_modules, target_parameters)
     chances = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
-    options = _AttachOptions(ranks, scale, alpha, init, init_tensors or {}, arrangement, dtype, generator)
+    options = UpdateOptions(ranks, scale, alpha, init, init_tensors or {}, arrangement, dtype, generator)
     options.scaling, options.chances, options.magnitude = scaling, chances, magnitude
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
@@ -300,20 +302,30 @@ class Plan:
     asked: tuple[int | None, ...]
 
 
-class _AttachOptions:
-    """The options of `attach`, looked up by weight."""
+class UpdateOptions:
+    """The options of `attach`, looked up by weight.
+
+    Examples
+    --------
+    >>> from flora_torch.model_weights import sites
+    >>> UpdateOptions(4).plan(sites(nn.Sequential(nn.Linear(8, 3)))["0.weight"]).update.ranks
+    (3, 3)
+    """
 
     def __init__(
         self,
         ranks: Any,
-        scale: Any,
-        alpha: float | None,
-        init: str,
-        tensors: Mapping[str, Tensor | TuckerTensor],
-        arrangement: Any,
-        dtype: torch.dtype | None,
-        generator: torch.Generator | None,
+        scale: Any = 1.0,
+        alpha: float | None = None,
+        init: str = "orthonormal",
+        tensors: Mapping[str, Tensor | TuckerTensor] = MappingProxyType({}),
+        arrangement: Any = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        where: str = "attach",
     ) -> None:
+        self.where = where
         self.ranks: PerName[Any] = PerName("ranks", ranks)
         self.scale: PerName[float] = PerName("scale", scale, 1.0)
         self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None)
@@ -323,17 +335,20 @@ class _AttachOptions:
         self.magnitude = False
         self.dtype, self.generator = dtype, generator
         if alpha is not None and (isinstance(scale, Mapping) or scale != 1.0):
-            raise TypeError("attach: got both scale and alpha; pass one of them")
+            raise TypeError(f"{where}: got both scale and alpha; pass one of them")
 
     def plan(self, site: Site) -> Plan:
         """Build the update of one weight."""
         holder = site.holders[0]
         weight = adaptable(
-            f"attach: {site.name}", holder.module, holder.parameter, values=self.magnitude or needs_values(self.init)
+            f"{self.where}: {site.name}",
+            holder.module,
+            holder.parameter,
+            values=self.magnitude or needs_values(self.init),
         )
         arranged = self._arrangement_of(site, weight)
         shape = arranged.shape(tuple(weight.shape))
-        asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"attach: {site.name}")
+        asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"{self.where}: {site.name}")
         try:
             scale = self._scale_of(site, asked, given, shape)
             start = start_update(
@@ -347,7 +362,7 @@ class _AttachOptions:
                 **self._known_of(site),
             )
         except ValueError as error:
-            raise ValueError(f"attach: {site.name}: {error}") from error
+            raise ValueError(f"{self.where}: {site.name}: {error}") from error
         # A weight has no input that could be dropped if its product is not known, or its parent reads it.
         no_input = not all(drops_input(h.module, h.parameter) for h in site.holders)
         chances: dict[str, Any] = self.chances | ({"dropout": 0.0} if no_input else {})
@@ -356,7 +371,7 @@ class _AttachOptions:
         )
         if self.magnitude:
             kind = wrapper_for(holder.module, holder.parameter)
-            update.start_magnitude(weight.detach(), kind.output_channels(f"attach: {site.name}", holder.module))
+            update.start_magnitude(weight.detach(), kind.output_channels(f"{self.where}: {site.name}", holder.module))
         return Plan(site, update, asked)
 
     def _scale_of(self, site: Site, asked: Sequence[Any], given: Sequence[Any], shape: Sequence[int]) -> float:
@@ -379,7 +394,7 @@ class _AttachOptions:
         try:
             arranged.shape(tuple(weight.shape))
         except ValueError as error:
-            raise ValueError(f"attach: {site.name}: {error}") from error
+            raise ValueError(f"{self.where}: {site.name}: {error}") from error
         return arranged
 
     def _known_of(self, site: Site) -> dict[str, Any]:

@@ -312,6 +312,32 @@ class FloraLayer(AdaptedModule):
         >>> type(FloraLinear(nn.Linear(4, 3), ranks=2).merged()).__name__
         'Linear'
         """
+        return self.plain_with(self.active_adapters)
+
+    def plain_with(self, adapters: Iterable[str]) -> nn.Module:
+        """Return what `merged` does, for some adapters, whether they are active or not.
+
+        Parameters
+        ----------
+        adapters : iterable of str
+            The adapters.
+
+        Returns
+        -------
+        nn.Module
+            The layer.
+
+        Raises
+        ------
+        ValueError
+            As for `merged`.
+
+        Examples
+        --------
+        >>> from flora_torch import FloraLinear
+        >>> type(FloraLinear(nn.Linear(4, 3), ranks=2).plain_with([])).__name__
+        'Linear'
+        """
         for name, tensor in self.base_layer.named_parameters():
             refuse_sharded(f"merge: {name!r} of {type(self.base_layer).__name__}", tensor)
         if "forward" in vars(self.base_layer):
@@ -319,8 +345,8 @@ class FloraLayer(AdaptedModule):
                 f"merge: the forward of this {type(self.base_layer).__name__} was set on the object itself and would "
                 "go on with the weights of the base; delete that attribute first"
             )
-        values = {name: self.merged_value(name, self.active_adapters) for name in self.parameter_names}
-        return plain_with(self.base_layer, values)
+        names = list(adapters)
+        return plain_with(self.base_layer, {name: self.merged_value(name, names) for name in self.parameter_names})
 
     @torch.no_grad()
     def merged_value(self, parameter: str, adapters: Iterable[str]) -> Tensor:

@@ -348,11 +348,11 @@ def merge(model: nn.Module) -> nn.Module:
     'Linear'
     """
     for layer in layers_of(model, "merge"):
-        layer.merged()  # refuses what is not finite, before anything is replaced
+        layer.plain_with(layer.active_adapters)  # refuses what is not finite, before anything is replaced
     tied: dict[tuple[Any, ...], nn.Parameter] = {}
 
     def plain(layer: FloraLayer) -> nn.Module:
-        result = layer.merged()
+        result = layer.plain_with(layer.active_adapters)
         for name in layer.parameter_names:
             # One weight with one set of updates becomes one parameter, wherever it stands.
             key = (identity(layer.base_layer, name), *(id(update) for update in _active(layer, name)))

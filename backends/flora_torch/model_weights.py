@@ -131,7 +131,16 @@ _RUNNERS = {
     "AveragedModel": "module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "OffloadWrapper": "_checkpoint_wrapped_module",
+    "FloraModel": "model",
+    # Those of PEFT have a class for each task: `PeftModelForCausalLM`, …
+    "PeftModel": "base_model",
 }
+
+
+def _runs(module: nn.Module, key: str) -> bool:
+    """Tell whether a module only runs the child of this name."""
+    name = type(module).__name__
+    return _RUNNERS.get("PeftModel" if name.startswith("PeftModel") else name) == key
 
 
 def places(model: nn.Module) -> list[Place]:
@@ -157,7 +166,7 @@ def places(model: nn.Module) -> list[Place]:
         for child_key, child in vars(base)["_modules"].items():
             if child is not None:
                 inside = internal or (child_key == "parametrizations" and is_parametrized(base))
-                below = name if _RUNNERS.get(type(base).__name__) == child_key else place.name_of(child_key)
+                below = name if _runs(base, child_key) else place.name_of(child_key)
                 walk(child, below, base, child_key, inside)
 
     walk(model, "", None, "")

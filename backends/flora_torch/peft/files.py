@@ -1,0 +1,327 @@
+"""Between what a PEFT model holds and what an adapter file holds, which is that of `flora_tensor.adapter_file`.
+
+A file names weights as the model does without any adapter, leaves the adapter's name out, and its config says of each
+weight what the tensors do not. PEFT asks for the tensors when it saves, and gives them back when it loads.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from flora_tensor import Adapter, Arrangement, TuckerTensor, select_slice
+from flora_tensor.adapter_file import config_of, split_key
+from flora_tensor.magnitudes import channel_count
+from flora_tensor.stacking import member_arrangement
+from flora_torch.base_check import check_layer, describe_bases
+from flora_torch.base_weight import adaptable
+from flora_torch.initialize import default_dtype, random_start
+from flora_torch.inventory import WHOLE, current_value, replace_whole, swap, updates_by_weight
+from flora_torch.kinds import drops_input
+from flora_torch.layers import FloraParameter
+from flora_torch.model_weights import Site, places, sites
+from flora_torch.patterns import near
+from flora_torch.peft.config import FloraConfig
+from flora_torch.peft.layers import FloraTunerLayer
+from flora_torch.peft.registration import PREFIX
+from flora_torch.update import DROPOUTS, TuckerUpdate
+
+__all__ = ["check_file", "checkpoint_key", "describe", "file_update", "file_weights", "fitted_state", "stored_state"]
+
+_ROOT = "base_model.model."
+
+
+def checkpoint_key(key: str, adapter_name: str) -> str:
+    """Return the key in the file of a tensor of the model.
+
+    Examples
+    --------
+    >>> checkpoint_key("base_model.model.attn.base_layer.out_proj.tucker_update.default.core", "default")
+    'base_model.model.attn.out_proj.tucker_update.core'
+    >>> checkpoint_key("base_model.model.attn.tucker_update.default.in_proj_weight.core", "default")
+    'base_model.model.attn.tucker_update.in_proj_weight.core'
+    >>> checkpoint_key("base_model.model.fc.base_layer.bias", "default")
+    'base_model.model.fc.bias'
+    """
+    head, mark, tail = key.partition(f".{PREFIX}.{adapter_name}.")
+    if mark:
+        # A weight that is called so is never spelled out.
+        return f"{_without_layers(head)}.{PREFIX}.{tail.removeprefix('weight.')}"
+    # A copy of a frozen embedding, which PEFT puts beside the adapter, keeps the name that tells it apart.
+    return _without_layers(key) if key.endswith("bias") else key
+
+
+def _without_layers(key: str) -> str:
+    return ".".join(word for word in key.split(".") if word != "base_layer")
+
+
+# --- reading: what a file's config says ---------------------------------------------------------------
+
+
+def file_weights(config: FloraConfig) -> dict[str, str]:
+    """Return the weights that a file changes, each with the name that it has in the file's tables: its own, or a stack's.
+
+    Examples
+    --------
+    >>> file_weights(FloraConfig(rank_pattern={"0.weight": [1, 1]}, format_version="1.1"))
+    {'0.weight': '0.weight'}
+    """
+    return {member: name for name in config.file_ranks for member in config.stacks.get(name, [name])}
+
+
+def check_file(config: FloraConfig, model: nn.Module) -> None:
+    """Refuse a model that a file is not for, before anything is changed.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a weight or tensor, or one is of another shape or belongs to another kind of layer.
+    """
+    table, notes = sites(model), Adapter({}, config=config.to_dict())
+    for name, stored in file_weights(config).items():
+        if name not in table:
+            raise ValueError(
+                f"FloraConfig: the file changes {name!r}, which the model does not have{near(name, table)}"
+            )
+        shape = config.weight_shapes.get(stored)
+        own = tuple(table[name].weight.shape)
+        if shape is not None and tuple(shape[1:] if stored != name else shape) != own:
+            raise ValueError(
+                f"FloraConfig: {name!r} is of shape {own} in the model and {tuple(shape)} in the file; load the "
+                "adapter of this model"
+            )
+        check_layer(notes, name, table[name])
+    known = {name for name, _ in _tensors(model)}
+    for name in config.whole:
+        # Those of modules that PEFT saves whole itself have a copy for each adapter.
+        if name not in known and not config.modules_to_save:
+            raise ValueError(
+                f"FloraConfig: the file replaces {name!r}, which the model does not have{near(name, known)}"
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Give every tensor of a model under the name that it has without any adapter, and where it is."""
+    for place in places(model):
+        for local in [*place.module._parameters, *place.module._buffers]:
+            yield (f"{place.name}.{local}" if place.name else local), (place.module, local)
+
+
+def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
+    """Make an update of the form that a file has, to be filled with its tensors.
+
+    A mode of full rank has no factor. Two tensors that are subtracted (a start) are one of twice the ranks, as stored.
+
+    Raises
+    ------
+    ValueError
+        If the weight cannot be adapted, or is arranged in a way that it cannot be.
+    """
+    name, holder = site.name, site.holders[0]
+    weight = adaptable(f"FloraConfig: {name}", holder.module, holder.parameter, values=False)
+    stored, ranks = file_weights(config)[name], config.file_ranks[file_weights(config)[name]]
+    arrangement: Arrangement | None = config.file_arrangement(stored, weight.dim() + (stored != name))
+    if stored != name:
+        arrangement, ranks = member_arrangement(arrangement), ranks[1:]
+    assert arrangement is not None
+    shape = arrangement.shape(tuple(weight.shape))
+    dtype = getattr(torch, str(config.adapter_dtypes.get(name)), None) or default_dtype(weight.dtype)
+    # Ranks that were not chosen here may exceed the sizes, which orthonormal columns cannot.
+    preset = "orthonormal" if all(r <= n for r, n in zip(ranks, shape)) else "peft"
+    given = [None if r == n else r for r, n in zip(ranks, shape, strict=True)]
+    tucker = random_start(shape, given, preset, dtype=dtype, device=weight.device)
+    options: dict[str, Any] = {key: getattr(config, f"{key}_pattern").get(name, 0.0) for key in DROPOUTS}
+    if not drops_input(holder.module, holder.parameter):
+        options["dropout"] = 0.0
+    if name in config.magnitude_pattern:
+        noted = config.magnitude_pattern[name]
+        channels = options["channels"] = (noted["axis"], noted.get("groups", 1))
+        size = channel_count(tuple(weight.shape), *channels)
+        options["magnitude"] = torch.ones(size, dtype=torch.promote_types(dtype, torch.float32), device=weight.device)
+    scale = config.scale_pattern.get(stored, config.scale)
+    return TuckerUpdate(tucker, tuple(weight.shape), arrangement=arrangement, scale=scale, **options)
+
+
+# --- reading: the tensors -----------------------------------------------------------------------------
+
+
+def fitted_state(
+    model: nn.Module, config: FloraConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a file's tensors under the names that they have in the model, whose updates are given the file's form.
+
+    Tensors that the file has whole take the places of the model's own, which come back when the adapter is switched off.
+    """
+    parts, rest = _sorted(state_dict)
+    for name, members in config.stacks.items():
+        if name in parts:
+            joint = _tucker(parts.pop(name))
+            parts |= {member: _parts(select_slice(joint, 0, k)) for k, member in enumerate(members)}
+    result: dict[str, Tensor] = {}
+    for head, name, layer, parameter in _updates(model, adapter_name):
+        given = parts.pop(name, None)
+        update = layer.updates(adapter_name)[parameter]
+        if given is not None and "core" in given:
+            update = _fit(layer, adapter_name, parameter, given, split=bool(config.start_pattern.get(name)))
+            result |= {f"{head}.{part}": tensor for part, tensor in given.items()}
+        # What is no tensor is in the config, from which the update was made.
+        result[f"{head}._extra_state"] = update.get_extra_state()
+    # PEFT reports what is left over.
+    result |= {f"{name}.{part}": tensor for name, given in parts.items() for part, tensor in given.items()}
+    return result | _put_whole(model, config, adapter_name, rest)
+
+
+def _sorted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tell the parts of updates, by the names of the weights, from all other tensors."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        name, part = split_key(key if key.startswith(_ROOT) else _ROOT + key) or (key, None)
+        if part is None:
+            rest[key] = tensor
+        else:
+            parts.setdefault(name, {})[part] = tensor
+    return parts, rest
+
+
+def _updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, FloraTunerLayer, str]]:
+    """Give, of each update, what its keys in the model begin with, its weight's plain name, its layer and parameter."""
+    for key, layer in model.named_modules():
+        if isinstance(layer, FloraTunerLayer):
+            for parameter in layer.updates(adapter_name):
+                head = f"{key}.{PREFIX}.{adapter_name}"
+                head += f".{parameter}" if isinstance(layer, FloraParameter) else ""
+                yield head, f"{_without_layers(key).removeprefix(_ROOT)}.{parameter}", layer, parameter
+
+
+def _tucker(parts: Mapping[str, Tensor], prefix: str = "") -> TuckerTensor:
+    core = parts[f"{prefix}core"]
+    return TuckerTensor(core, [parts.get(f"{prefix}factor_{mode}") for mode in range(core.dim())])
+
+
+def _parts(tucker: TuckerTensor, prefix: str = "") -> dict[str, Tensor]:
+    factors = {f"{prefix}factor_{mode}": u for mode, u in enumerate(tucker.factors) if u is not None}
+    return {f"{prefix}core": tucker.core, **factors}
+
+
+def _fit(
+    layer: FloraTunerLayer, adapter_name: str, parameter: str, given: dict[str, Tensor], *, split: bool
+) -> TuckerUpdate:
+    """Give an update the form of a file's tensors, and the tensors, in place, that of an update."""
+    update = layer.updates(adapter_name)[parameter]
+    tucker, start = _tucker(given), None
+    if split or update.start is not None:
+        tucker, start = TuckerUpdate.split(tucker)
+        for part in [part for part in given if part != "magnitude"]:
+            del given[part]
+        given |= _parts(tucker) | _parts(start, "start_")
+    mine, theirs = ([u is None for u in t.factors] for t in (update.tucker, tucker))
+    # Other ranks are for torch to refuse, as for any other module.
+    same_ranks = update.ranks == (tucker.ranks if update.start is not None or start is None else _doubled(tucker))
+    if same_ranks and (mine, update.start is None) != (theirs, start is None):
+        options = {key: getattr(update, key) for key in ("arrangement", "scale", *DROPOUTS, "channels", "magnitude")}
+        weight = layer.original(parameter)
+        tensors = (
+            None if t is None else t.map(lambda a: a.detach().to(weight.device).clone()) for t in (tucker, start)
+        )
+        own, other = tensors
+        assert own is not None
+        update = TuckerUpdate(own, update.shape, start=other, **options).requires_grad_(update.core.requires_grad)
+        layer.replace_update(adapter_name, update, parameter)
+    return update
+
+
+def _doubled(tucker: TuckerTensor) -> tuple[int, ...]:
+    return tuple(r if u is None else 2 * r for r, u in zip(tucker.ranks, tucker.factors))
+
+
+def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace what a file has whole, and return the other tensors under the names that they have in the model."""
+    known, left = dict(_tensors(model)), dict[str, Tensor]()
+    keys = model.state_dict().keys() if rest else ()
+    for key, tensor in rest.items():
+        name = key.removeprefix(_ROOT)
+        if name not in config.whole or name not in known:
+            owner, _, last = key.rpartition(".")
+            inner = f"{owner}.base_layer.{last}"
+            left[inner if key not in keys and inner in keys else key] = tensor
+            continue
+        module, local = known[name]
+        note = module.__dict__.get(WHOLE, {}).get(local)
+        if note is not None and note.adapter_name != adapter_name:
+            raise ValueError(
+                f"load_adapter: {name!r} was replaced by the adapter {note.adapter_name!r} already; delete that one first"
+            )
+        if note is None:
+            replace_whole(module, local, tensor, adapter_name)
+            note = module.__dict__[WHOLE][local]
+        elif note.active:
+            swap(module, local, tensor)
+        else:
+            note.other = tensor
+        active = [
+            name for layer in model.modules() if isinstance(layer, FloraTunerLayer) for name in layer.active_adapters
+        ]
+        if note.active and adapter_name not in active:
+            note.other, note.active = swap(module, local, note.other), False
+    return left
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def stored_state(model: nn.Module, adapter_name: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file, the updates' still under the names that they have in the model."""
+    result: dict[str, Tensor] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in own.items():
+        head, _, part = key.rpartition(".")
+        if f".{PREFIX}.{adapter_name}" in key:
+            groups.setdefault(head, {})[part] = tensor
+        else:
+            result[key] = tensor
+    for head, parts in groups.items():
+        parts.pop("_extra_state", None)
+        if "start_core" in parts:
+            both = TuckerUpdate(_tucker(parts), start=_tucker(parts, "start_"))
+            magnitude = {"magnitude": parts["magnitude"]} if "magnitude" in parts else {}
+            parts = _parts(both.exported()) | magnitude
+        result |= {f"{head}.{part}": tensor for part, tensor in parts.items()}
+    for key, module in model.named_modules():
+        for local, note in module.__dict__.get(WHOLE, {}).items():
+            if note.adapter_name == adapter_name:
+                name = _without_layers(f"{key}.{local}" if key else local)
+                result[name] = current_value(module, local) if note.active else note.other
+    return result
+
+
+def describe(config: FloraConfig, model: nn.Module, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
+    """Let the config say what a file's tensors do not; it is written after them."""
+    updates = updates_by_weight(model, adapter_name)
+    keys = {checkpoint_key(key, adapter_name): tensor for key, tensor in stored.items()}
+    parts, rest = _sorted(keys)
+    whole = [key.removeprefix(_ROOT) for key in rest if ".base_layer." not in key]
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            saved = module.adapter_state_dict_load_map(adapter_name)
+            whole += [f"{name}.{key}".removeprefix(_ROOT) for key in saved]
+    notes: dict[str, Any] = {
+        "adapter_dtypes": {name: str(u.core.dtype).removeprefix("torch.") for name, u in updates.items()},
+        "start_pattern": {name: True for name, u in updates.items() if u.start is not None},
+        "scale": config.scale,
+        **{f"{key}_pattern": {n: getattr(u, key) for n, u in updates.items() if getattr(u, key)} for key in DROPOUTS},
+        **describe_bases(sites(model), updates),
+    }
+    table = config_of(
+        ranks={name: tuple(given["core"].shape) for name, given in parts.items() if "core" in given},
+        scales={name: update.scale for name, update in updates.items()},
+        arrangements={name: update.arrangement for name, update in updates.items()},
+        shapes={name: update.shape for name, update in updates.items()},
+        whole=whole,
+        extra=notes,
+        channels={name: u.channels for name, u in updates.items() if u.magnitude is not None},
+    )
+    ours = ("task_type", "inference_mode", "base_model_name_or_path", "peft_type", "target_modules")
+    config.described = {key: value for key, value in table.items() if key not in ours} | {"stacks": {}}
