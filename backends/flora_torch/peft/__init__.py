@@ -1,8 +1,8 @@
 """FLoRA as a method of Hugging Face PEFT: importing this module registers it, and PEFT's own functions do the rest.
 
-The layers are those of `flora_torch`, and so are the files: what `flora_torch.save_adapter` or an extraction wrote loads
-with ``PeftModel.from_pretrained``, and what PEFT saves loads with `flora_torch.load_adapter` and works with the commands
-of `flora-tensor`.
+The layers are those of `flora_torch`, and so are the files: what `flora_torch.save_adapter` or an extraction wrote
+loads with ``PeftModel.from_pretrained``, and what PEFT saves loads with `flora_torch.load_adapter` and works with the
+commands of `flora-tensor`.
 
 >>> import peft, torch
 >>> from flora_torch.peft import FloraConfig
@@ -10,13 +10,15 @@ of `flora-tensor`.
 >>> _ = model(torch.ones(1, 3, 5, 5))
 >>> model = peft.get_peft_model(model, FloraConfig(ranks=2, target_modules=["0", "2"]))
 >>> model.print_trainable_parameters()
-trainable params: 210 || all params: 726 || trainable%: 28.9256
+trainable params: 206 || all params: 722 || trainable%: 28.5319
 
 PEFT knows files of type FLORA only after this import; before it, loading one ends in its ``KeyError: 'FLORA'``.
 """
 
+import importlib
+
 try:
-    import peft  # noqa: F401
+    importlib.import_module("peft")
 except ModuleNotFoundError as error:
     if error.name != "peft":
         raise

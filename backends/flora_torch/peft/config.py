@@ -245,7 +245,7 @@ class FloraConfig(PeftConfig):
     def _pattern(table: dict[str, Any], name: str, default: Any) -> Any:
         """Look a weight up in a table by the end of its module's name, or of its own."""
         for key in (name.rpartition(".")[0], name):
-            found = get_pattern_key(table.keys(), key)
+            found = get_pattern_key(list(table), key)
             if found in table:
                 return table[found]
         return default

@@ -61,7 +61,7 @@ def _without_layers(key: str) -> str:
 
 
 def file_weights(config: FloraConfig) -> dict[str, str]:
-    """Return the weights that a file changes, each with the name that it has in the file's tables: its own, or a stack's.
+    """Return the weights that a file changes, each with its name in the file's tables: its own, or that of a stack.
 
     Examples
     --------
@@ -105,8 +105,9 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Give every tensor of a model under the name that it has without any adapter, and where it is."""
     for place in places(model):
-        for local in [*place.module._parameters, *place.module._buffers]:
-            yield (f"{place.name}.{local}" if place.name else local), (place.module, local)
+        own = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
+        for local, _ in own:
+            yield place.name_of(local), (place.module, local)
 
 
 def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
@@ -152,7 +153,7 @@ def fitted_state(
 ) -> dict[str, Tensor]:
     """Return a file's tensors under the names that they have in the model, whose updates are given the file's form.
 
-    Tensors that the file has whole take the places of the model's own, which come back when the adapter is switched off.
+    Tensors that the file has whole take the places of the model's own, which come back when the adapter is off.
     """
     parts, rest = _sorted(state_dict)
     for name, members in config.stacks.items():
@@ -198,7 +199,7 @@ def _updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Fl
 
 def _tucker(parts: Mapping[str, Tensor], prefix: str = "") -> TuckerTensor:
     core = parts[f"{prefix}core"]
-    return TuckerTensor(core, [parts.get(f"{prefix}factor_{mode}") for mode in range(core.dim())])
+    return TuckerTensor(core, tuple(parts.get(f"{prefix}factor_{mode}") for mode in range(core.dim())))
 
 
 def _parts(tucker: TuckerTensor, prefix: str = "") -> dict[str, Tensor]:
@@ -223,10 +224,9 @@ def _fit(
     if same_ranks and (mine, update.start is None) != (theirs, start is None):
         options = {key: getattr(update, key) for key in ("arrangement", "scale", *DROPOUTS, "channels", "magnitude")}
         weight = layer.original(parameter)
-        tensors = (
+        own, other = (
             None if t is None else t.map(lambda a: a.detach().to(weight.device).clone()) for t in (tucker, start)
         )
-        own, other = tensors
         assert own is not None
         update = TuckerUpdate(own, update.shape, start=other, **options).requires_grad_(update.core.requires_grad)
         layer.replace_update(adapter_name, update, parameter)
@@ -240,6 +240,8 @@ def _doubled(tucker: TuckerTensor) -> tuple[int, ...]:
 def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace what a file has whole, and return the other tensors under the names that they have in the model."""
     known, left = dict(_tensors(model)), dict[str, Tensor]()
+    layers = [module for module in model.modules() if isinstance(module, FloraTunerLayer)]
+    active = {name for layer in layers for name in layer.active_adapters}
     keys = model.state_dict().keys() if rest else ()
     for key, tensor in rest.items():
         name = key.removeprefix(_ROOT)
@@ -252,7 +254,7 @@ def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: d
         note = module.__dict__.get(WHOLE, {}).get(local)
         if note is not None and note.adapter_name != adapter_name:
             raise ValueError(
-                f"load_adapter: {name!r} was replaced by the adapter {note.adapter_name!r} already; delete that one first"
+                f"load_adapter: the adapter {note.adapter_name!r} has replaced {name!r} already; delete that one first"
             )
         if note is None:
             replace_whole(module, local, tensor, adapter_name)
@@ -261,9 +263,6 @@ def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: d
             swap(module, local, tensor)
         else:
             note.other = tensor
-        active = [
-            name for layer in model.modules() if isinstance(layer, FloraTunerLayer) for name in layer.active_adapters
-        ]
         if note.active and adapter_name not in active:
             note.other, note.active = swap(module, local, note.other), False
     return left

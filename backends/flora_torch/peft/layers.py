@@ -1,7 +1,7 @@
-"""The layers of `flora_torch` as tuner layers of PEFT: the same computation, switched, merged and taken off PEFT's way.
+"""The layers of `flora_torch` as tuner layers of PEFT: the same computation, switched, merged and taken off its way.
 
-What differs from `flora_torch` is what PEFT's users rely on. While something is merged, the output is that of the merged
-weights and of nothing else; the state dict then holds them; merging and switching are done layer by layer.
+What differs from `flora_torch` is what PEFT's users rely on. While something is merged, the output is that of the
+merged weights and of nothing else; the state dict then holds them; merging and switching are done layer by layer.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from flora_torch.update import TuckerUpdate
 __all__ = ["FloraTunerLayer", "tuner_layer"]
 
 
-class FloraTunerLayer(FloraLayer, BaseTunerLayer):
+class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What a layer needs to be switched, merged and taken off by PEFT."""
 
     adapter_layer_names: tuple[str, ...] = (PREFIX,)
@@ -326,8 +326,15 @@ class TunerParameter(FloraTunerLayer, FloraParameter):
     """`FloraParameter` in PEFT."""
 
     # PEFT's properties of these names would give the frozen parameter.
-    weight = property(lambda self: self.__getattr__("weight"))
-    bias = property(lambda self: self.__getattr__("bias"))
+    @property
+    def weight(self) -> Tensor:
+        """What the module calls so, with the adapters."""
+        return self.__getattr__("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """What the module calls so, with the adapters."""
+        return self.__getattr__("bias")
 
 
 class TunerExperts(TunerParameter, FloraExperts):

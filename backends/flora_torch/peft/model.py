@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, add, scale
 from flora_torch.base_weight import weight_names
-from flora_torch.inventory import forget, swap, whole_of
+from flora_torch.inventory import forget, swap, updates_by_weight, whole_of
 from flora_torch.kinds import layer_weights
 from flora_torch.model_weights import Holder, Place, Site
 from flora_torch.peft.config import FloraConfig
@@ -67,7 +67,7 @@ class FloraModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = FloraTunerLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- which modules
 
@@ -85,6 +85,32 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.is_from_file:
             check_file(peft_config, model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter on the layers that its config means; called by PEFT.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model.
+        adapter_name : str
+            The adapter.
+        *args, **kwargs
+            As for PEFT's own.
+
+        Raises
+        ------
+        ValueError
+            If the config cannot be followed.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        if config.is_from_file:
+            missing = sorted(set(file_weights(config)) - set(updates_by_weight(model, adapter_name)))
+            if missing:
+                raise ValueError(
+                    f"FloraConfig: the file changes {missing[0]!r}, which target_modules or target_parameters leave out"
+                )
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -301,7 +327,8 @@ class FloraModel(BaseTuner):
                 f"add_weighted_adapter: {len(adapters)} adapters, {len(weights)} weights, and the new name "
                 f"{adapter_name!r}; pass one weight for each adapter, and a name that is not taken"
             )
-        if len({str(self.peft_config[name].whole) for name in adapters}) > 1 or self.peft_config[adapters[0]].whole:
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if any(config.whole for config in configs):
             raise ValueError("add_weighted_adapter: tensors that an adapter has whole cannot be summed; merge instead")
         sums = [
             (layer, parameter, _weighted_sum(layer, parameter, dict(zip(adapters, weights))))
@@ -313,7 +340,7 @@ class FloraModel(BaseTuner):
             active = list(layer.active_adapters)
             layer.install(adapter_name, update.requires_grad_(False), parameter=parameter)
             layer.set_adapter(active, inference_mode=self.peft_config[adapters[0]].inference_mode)
-        self.peft_config[adapter_name] = self.peft_config[adapters[0]].of_no_file()
+        self.peft_config[adapter_name] = configs[0].of_no_file()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
@@ -370,9 +397,10 @@ def _layers(model: nn.Module) -> list[FloraTunerLayer]:
 
 def _weights_of(key: str, base: nn.Module, config: FloraConfig) -> Iterable[str]:
     """List the weights of a module that are meant where the module is."""
-    if config.is_from_file:
-        return [name.rpartition(".")[2] for name in file_weights(config) if name.rpartition(".")[0] == key]
     names = layer_weights(base)
+    if config.is_from_file:
+        own = [name.rpartition(".")[2] for name in file_weights(config) if name.rpartition(".")[0] == key]
+        return dict.fromkeys([*own, *names])
     if not names:
         own = ", ".join(f"{key}.{name}" for name, _ in base.named_parameters(recurse=False)) or "none"
         raise ValueError(

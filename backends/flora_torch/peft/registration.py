@@ -30,8 +30,8 @@ def peft_type() -> Any:
     member: Any = str.__new__(kinds, NAME)
     member._name_ = member._value_ = NAME
     member.__objclass__, member._sort_order_ = kinds, len(kinds.__members__)
-    # An enumeration refuses new attributes; what makes it so is its metaclass' `__setattr__`. The attribute comes before
-    # the tables: where it cannot be set, nothing has been changed.
+    # An enumeration refuses new attributes by its metaclass' `__setattr__`. The attribute comes before the tables:
+    # where it cannot be set, nothing has changed.
     type.__setattr__(kinds, NAME, member)
     kinds._member_map_[NAME] = member
     kinds._value2member_map_[NAME] = member
