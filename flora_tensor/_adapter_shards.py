@@ -10,22 +10,22 @@ from flora_tensor._safetensors import BITS, TensorInfo, in_file_order
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint, open_shards
 from flora_tensor.checkpoint_writer import CheckpointWriter, plan_shards, write_files
 
-__all__ = ["TENSOR_FILES", "open_tensors", "tensor_writer"]
+__all__ = ["MODEL_NAME", "TENSOR_FILES", "open_tensors", "tensor_writer"]
 
 _STEM = "adapter_model"
-_MODEL_NAME = f"{_STEM}.safetensors"
-_INDEX_NAME = f"{_MODEL_NAME}.index.json"
+MODEL_NAME = f"{_STEM}.safetensors"
+_INDEX_NAME = f"{MODEL_NAME}.index.json"
 # What overwriting an adapter may remove of its tensors: the globs of all names that `tensor_writer` gives.
-TENSOR_FILES = (_MODEL_NAME, _INDEX_NAME, f"{_STEM}-[0-9]*-of-[0-9]*.safetensors")
+TENSOR_FILES = (MODEL_NAME, _INDEX_NAME, f"{_STEM}-[0-9]*-of-[0-9]*.safetensors")
 
 
 def open_tensors(directory: Path) -> Checkpoint:
     """Open the tensor file of an adapter or its shards, every header checked; the file comes first, as for models."""
-    if (directory / _MODEL_NAME).exists():
-        return open_checkpoint(directory / _MODEL_NAME)
+    if (directory / MODEL_NAME).exists():
+        return open_checkpoint(directory / MODEL_NAME)
     if (index := directory / _INDEX_NAME).exists():
         return Checkpoint.of(index, open_shards(index, allow_pickle=None))
-    raise InputError(f"{directory}: has no {_MODEL_NAME} and no {_INDEX_NAME}; the adapter is incomplete")
+    raise InputError(f"{directory}: has no {MODEL_NAME} and no {_INDEX_NAME}; the adapter is incomplete")
 
 
 @contextmanager

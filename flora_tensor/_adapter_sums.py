@@ -112,9 +112,11 @@ def _combined(where: str, name: str, owners: Sequence[tuple[float, Adapter]]) ->
 
 
 def _code(adapter: Adapter, name: str) -> str:
-    """Return the type that a weight's core and factors are stored in."""
+    """Return the type to store a result in: that of the weight's core and factors, but no 8-bit float."""
     code = adapter.dtypes.get(name) or dtype_code(adapter[name].core.dtype)
-    return code if code in FLOATS else "F64"
+    if code not in FLOATS:
+        return "F64"
+    return "F32" if code.startswith("F8") else code
 
 
 def _common_config(sources: Sequence[Adapter]) -> dict[str, Any]:

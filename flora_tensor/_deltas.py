@@ -14,8 +14,7 @@ import numpy as np
 from flora_tensor._errors import InputError
 from flora_tensor._memory import require_memory
 from flora_tensor._safetensors import BITS, decode_into
-from flora_tensor._settings import PathLike
-from flora_tensor._typing import Array
+from flora_tensor._typing import Array, PathLike
 from flora_tensor.checkpoint import Checkpoint
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 import fnmatch
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,9 +12,8 @@ from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint
 
-__all__ = ["CODES", "PathLike", "Progress", "RanksOption", "Settings", "matches"]
+__all__ = ["CODES", "Progress", "RanksOption", "Settings", "matches"]
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Progress: TypeAlias = Callable[[str, int, int, str], None]
 RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

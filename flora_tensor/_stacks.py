@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from flora_tensor._adapter_keys import tensor_key
 from flora_tensor._execution import Run
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._settings import Settings
 from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
-from flora_tensor.adapter_file import tensor_key
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.report import TensorRow
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flora_tensor._adapter_config import CONFIG_NAME, config_of, metadata_of, write_config
+from flora_tensor._adapter_keys import tensor_key, whole_key
 from flora_tensor._adapter_shards import tensor_writer
 from flora_tensor._algorithms import Target
 from flora_tensor._arrays import to_numpy
@@ -23,15 +25,7 @@ from flora_tensor._stack_norms import StackNorm
 from flora_tensor._survey import Weight
 from flora_tensor._typing import Array
 from flora_tensor._weighting import Weighting
-from flora_tensor.adapter_file import (
-    CONFIG_NAME,
-    config_of,
-    fitting_core,
-    metadata_of,
-    tensor_key,
-    whole_key,
-    write_config,
-)
+from flora_tensor.adapter_file import fitting_core
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.decomposition import tucker_of

@@ -4,6 +4,7 @@ The array-API standard has no type for "an array of some library", and the libra
 ``Array`` therefore is ``Any`` by another name: it tells a reader what is meant.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,3 +19,6 @@ DType: TypeAlias = Any
 
 Ranks: TypeAlias = int | Sequence[int | None]
 """One rank a mode (``None``: the mode is left whole), or one number for all of them."""
+
+PathLike: TypeAlias = str | os.PathLike[str]
+"""Where something lies on the disk."""

@@ -3,24 +3,19 @@
 All work is done in float64 on cores and factors. The error that is reported is measured on what is stored.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from flora_tensor._adapter_rounding import rounded, unrounded
 from flora_tensor._adapter_sums import Sum, apart_or_joined
 from flora_tensor._checks import check_finite, check_limit, exactly_one
 from flora_tensor._whole import BaseLike, WholeTensors
 from flora_tensor.adapter import Adapter, check_scale
-from flora_tensor.adapter_file import as_adapter
+from flora_tensor.adapter_file import AdapterLike, as_adapter
 from flora_tensor.adapter_fit import AdapterFit, AdapterRow
-from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["AdapterFit", "AdapterRow", "add_adapters", "round_adapter", "scale_adapter", "subtract_adapters"]
-
-PathLike: TypeAlias = str | os.PathLike[str]
-AdapterLike: TypeAlias = PathLike | Mapping[str, TuckerTensor]
 
 
 def round_adapter(
@@ -55,7 +50,8 @@ def round_adapter(
     Returns
     -------
     AdapterFit
-        The rounded adapter, in the types and arrangements that the given one is stored in, and its true error.
+        The rounded adapter, in the types and arrangements that the given one is stored in (8-bit floats, which have too
+        few digits for it, become float32), and its true error.
 
     Raises
     ------

@@ -5,7 +5,6 @@ Nothing here takes an SVD or needs PyTorch. What has no exact counterpart is ref
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +12,24 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from flora_tensor._adapter_config import CONFIG_NAME
+from flora_tensor._adapter_keys import PREFIX
+from flora_tensor._adapter_shards import MODEL_NAME
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_layer
 from flora_tensor._errors import InputError
 from flora_tensor._files import staged_directory, staged_file, write_file
 from flora_tensor._lora_parts import LowRank, low_rank_of
 from flora_tensor._safetensors import SafetensorsWriter, dtype_code
+from flora_tensor._typing import PathLike
 from flora_tensor.adapter import Adapter
-from flora_tensor.adapter_file import as_adapter, encode_finite
+from flora_tensor.adapter_file import AdapterLike, as_adapter, encode_finite
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["to_lycoris", "to_peft_lora"]
 
-PathLike: TypeAlias = str | os.PathLike[str]
-AdapterLike: TypeAlias = PathLike | Mapping[str, TuckerTensor]
 Kind: TypeAlias = Literal["embedding", "conv1d"]
-_PREFIX = "base_model.model."
-_CONFIG, _MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
 def to_peft_lora(
@@ -96,20 +95,20 @@ def to_peft_lora(
         code = _export_code(source, name)
         is_embedding = kinds.get(name) == "embedding"
         names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        stored[f"{_PREFIX}{module}.{names[0]}"] = (pair.down, code)
-        stored[f"{_PREFIX}{module}.{names[1]}"] = (_with_kernel(pair), code)
+        stored[f"{PREFIX}{module}.{names[0]}"] = (pair.down, code)
+        stored[f"{PREFIX}{module}.{names[1]}"] = (_with_kernel(pair), code)
     targets = {name.removesuffix(".weight") for name in source}
     for name, array in source.whole.items():
         module, _, parameter = name.rpartition(".")
         key = f"{module}.base_layer.{parameter}" if module in targets else name
-        stored[_PREFIX + key] = (to_numpy(array), source.dtypes.get(name) or dtype_code(array.dtype))
+        stored[PREFIX + key] = (to_numpy(array), source.dtypes.get(name) or dtype_code(array.dtype))
     config = _lora_config(source, ranks, is_turned="conv1d" in kinds.values())
     with staged_directory(
-        "to_peft_lora", Path(out), overwrite=overwrite, owned=(_CONFIG, _MODEL, "README.md")
+        "to_peft_lora", Path(out), overwrite=overwrite, owned=(CONFIG_NAME, MODEL_NAME, "README.md")
     ) as stage:
-        _write_tensors(stage / _MODEL, stored)
+        _write_tensors(stage / MODEL_NAME, stored)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        write_file(stage / _CONFIG, (text + "\n").encode())
+        write_file(stage / CONFIG_NAME, (text + "\n").encode())
     return Path(out)
 
 

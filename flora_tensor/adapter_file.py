@@ -15,62 +15,42 @@ A stack of equal weights (since format 1.2) is stored as a single weight under t
 table ``stacks`` lists for that name those of its members, in their order. What the layers share is stored once.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
-from warnings import warn
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from flora_tensor._adapter_config import CONFIG_NAME, WeightTables, check_format, config_of, metadata_of, write_config
+from flora_tensor._adapter_keys import PREFIX, factor_number, split_key, tensor_key, whole_key
 from flora_tensor._adapter_shards import TENSOR_FILES, open_tensors, tensor_writer
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._errors import InputError
-from flora_tensor._files import canonical_json, read_json, staged_directory, write_file
+from flora_tensor._files import read_json, staged_directory
 from flora_tensor._safetensors import READABLE, decode, dtype_code, encode
-from flora_tensor._version import __version__
-from flora_tensor._warnings import FloraWarning
-from flora_tensor.adapter import MAX_SCALE, Adapter, check_scale
-from flora_tensor.arrangement import Arrangement
+from flora_tensor.adapter import MAX_SCALE, Adapter
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["load_adapter", "save_adapter"]
 
-FORMAT_VERSION = "1.2"
-# What an adapter without stacks is written as, so that programs which know no newer one read it without a warning.
-_WITHOUT_STACKS = "1.1"
-CONFIG_NAME = "adapter_config.json"
+AdapterLike: TypeAlias = str | os.PathLike[str] | Mapping[str, TuckerTensor]
 REPORT_NAME = "extraction_report.json"
 # What a directory of ours may hold, and so what overwriting one may remove. PEFT puts a model card beside an adapter.
 OWNED_NAMES = (CONFIG_NAME, *TENSOR_FILES, REPORT_NAME, "README.md")
-PREFIX = "base_model.model."
-MARK = "tucker_update"
 # Binary exponents of a core's largest entry that a type stores well. Outside them a power of two moves into the
-# scale, exactly.
+# scale, exactly. Nothing is computed for types that are not named here: 8-bit floats are copied.
 _EXPONENTS = {"F64": (-900, 900), "F32": (-100, 100), "BF16": (-100, 100), "F16": (-2, 14)}
-
-
-def format_version(stacks: Mapping[str, Any]) -> str:
-    """Return the oldest version of the format that can hold an adapter."""
-    return FORMAT_VERSION if stacks else _WITHOUT_STACKS
-
-
-def metadata_of(stacks: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of the tensor file."""
-    version = format_version(stacks)
-    return {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": version})}
 
 
 def fitting_core(where: str, name: str, core: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
     """Return the core times 2**-k, and k, so that the storage type neither overflows nor loses digits; mostly k = 0."""
     exponent = math.frexp(float(np.max(np.abs(core), initial=0.0)))[1]
-    low, high = _EXPONENTS[dtype]
+    low, high = _EXPONENTS.get(dtype, (-math.inf, math.inf))
     if low <= exponent <= high:
         return core, 0
     if not math.ldexp(1.0, min(exponent, 1000)) < MAX_SCALE:
@@ -78,71 +58,11 @@ def fitting_core(where: str, name: str, core: np.ndarray, dtype: str) -> tuple[n
     return np.ldexp(core, -exponent), exponent
 
 
-def as_adapter(given: str | os.PathLike[str] | Mapping[str, TuckerTensor]) -> Adapter:
+def as_adapter(given: AdapterLike) -> Adapter:
     """Return an adapter as it is, read from its directory, or made of a plain mapping of Tucker tensors."""
     if isinstance(given, str | os.PathLike):
         return load_adapter(given)
     return given if isinstance(given, Adapter) else Adapter(dict(given))
-
-
-def tensor_key(name: str, part: str) -> str:
-    """Return the key in the file of a weight's ``core``, ``factor_k`` or ``magnitude``.
-
-    Examples
-    --------
-    >>> tensor_key("conv1.weight", "core")
-    'base_model.model.conv1.tucker_update.core'
-    >>> tensor_key("attn.in_proj_weight", "factor_0")
-    'base_model.model.attn.tucker_update.in_proj_weight.factor_0'
-    """
-    module, _, parameter = name.rpartition(".")
-    if not parameter or MARK in name.split("."):
-        raise ValueError(f"save_adapter: the weight's name {name!r} cannot be stored; rename it")
-    middle = [MARK] if parameter == "weight" else [MARK, parameter]
-    return PREFIX + ".".join([*([module] if module else []), *middle, part])
-
-
-def whole_key(name: str) -> str:
-    """Return the key in the file of a tensor that is stored whole."""
-    if not name or MARK in name.split("."):
-        raise ValueError(f"save_adapter: the tensor's name {name!r} cannot be stored; rename it")
-    return PREFIX + name
-
-
-def split_key(key: str) -> tuple[str, str | None] | None:
-    """Return (weight, part) for a part of a Tucker tensor, (name, None) for a whole one, ``None`` for any other key.
-
-    Examples
-    --------
-    >>> split_key("base_model.model.attn.tucker_update.in_proj_weight.factor_0")
-    ('attn.in_proj_weight', 'factor_0')
-    >>> split_key("base_model.model.fc.bias")
-    ('fc.bias', None)
-    """
-    if not key.startswith(PREFIX) or len(key) == len(PREFIX):
-        return None
-    words = key.removeprefix(PREFIX).split(".")
-    if MARK not in words:
-        return ".".join(words), None
-    at = words.index(MARK)
-    module, parameter, part = words[:at], ["weight", *words[at + 1 : -1]], words[-1]
-    if (
-        len(parameter) > 2
-        or words.count(MARK) > 1
-        or (part not in ("core", "magnitude") and factor_number(part) is None)
-    ):
-        return None
-    if len(parameter) == 2 and parameter[1] in ("weight", ""):
-        return None  # `weight` is never spelled out
-    return ".".join([*module, parameter[-1]]), part
-
-
-def factor_number(part: str) -> int | None:
-    """Return k of ``factor_k``, written without leading zeros, else ``None``."""
-    digits = part.removeprefix("factor_")
-    if part == digits or not digits.isascii() or not digits.isdigit() or len(digits) > 2:
-        return None
-    return int(digits) if str(int(digits)) == digits else None
 
 
 def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapter:
@@ -193,26 +113,8 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     if directory.is_dir() and not config_path.exists():
         raise InputError(f"{directory}: has no {CONFIG_NAME}; it is not a flora_tensor adapter")
     config = read_json(config_path)
-    _check_format(config, config_path)
+    check_format(config, config_path)
     return _read_tensors(open_tensors(directory), config, strict=strict)
-
-
-def _check_format(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse configs of other methods and of formats that this version cannot know."""
-    kind, version = config.get("peft_type"), config.get("format_version")
-    if kind != "FLORA":
-        raise InputError(f"{path}: not a flora_tensor adapter: peft_type is {kind!r}; 'FLORA' is needed")
-    numbers = version.split(".") if isinstance(version, str) else []
-    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 9 for n in numbers):
-        raise InputError(
-            f"{path}: not a flora_tensor adapter: format_version is {version!r}; one such as '1.0' is needed"
-        )
-    known = [int(n) for n in FORMAT_VERSION.split(".")]
-    major, minor = (int(n) for n in numbers)
-    if major != known[0]:
-        raise InputError(f"{path}: format {version}, but this version reads {FORMAT_VERSION}; upgrade flora-tensor")
-    if minor > known[1]:
-        warn(f"{path}: format {version} is newer than {FORMAT_VERSION}; what it adds is ignored", FloraWarning, 3)
 
 
 def _read_tensors(stored: Checkpoint, config: dict[str, Any], *, strict: bool) -> Adapter:
@@ -223,37 +125,41 @@ def _read_tensors(stored: Checkpoint, config: dict[str, Any], *, strict: bool) -
     missing, unexpected = plan.differences()
     if strict and (missing or unexpected):
         raise InputError(_key_message(path, missing, unexpected))
-    arrays: dict[str, np.ndarray] = {}
 
     def read(key: str) -> np.ndarray:
         file, dtype = stored.shard_of(key), stored.info(key).dtype
         if dtype not in READABLE or dtype == "C64":
             raise InputError(f"{file}: tensor {key!r} is of type {dtype}; an adapter holds real numbers")
-        arrays[key] = stored.read(key)
-        if not np.isfinite(arrays[key]).all():
+        array = stored.read(key)
+        if not np.isfinite(array).all():
             raise InputError(f"{file}: tensor {key!r} has NaN or infinite entries; the adapter is damaged")
-        return arrays[key]
+        return array
 
     tensors = {name: _assemble(name, parts, read, path) for name, parts in plan.complete().items()}
-    magnitudes = {name: read(plan.parts[name]["magnitude"]) for name in plan.channels if name in tensors}
+
+    def kept(table: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in table.items() if name in tensors}
+
+    tables = plan.tables
+    magnitudes = {name: read(plan.parts[name]["magnitude"]) for name in kept(tables.channels)}
     whole = {name: read(key) for name, key in plan.whole.items()}
     dtypes = {name: stored.info(plan.parts[name]["core"]).dtype for name in tensors}
     dtypes |= {name: stored.info(key).dtype for name, key in plan.whole.items()}
-    stacks = {name: members for name, members in plan.stacks.items() if name in tensors}
     try:
         joint = Adapter(
             tensors,
-            {n: a for n, a in plan.arrangements.items() if n in tensors},
-            {n: s for n, s in plan.scales.items() if n in tensors},
-            {n: s for n, s in plan.shapes.items() if n in tensors},
+            kept(tables.arrangements),
+            kept(tables.scales),
+            kept(tables.shapes),
             whole,
             config,
             dtypes,
             tuple(missing),
             tuple(unexpected),
             magnitudes,
-            {n: c for n, c in plan.channels.items() if n in tensors},
+            kept(tables.channels),
         )
+        stacks = kept(tables.stacks)
         return joint.with_stacks(stacks) if stacks else joint
     except ValueError as error:
         raise InputError(f"{path.parent}: {error}") from None
@@ -274,12 +180,7 @@ class _Plan:
     whole: dict[str, str]  # name -> key
     promised_whole: list[str]
     unknown: list[str]
-    ranks: dict[str, tuple[int, ...]]
-    arrangements: dict[str, Arrangement]
-    scales: dict[str, float]
-    shapes: dict[str, tuple[int, ...]]
-    channels: dict[str, tuple[int, int]]
-    stacks: dict[str, list[str]]
+    tables: WeightTables
 
     @classmethod
     def of(cls, keys: Iterable[str], config: Mapping[str, Any], path: Path) -> "_Plan":
@@ -299,20 +200,20 @@ class _Plan:
                 whole[name] = key
             else:
                 unknown.append(key)
-        return cls(parts, whole, promised, unknown, *_weight_tables(config, where))
+        return cls(parts, whole, promised, unknown, WeightTables.of(config, where))
 
     def differences(self) -> tuple[list[str], list[str]]:
         """Return the keys that are missing and those that are unexpected."""
+        tables, unexpected = self.tables, list(self.unknown)
         missing = [PREFIX + name for name in self.promised_whole if name not in self.whole]
-        missing += [_key_or_name(name, "core") for name in self.ranks if name not in self.parts]
-        unexpected = list(self.unknown)
+        missing += [_key_or_name(name, "core") for name in tables.ranks if name not in self.parts]
         for name, parts in self.parts.items():
             if "core" not in parts:
                 missing.append(_key_or_name(name, "core"))
-            if "magnitude" in parts and name not in self.channels:
+            if "magnitude" in parts and name not in tables.channels:
                 unexpected.append(parts["magnitude"])
-        missing += [_key_or_name(n, "magnitude") for n in self.channels if "magnitude" not in self.parts.get(n, ())]
-        for table in (self.scales, self.shapes, self.arrangements, self.stacks):
+        missing += [_key_or_name(n, "magnitude") for n in tables.channels if "magnitude" not in self.parts.get(n, ())]
+        for table in (tables.scales, tables.shapes, tables.arrangements, tables.stacks):
             missing += [_key_or_name(name, "core") for name in table if name not in self.parts]
         return list(dict.fromkeys(missing)), unexpected
 
@@ -321,15 +222,15 @@ class _Plan:
         result: dict[str, tuple[dict[str, str], tuple[int, ...] | None, tuple[int, ...] | None]] = {}
         for name, parts in self.parts.items():
             # Without its magnitudes, the change would be another one.
-            if "core" in parts and ("magnitude" in parts) == (name in self.channels):
-                shape = self.shapes.get(name)
-                arrangement = self.arrangements.get(name)
+            if "core" in parts and ("magnitude" in parts) == (name in self.tables.channels):
+                shape = self.tables.shapes.get(name)
+                arrangement = self.tables.arrangements.get(name)
                 if shape is not None and arrangement is not None:
                     try:
                         shape = arrangement.shape(shape)
                     except ValueError as error:
                         raise InputError(f"{CONFIG_NAME}: weight {name!r}: {error}") from None
-                result[name] = (parts, self.ranks.get(name), shape)
+                result[name] = (parts, self.tables.ranks.get(name), shape)
         return result
 
 
@@ -338,58 +239,6 @@ def _key_or_name(name: str, part: str) -> str:
         return tensor_key(name, part)
     except ValueError:
         return name
-
-
-def _weight_tables(config: Mapping[str, Any], where: str) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """Read the tables that the config keeps by weight name."""
-    ranks = {n: _sizes(v, f"{where}: rank_pattern of {n!r}") for n, v in _table(config, "rank_pattern", where)}
-    shapes = {n: _sizes(v, f"{where}: weight_shapes of {n!r}") for n, v in _table(config, "weight_shapes", where)}
-    try:
-        scales = {n: check_scale(f"scale_pattern of {n!r}", v) for n, v in _table(config, "scale_pattern", where)}
-        check_scale("scale", config.get("scale", 1.0))
-        patterns = {n: _arrangement(n, v) for n, v in _table(config, "arrangement_pattern", where)}
-        channels = {n: _channels(n, v) for n, v in _table(config, "magnitude_pattern", where)}
-        stacks = {n: _members(n, v) for n, v in _table(config, "stacks", where)}
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    return ranks, patterns, scales, shapes, channels, stacks
-
-
-def _members(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
-        raise ValueError(f"stacks of {name!r} must be a list of names, not {str(value)[:100]}")
-    return value
-
-
-def _channels(name: str, value: Any) -> tuple[int, int]:
-    axis, groups = (value.get("axis"), value.get("groups", 1)) if isinstance(value, dict) else (None, None)
-    if type(axis) is not int or type(groups) is not int or axis not in (0, 1) or not 0 < groups < 2**63:
-        raise ValueError(f"magnitude_pattern of {name!r} must have an axis, 0 or 1, and positive groups")
-    return axis, groups
-
-
-def _table(config: Mapping[str, Any], key: str, where: str) -> Any:
-    table = config.get(key, {})
-    if not isinstance(table, dict):
-        raise InputError(f"{where}: {key} must be a table by weight name, not {type(table).__name__}")
-    return table.items()
-
-
-def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
-        raise InputError(f"{where} must be a list of non-negative integers, not {str(value)[:100]}")
-    return tuple(value)
-
-
-def _arrangement(name: str, value: Any) -> Arrangement:
-    sizes = value.get("sizes", {}) if isinstance(value, dict) else None
-    if (
-        not isinstance(sizes, dict)
-        or not isinstance(value.get("pattern"), str)
-        or not all(type(n) is int and n > 0 for n in sizes.values())
-    ):
-        raise ValueError(f"arrangement_pattern of {name!r} must have a pattern and positive sizes")
-    return Arrangement(value["pattern"], sizes)
 
 
 def _assemble(
@@ -519,49 +368,3 @@ def encode_finite(key: str, array: np.ndarray, dtype: str) -> np.ndarray:
     if not np.isfinite(decode(data, dtype, array.shape)).all():
         raise ValueError(f"save_adapter: {key!r} overflows {dtype}; store it as F32, or move its size into the scale")
     return data
-
-
-def config_of(
-    *,
-    ranks: Mapping[str, Sequence[int]],
-    scales: Mapping[str, float],
-    arrangements: Mapping[str, Arrangement],
-    shapes: Mapping[str, Sequence[int]],
-    whole: Iterable[str],
-    extra: Mapping[str, Any],
-    channels: Mapping[str, tuple[int, int]] = MappingProxyType({}),
-    stacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`; keys of ``extra`` that we do not compute are kept."""
-    default = check_scale("save_adapter: config's scale", extra.get("scale", 1.0))
-    config: dict[str, Any] = {"task_type": None, "inference_mode": True, "base_model_name_or_path": None}
-    weights = [member for name in ranks for member in stacks.get(name, [name])]
-    return {
-        **config,
-        **{key: value for key, value in extra.items() if key != "stacks"},
-        "peft_type": "FLORA",
-        "target_modules": sorted({name.rpartition(".")[0] for name in weights}),
-        "rank_pattern": {name: list(r) for name, r in ranks.items()},
-        "scale": default,
-        "scale_pattern": {name: s for name, s in scales.items() if s != default},
-        "arrangement_pattern": {
-            name: {"pattern": a.pattern, "sizes": dict(a.sizes)}
-            for name, a in arrangements.items()
-            if name in stacks or not a.is_native
-        },
-        "weight_shapes": {name: list(shape) for name, shape in shapes.items()},
-        "magnitude_pattern": {name: {"axis": axis, "groups": groups} for name, (axis, groups) in channels.items()},
-        **({"stacks": {name: list(members) for name, members in stacks.items()}} if stacks else {}),
-        "whole": sorted(whole),
-        "format_version": format_version(stacks),
-        "flora_tensor_version": __version__,
-    }
-
-
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write `adapter_config.json`, for people to read, in one way only."""
-    try:
-        text = json.dumps(config, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save_adapter: the config cannot be written as JSON: {error}") from None
-    write_file(path, (text + "\n").encode())

@@ -5,20 +5,23 @@ Nothing here takes an SVD or needs PyTorch. What has no exact counterpart is ref
 """
 
 import math
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from flora_tensor._adapter_config import CONFIG_NAME
+from flora_tensor._adapter_keys import PREFIX
+from flora_tensor._adapter_shards import MODEL_NAME
 from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json
 from flora_tensor._lora_parts import Converted, from_official, from_parts
 from flora_tensor._safetensors import FLOATS, dtype_code
-from flora_tensor._whole import widest_code
+from flora_tensor._typing import PathLike
+from flora_tensor._whole import BaseLike, widest_code
 from flora_tensor.adapter import Adapter
 from flora_tensor.adapter_file import as_adapter, fitting_core
 from flora_tensor.arrangement import Arrangement
@@ -32,12 +35,6 @@ __all__ = [
     "from_peft_lora",
 ]
 
-PathLike: TypeAlias = str | os.PathLike[str]
-AdapterLike: TypeAlias = PathLike | Mapping[str, TuckerTensor]
-BaseLike: TypeAlias = PathLike | Mapping[str, Any]
-Kind: TypeAlias = Literal["embedding", "conv1d"]
-_PREFIX = "base_model.model."
-_CONFIG, _MODEL = "adapter_config.json", "adapter_model.safetensors"
 _KOHYA = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer")
 # The names of PEFT's LoRA tensors, and those of LyCORIS for the same.
 _LORA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
@@ -115,17 +112,17 @@ def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter
     (2, 3)
     """
     directory = Path(source)
-    if not (directory / _CONFIG).exists():
-        raise InputError(f"{directory}: has no {_CONFIG}; pass the directory that PEFT's save_pretrained wrote")
-    config = read_json(directory / _CONFIG)
+    if not (directory / CONFIG_NAME).exists():
+        raise InputError(f"{directory}: has no {CONFIG_NAME}; pass the directory that PEFT's save_pretrained wrote")
+    config = read_json(directory / CONFIG_NAME)
     kind = config.get("peft_type")
     if kind not in ("LORA", "LOHA", "LOKR"):
         raise InputError(f"{directory}: peft_type is {kind!r}; LORA, LOHA and LOKR can be converted")
     if config.get("use_dora"):
         raise InputError(f"{directory}: use_dora: DoRA's change depends on the base weight; merge and extract it")
-    if not (directory / _MODEL).exists():
-        raise InputError(f"{directory}: has no {_MODEL}; save the adapter as safetensors")
-    arrays = _Arrays("from_peft_lora", directory / _MODEL)
+    if not (directory / MODEL_NAME).exists():
+        raise InputError(f"{directory}: has no {MODEL_NAME}; save the adapter as safetensors")
+    arrays = _Arrays("from_peft_lora", directory / MODEL_NAME)
     shapes = _shapes(base)
     if kind != "LORA" and shapes is None:
         raise ValueError(f"from_peft_lora: {kind} tensors do not tell a kernel's shape; pass base (--base)")
@@ -143,7 +140,7 @@ def _peft_modules(arrays: _Arrays, builder: "_Builder") -> dict[str, dict[str, s
     modules: dict[str, dict[str, str]] = {}
     parts = r"lora_[AB]\.weight|lora_embedding_[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
     for key in arrays.names:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         found = re.fullmatch(rf"(?:(.+)\.)?({parts})", name)
         if found and found[1]:
             modules.setdefault(found[1], {})[found[2]] = key
@@ -209,7 +206,7 @@ def _peft_scale(config: Mapping[str, Any], module: str, rank: int | None) -> flo
     divisor = _by_pattern(config, "rank_pattern", module, config.get("r", 8)) if rank is None else rank
     for option, value in ((alpha_key, alpha), ("r", divisor)):
         if isinstance(value, bool) or not isinstance(value, int | float) or (option == "r" and value <= 0):
-            raise InputError(f"{_CONFIG}: {option} of {module!r} is {value!r}; a number is needed")
+            raise InputError(f"{CONFIG_NAME}: {option} of {module!r} is {value!r}; a number is needed")
     return alpha / (math.sqrt(divisor) if config.get("use_rslora") else divisor)
 
 
@@ -217,13 +214,13 @@ def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any
     """Look a module up as PEFT does: the first pattern that matches the end of its name."""
     patterns = config.get(table) or {}
     if not isinstance(patterns, Mapping):
-        raise InputError(f"{_CONFIG}: {table} must be a table")
+        raise InputError(f"{CONFIG_NAME}: {table} must be a table")
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise InputError(f"{_CONFIG}: {table} has {pattern!r}, which cannot be read: {error}") from None
+            raise InputError(f"{CONFIG_NAME}: {table} has {pattern!r}, which cannot be read: {error}") from None
     return default
 
 
@@ -494,7 +491,7 @@ def convert_adapter(
     """
     path = Path(source)
     if path.is_dir():
-        if not (path / _CONFIG).exists() or read_json(path / _CONFIG).get("peft_type") == "FLORA":
+        if not (path / CONFIG_NAME).exists() or read_json(path / CONFIG_NAME).get("peft_type") == "FLORA":
             return as_adapter(path)
         return from_peft_lora(path, base=base)
     arrays = _Arrays("convert", path, allow_pickle)

@@ -25,7 +25,6 @@ from flora_tensor._journal import Journal
 from flora_tensor._resized import NEW_ROWS, crop, new_rows, resized_between, with_resized
 from flora_tensor._settings import (
     CODES,
-    PathLike,
     Progress,
     RanksOption,
     Settings,
@@ -50,6 +49,7 @@ from flora_tensor._stacks import (
 from flora_tensor._storing import Stored, check_space, write_adapter
 from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, share_of, survey
 from flora_tensor._tasks import Job, Outcome, Task
+from flora_tensor._typing import PathLike
 from flora_tensor._warnings import FloraWarning
 from flora_tensor._weighting import Calibration
 from flora_tensor.adapter_file import OWNED_NAMES, REPORT_NAME

@@ -1,11 +1,10 @@
 """An adapter put into a checkpoint, and two checkpoints compared: both one tensor at a time."""
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 from warnings import warn
 
 import numpy as np
@@ -19,6 +18,8 @@ from flora_tensor._memory import require_memory
 from flora_tensor._reporting import Report, RowReport, plain
 from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
+from flora_tensor._settings import Progress
+from flora_tensor._typing import PathLike
 from flora_tensor._version import __version__
 from flora_tensor._warnings import FloraWarning
 from flora_tensor.adapter import Adapter
@@ -29,9 +30,6 @@ from flora_tensor.report import format_table
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["DiffReport", "DiffRow", "MergeReport", "diff_checkpoints", "merge_checkpoint"]
-
-PathLike: TypeAlias = str | os.PathLike[str]
-Progress: TypeAlias = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """What ranks a fine-tuning needs: the spectra of every weight's change, and what each budget would buy."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
 from flora_tensor._settings import globs, heads_option, matches
 from flora_tensor._stacks import find_stacks
+from flora_tensor._typing import PathLike
 from flora_tensor.allocation import allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
@@ -25,7 +25,6 @@ from flora_tensor.stacking import stacked_arrangement
 
 __all__ = ["BudgetRow", "RankStudy", "study_ranks"]
 
-PathLike: TypeAlias = str | os.PathLike[str]
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 

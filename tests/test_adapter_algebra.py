@@ -289,6 +289,14 @@ def test_16_bit_adapters_stay_16_bit_and_mixed_ones_become_float32(tmp_path: Pat
     assert ft.add_adapters([half, small]).adapter.dtypes["w"] == "F32"
 
 
+def test_adapters_of_8_bit_floats_become_float32():
+    t = ft.TuckerTensor(np.float32([[1.5, 0], [0, 0.25]]), [np.eye(n, 2, dtype=np.float32) for n in (8, 6)])
+    short = ft.Adapter({"w": t}, dtypes={"w": "F8_E4M3"})
+    for fit in (ft.round_adapter(short, rtol=0.0), ft.add_adapters([short, short], weights=[0.5, 0.5])):
+        assert fit.adapter.dtypes["w"] == "F32"
+        np.testing.assert_allclose(dense(fit.adapter)["w"], t.to_tensor(), atol=tolerance("float32", 8, 6))
+
+
 def test_rounding_to_a_coarse_type_above_the_tolerance_warns():
     rng = np.random.default_rng(0)
     t = ft.TuckerTensor(

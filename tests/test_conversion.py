@@ -490,6 +490,17 @@ def test_bad_lycoris_files_are_named(file: Any, base: Any, options: Any, kind: t
         ft.from_lycoris(file, base, **options)
 
 
+def test_8_bit_loras_keep_their_bits(tmp_path: Path):
+    parts = {"lora_up.weight": torch.randn(5, 2), "lora_down.weight": torch.randn(2, 4)}
+    file = {f"lora_unet_fc.{name}": value.to(torch.float8_e4m3fn) for name, value in parts.items()}
+    base = {"fc.weight": np.zeros((5, 4))}
+    adapter = ft.from_lycoris(save(tmp_path / "a.safetensors", file), base)
+    assert adapter.dtypes["fc.weight"] == "F8_E4M3"
+    again = ft.load_adapter(ft.save_adapter(tmp_path / "a", adapter))["fc.weight"]
+    for ours, theirs in zip((again.factors[0], again.core), file.values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs.float())
+
+
 def test_full_changes_and_missing_alphas():
     assert ft.from_lycoris(LORA, FC).scales["fc.weight"] == 1.0
     full = from_parts("fc", {"diff": UP}, (4, 2))
