@@ -243,6 +243,10 @@ def test_importing_the_core_prints_and_warns_nothing():
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_importing_the_layers_loads_no_host_for_them():
+    assert not loaded_by("import flora_torch") & {"peft", "transformers", "accelerate"}
+
+
 def test_decomposing_an_array_loads_no_other_framework():
     loaded = loaded_by("import numpy, flora_tensor; flora_tensor.tucker(numpy.ones((3, 4, 5)), ranks=(1, 1, 1))")
     assert not loaded & FRAMEWORKS

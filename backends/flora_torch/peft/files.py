@@ -163,12 +163,9 @@ def fitted_state(
     result: dict[str, Tensor] = {}
     for head, name, layer, parameter in _updates(model, adapter_name):
         given = parts.pop(name, None)
-        update = layer.updates(adapter_name)[parameter]
         if given is not None and "core" in given:
-            update = _fit(layer, adapter_name, parameter, given, split=bool(config.start_pattern.get(name)))
+            _fit(layer, adapter_name, parameter, given, split=bool(config.start_pattern.get(name)))
             result |= {f"{head}.{part}": tensor for part, tensor in given.items()}
-        # What is no tensor is in the config, from which the update was made.
-        result[f"{head}._extra_state"] = update.get_extra_state()
     # PEFT reports what is left over.
     result |= {f"{name}.{part}": tensor for name, given in parts.items() for part, tensor in given.items()}
     return result | _put_whole(model, config, adapter_name, rest)
@@ -207,9 +204,7 @@ def _parts(tucker: TuckerTensor, prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}core": tucker.core, **factors}
 
 
-def _fit(
-    layer: FloraTunerLayer, adapter_name: str, parameter: str, given: dict[str, Tensor], *, split: bool
-) -> TuckerUpdate:
+def _fit(layer: FloraTunerLayer, adapter_name: str, parameter: str, given: dict[str, Tensor], *, split: bool) -> None:
     """Give an update the form of a file's tensors, and the tensors, in place, that of an update."""
     update = layer.updates(adapter_name)[parameter]
     tucker, start = _tucker(given), None
@@ -230,7 +225,6 @@ def _fit(
         assert own is not None
         update = TuckerUpdate(own, update.shape, start=other, **options).requires_grad_(update.core.requires_grad)
         layer.replace_update(adapter_name, update, parameter)
-    return update
 
 
 def _doubled(tucker: TuckerTensor) -> tuple[int, ...]:
@@ -282,7 +276,6 @@ def stored_state(model: nn.Module, adapter_name: str, own: Mapping[str, Tensor])
         else:
             result[key] = tensor
     for head, parts in groups.items():
-        parts.pop("_extra_state", None)
         if "start_core" in parts:
             both = TuckerUpdate(_tucker(parts), start=_tucker(parts, "start_"))
             magnitude = {"magnitude": parts["magnitude"]} if "magnitude" in parts else {}

@@ -199,7 +199,7 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
         self._put(adapter_name, update, parameter)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state as it is, merged weights included, which is what PEFT's users send to other programs.
+        """Return the tensors as they are, merged weights included; what is no tensor is in the config.
 
         Parameters
         ----------
@@ -211,7 +211,22 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
         dict of str to Tensor
             The state.
         """
-        return nn.Module.state_dict(self, *args, **kwargs)
+        result = nn.Module.state_dict(self, *args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        # PEFT takes each key for a tensor that the model has under this name.
+        for name in [*self._settings(prefix)]:
+            result.pop(name, None)
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, settings in self._settings(prefix).items():
+            state_dict.setdefault(name, settings)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _settings(self, prefix: str) -> dict[str, Tensor]:
+        """Return what the state of each update holds beside its tensors, by its key."""
+        found = [(name, m) for name, m in self.tucker_update.named_modules() if isinstance(m, TuckerUpdate)]
+        return {f"{prefix}{PREFIX}.{name}._extra_state": update.get_extra_state() for name, update in found}
 
     # --- what else PEFT and the libraries around it ask for
 
