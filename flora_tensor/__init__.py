@@ -31,12 +31,12 @@ from flora_tensor.conversion import (
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
 from flora_tensor.extraction import extract
 from flora_tensor.interop import from_tensorly, to_tensorly
-from flora_tensor.merging import diff_checkpoints, merge_checkpoint
+from flora_tensor.merging import DiffReport, DiffRow, MergeReport, diff_checkpoints, merge_checkpoint
 from flora_tensor.moments import Moments, load_moments, save_moments
 from flora_tensor.noise import rounding_noise
-from flora_tensor.rank_study import study_ranks
+from flora_tensor.rank_study import BudgetRow, RankStudy, study_ranks
 from flora_tensor.ranks import EffectiveRanks, RankChoice, effective_ranks, select_ranks
-from flora_tensor.report import ExtractionReport
+from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import (
     Frontier,
     ModeSpectra,
@@ -46,18 +46,17 @@ from flora_tensor.spectra import (
     mode_spectra,
 )
 from flora_tensor.stacking import TuckerStack
-from flora_tensor.tucker_tensor import (
-    TuckerTensor,
+from flora_tensor.tucker_algebra import (
     add,
     inner,
     norm,
     orthogonalize,
     permute_modes,
-    reconstruct,
     scale,
     select_slice,
     stack,
 )
+from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
 
 __all__ = [
     "Adapter",
@@ -65,18 +64,24 @@ __all__ = [
     "AdapterRow",
     "Allocation",
     "Arrangement",
+    "BudgetRow",
     "Checkpoint",
+    "DiffReport",
+    "DiffRow",
     "EffectiveRanks",
     "ExtractionReport",
     "FloraWarning",
     "Frontier",
     "InputError",
+    "MergeReport",
     "ModeSpectra",
     "Moments",
     "RankAssignment",
     "RankChoice",
+    "RankStudy",
     "ResourceError",
     "Spectrum",
+    "TensorRow",
     "TuckerFit",
     "TuckerStack",
     "TuckerTensor",
@@ -129,3 +134,7 @@ __all__ = [
     "tucker",
     "unfold",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

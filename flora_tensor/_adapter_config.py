@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from warnings import warn
 
 from flora_tensor._errors import InputError
 from flora_tensor._files import canonical_json, write_file
 from flora_tensor._version import __version__
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import check_scale
 from flora_tensor.arrangement import Arrangement
 
@@ -48,7 +47,7 @@ def check_format(config: Mapping[str, Any], path: Path) -> None:
     if major != known[0]:
         raise InputError(f"{path}: format {version}, but this version reads {_FORMAT_VERSION}; upgrade flora-tensor")
     if minor > known[1]:
-        warn(f"{path}: format {version} is newer than {_FORMAT_VERSION}; what it adds is ignored", FloraWarning, 3)
+        warn_user(f"{path}: format {version} is newer than {_FORMAT_VERSION}; what it adds is ignored")
 
 
 class WeightTables(NamedTuple):

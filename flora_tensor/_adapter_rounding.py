@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from warnings import warn
 
 import numpy as np
 
 from flora_tensor._adapter_sums import Sum, wide
 from flora_tensor._combining import Term, combine
 from flora_tensor._safetensors import BITS, round_to
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter, check_scale
 from flora_tensor.adapter_file import fitting_core
 from flora_tensor.adapter_fit import AdapterFit, AdapterRow
@@ -20,7 +19,8 @@ from flora_tensor.allocation import Allocation, allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.decomposition import tucker
 from flora_tensor.spectra import Frontier, Spectrum, cheapest_spectrum
-from flora_tensor.tucker_tensor import TuckerTensor, norm, orthogonalize
+from flora_tensor.tucker_algebra import norm, orthogonalize
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["rounded", "unrounded"]
 
@@ -61,7 +61,7 @@ def rounded(
     fit = _fit(total, stored, None if "rtol" in limit else allocation.lower_bound)
     if "rtol" in limit and fit.relative_error > limit["rtol"] + _ROUNDING:
         message = f"{where}: as stored the error is {fit.relative_error:.3g}, above rtol {limit['rtol']}"
-        warn(f"{message}; the adapter's own types cannot hold less", FloraWarning, 4)
+        warn_user(f"{message}; the adapter's own types cannot hold less")
     return fit
 
 

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor.arrangement import Arrangement
 
 __all__ = ["Heads", "heads_beside", "with_heads"]
@@ -101,7 +100,7 @@ def heads_beside(checkpoint: Path) -> tuple[Heads, ...]:
     try:
         config = read_json(path)
     except (InputError, OSError) as error:
-        warn(f"extract: no heads are taken from a damaged file: {error}; pass heads=N (--heads N)", FloraWarning, 4)
+        warn_user(f"extract: no heads are taken from a damaged file: {error}; pass heads=N (--heads N)")
         return ()
     tables = [config, *(table for key, table in config.items() if key.endswith("_config"))]
     found = (_heads_of(table) for table in tables if isinstance(table, dict))

@@ -10,7 +10,8 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._deltas import frobenius_norm
-from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize
+from flora_tensor.tucker_algebra import orthogonalize
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["StackNorm"]
 

@@ -30,7 +30,8 @@ from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.decomposition import tucker_of
 from flora_tensor.spectra import prepare
-from flora_tensor.tucker_tensor import TuckerTensor, select_slice
+from flora_tensor.tucker_algebra import select_slice
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Part", "Stored", "check_space", "decompose", "write_adapter"]
 

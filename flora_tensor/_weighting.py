@@ -27,7 +27,8 @@ from flora_tensor._checks import printable
 from flora_tensor._errors import InputError
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.moments import Moments, load_moments
-from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize
+from flora_tensor.tucker_algebra import orthogonalize
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["FLOOR", "Calibration", "Weighting"]
 

@@ -5,14 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
-from warnings import warn
 
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import dtype_code
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_tensor.checkpoint import open_checkpoint
 
@@ -125,4 +124,4 @@ class WholeTensors:
         message = f"{self.where}: the adapters were made for different base models: their fingerprints differ"
         if self.verify_base == "error":
             raise InputError(f"{message}; pass adapters of one base, or verify_base='warn' (--verify-base warn)")
-        warn(f"{message}; their changes are combined all the same", FloraWarning, 5)
+        warn_user(f"{message}; their changes are combined all the same")

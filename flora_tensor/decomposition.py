@@ -52,7 +52,8 @@ from flora_tensor._typing import Array, Ranks
 from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.ranks import certificate_of, check_budget
 from flora_tensor.spectra import ModeSpectra, Prepared, prepare
-from flora_tensor.tucker_tensor import TuckerTensor, orthogonalize
+from flora_tensor.tucker_algebra import orthogonalize
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
 

@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from warnings import warn
 
 from flora_tensor._checks import check_shard_size
 from flora_tensor._deltas import check_distinct
@@ -50,7 +49,7 @@ from flora_tensor._storing import Stored, check_space, write_adapter
 from flora_tensor._survey import Weight, choose, expected_weights, predicted_row, rank_zero_row, share_of, survey
 from flora_tensor._tasks import Job, Outcome, Task
 from flora_tensor._typing import PathLike
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor._weighting import Calibration
 from flora_tensor.adapter_file import OWNED_NAMES, REPORT_NAME
 from flora_tensor.arrangement import Arrangement
@@ -274,7 +273,7 @@ def _warned(rtol: float | None, report: ExtractionReport, settings: Settings) ->
     if rtol is not None and settings.weights == "norm" and reached > rtol + 1e-5:
         stored = settings.options()["dtype"]
         message = f"extract: stored as {stored} the error is {reached:.3g}, above rtol {rtol}"
-        warn(f"{message}; pass dtype='float32' or 'float64'", FloraWarning, 3)
+        warn_user(f"{message}; pass dtype='float32' or 'float64'")
     return report
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from warnings import warn
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._settings import Progress
 from flora_tensor._typing import PathLike
 from flora_tensor._version import __version__
-from flora_tensor._warnings import FloraWarning
+from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_tensor.adapter_file import as_adapter
 from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint
@@ -205,7 +204,7 @@ def _check_base(base: Checkpoint, adapter: Adapter, verify: str) -> None:
     message = f"merge: {base.path} is not the checkpoint that the adapter was extracted from: their fingerprints differ"
     if verify == "error":
         raise InputError(f"{message}; pass the original, or verify_base='warn'")
-    warn(f"{message}; the result is W + s·ΔW with other weights W", FloraWarning, 3)
+    warn_user(f"{message}; the result is W + s·ΔW with other weights W")
 
 
 def _merged(base: Checkpoint, result: TensorInfo, adapter: Adapter) -> np.ndarray:

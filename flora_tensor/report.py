@@ -13,7 +13,7 @@ from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import RowReport, plain
 from flora_tensor._version import __version__
 from flora_tensor.adapter import Adapter
-from flora_tensor.tucker_tensor import norm
+from flora_tensor.tucker_algebra import norm
 
 __all__ = ["ExtractionReport", "TensorRow", "adapter_table", "describe_adapter", "format_table"]
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flora_tensor.arrangement import Arrangement
-from flora_tensor.tucker_tensor import TuckerTensor, select_slice
+from flora_tensor.tucker_algebra import select_slice
+from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["LAYER", "TuckerStack", "member_arrangement", "stacked_arrangement"]
 

@@ -212,6 +212,20 @@ def test_both_packages_say_what_is_public():
         assert list(module.__all__) == sorted(set(module.__all__)), f"{package}.__all__ is not sorted or has doubles"
 
 
+def test_a_listing_of_a_package_is_what_is_public():
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        assert dir(module) == module.__all__
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_what_public_functions_return_is_public(name):
+    package, _, attribute = name.partition(".")
+    result = getattr(getattr(importlib.import_module(package), attribute), "__annotations__", {}).get("return")
+    if isinstance(result, type) and result.__module__.split(".")[0] in PACKAGES:
+        assert f"{result.__module__.split('.')[0]}.{result.__name__}" in public_names()
+
+
 def test_no_module_bears_the_name_of_a_public_function():
     modules = {name.rpartition(".")[2] for name in MODULES} - set(PACKAGES)
     public = {name.partition(".")[2] for name in public_names()}

@@ -7,7 +7,7 @@ from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.calibration import collect_moments
 from flora_torch.containers import FloraParameterCollection
 from flora_torch.experts import FloraExperts
-from flora_torch.gradients import collect_gradients
+from flora_torch.gradients import Gradients, collect_gradients
 from flora_torch.layers import (
     FloraConv,
     FloraConvTranspose,
@@ -36,6 +36,7 @@ from flora_torch.model import (
 )
 from flora_torch.moment_starts import moment_ranks
 from flora_torch.pytree import register_with_torch
+from flora_torch.selection import SkippedWeight
 from flora_torch.training import parameter_groups, retract_
 from flora_torch.update import TuckerUpdate
 
@@ -51,7 +52,9 @@ __all__ = [
     "FloraLinear",
     "FloraParameter",
     "FloraParameterCollection",
+    "Gradients",
     "LayerReport",
+    "SkippedWeight",
     "TuckerUpdate",
     "activate",
     "adapter_parameters",
@@ -75,3 +78,7 @@ __all__ = [
 ]
 
 register_with_torch()
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,13 +5,12 @@
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from flora_tensor import FloraWarning
 from flora_tensor._base_notes import LAYERS, SAMPLES, noted_layer, sample_positions, samples_agree, text_of_samples
+from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import gathered, is_sharded
 from flora_torch.base_weight import is_quantized, own_parameter
@@ -177,4 +176,4 @@ def check_samples(adapter: Adapter, sites: Mapping[str, Site], verify_base: Veri
     )
     if verify_base == "error":
         raise ValueError(f"{message}; pass the original, or verify_base='warn'")
-    warn(message, FloraWarning, 4)
+    warn_user(message)

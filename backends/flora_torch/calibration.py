@@ -10,14 +10,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
-from warnings import warn
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora_tensor import Arrangement, FloraWarning
+from flora_tensor import Arrangement
+from flora_tensor._warnings import warn_user
 from flora_tensor.moments import Moments, save_moments
 from flora_torch._sharding import in_several_processes, is_first_process, summed
 from flora_torch.base_weight import describe
@@ -459,11 +459,9 @@ def _moments(targets: list[Site], sums: Mapping[str, list[_Sum]]) -> Moments:
     if not values:
         raise ValueError(f"collect_moments: no layer got an input, of {len(targets)} that were watched; pass batches")
     if missing:
-        warn(
+        warn_user(
             f"collect_moments: {', '.join(map(repr, missing[:5]))}{' …' * (len(missing) > 5)} never got an input and "
-            "have no moment: the layer was not called",
-            FloraWarning,
-            3,
+            "have no moment: the layer was not called"
         )
     aliases = {site.name: [name for name in site.names if name != site.name] for site in targets}
     return Moments(values, axes, counts, aliases)

@@ -18,7 +18,7 @@ __all__ = ["SkippedWeight", "choose", "select"]
 class SkippedWeight:
     """A weight that a choice for a whole model left out, and why.
 
-    Parameters
+    Attributes
     ----------
     name : str
         The weight's name.
