@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from support import NAMESPACES, namespace
@@ -25,3 +26,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def xp(request: pytest.FixtureRequest):
     """The array-API namespace of each library in turn."""
     return namespace(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Let PyTorch compute in one thread: tensors this small take longer to share than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seeded():
+    """Let PyTorch draw the same random numbers in every test."""
+    torch.manual_seed(0)

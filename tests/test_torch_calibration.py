@@ -17,10 +17,7 @@ from flora_tensor import FloraWarning, load_moments
 from flora_torch import adapter_parameters, attach, collect_moments, merge
 from support import same_bits, tolerance
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def close(a, b, *sizes):

@@ -32,13 +32,7 @@ SEPARABLE = {
     5: ("o i d h w", "o (i d h w)", "(o d) (i h w)", "(h o) (w i d)"),
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,7 @@ from support import tolerance
 
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="it stands in for oneDNN's gradient")
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

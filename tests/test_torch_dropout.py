@@ -23,10 +23,7 @@ from flora_torch.scaling import resolve_scale
 from flora_torch.update import DROPOUTS
 from test_torch_layers import ScaledLinear, close, randomize
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 LAYERS = {

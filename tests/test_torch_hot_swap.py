@@ -25,10 +25,7 @@ from flora_torch import (
 from support import same_bits
 from test_torch_layers import close
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def net(dtype=torch.float64):

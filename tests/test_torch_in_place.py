@@ -34,10 +34,7 @@ from flora_torch import update as update_module
 from support import same_bits
 from test_torch_layers import close
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Net(nn.Module):

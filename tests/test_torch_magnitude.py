@@ -29,10 +29,7 @@ from flora_torch.update import DROPOUTS
 from support import same_bits
 from test_torch_layers import close, randomize
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def rescaled(weight: torch.Tensor, update: TuckerUpdate) -> torch.Tensor:

@@ -15,10 +15,7 @@ from test_torch_layers import ScaledLinear, close
 
 ROWS = ["a", "b", None, ("b", "a"), "a", ()]
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def adapted(model, dtype=torch.float64, names=("a", "b"), **options):

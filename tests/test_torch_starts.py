@@ -18,10 +18,7 @@ from flora_torch.initialize import INITS, context, from_delta, from_moments, min
 from flora_torch.moment_starts import mode_moments
 from support import distance, same_bits, tolerance
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Net(nn.Module):

@@ -21,7 +21,8 @@ from flora_torch import FloraLayer, adapter_parameters, attach, kinds, load_adap
 from flora_torch.experts import FloraExperts
 from flora_torch.inventory import updates_by_weight
 from flora_torch.weight_layer import WeightLayer, is_read_by_its_parent
-from test_torch_kinds import OwnConv, Prompts, UnpackedLinear, packed
+from test_torch_kinds import OwnConv, Prompts
+from test_torch_quantized import UnpackedLinear, packed
 
 
 class Kind(NamedTuple):

@@ -24,10 +24,7 @@ from flora_torch.initialize import (
 )
 from support import tolerance
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def low_rank(shape, ranks, dtype=torch.float64):
