@@ -318,6 +318,8 @@ class TestMasks:
             collect_moments(model, [x], mask=lambda batch: torch.ones(5, 5))
         with pytest.raises(ValueError, match="no layer got an input"):
             collect_moments(model, [], mask="attention_mask")
+        with pytest.raises(ValueError, match="collect_moments: target_modules 'fc' matches no module of the model"):
+            collect_moments(model, [x], target_modules="fc")
 
 
 def test_what_is_collected_is_no_part_of_a_graph():

@@ -430,7 +430,14 @@ class TestGradients:
             ([IDS], lambda model, ids: loss(model, ids).detach(), {}, "depends on the weights"),
             ([IDS], lambda model, ids: loss(model, ids) * torch.inf, {}, "the loss is inf; a finite one"),
             ([IDS], lambda model, ids: model.fc.weight.sum(), {}, "does not depend on 'embed.weight'; exclude"),
-            ([IDS], loss, {"ranks": {"fc": 2}}, "ranks has no pattern for"),
+            ([IDS], loss, {"ranks": {"fc": 2}}, "collect_gradients: ranks has no pattern for"),
+            (
+                [IDS],
+                loss,
+                {"ranks": {"*": 2, "fd": 3}},
+                "collect_gradients: ranks has the pattern 'fd', which",
+            ),
+            ([IDS], loss, {"target_modules": "hed"}, "collect_gradients: target_modules 'hed' matches no module"),
         ]
         for batches, function, options, message in cases:
             with pytest.raises(ValueError, match=re.escape(message)):

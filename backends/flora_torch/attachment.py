@@ -326,9 +326,9 @@ class UpdateOptions:
         where: str = "attach",
     ) -> None:
         self.where = where
-        self.ranks: PerName[Any] = PerName("ranks", ranks)
-        self.scale: PerName[float] = PerName("scale", scale, 1.0)
-        self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None)
+        self.ranks: PerName[Any] = PerName("ranks", ranks, where=where)
+        self.scale: PerName[float] = PerName("scale", scale, 1.0, where=where)
+        self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None, where=where)
         self.alpha, self.init, self.tensors = alpha, init, tensors
         self.scaling: Scaling = "init"
         self.chances: dict[str, float] = {}
@@ -410,9 +410,8 @@ class UpdateOptions:
     def check_used(self, targets: list[Site]) -> None:
         """Refuse options that meant nothing."""
         names = [name for site in targets for name in site.names]
-        modules = [holder_name.rpartition(".")[0] for holder_name in names]
         for option in (self.ranks, self.scale, self.arrangement):
-            option.check_used([*modules, *names])
+            option.check_used(targets)
         single = self.arrangement.value if self.arrangement.table is None else None
         arranged = Arrangement(single) if isinstance(single, str) else single
         if arranged is not None and all(site.weight.dim() != arranged.n_axes for site in targets):

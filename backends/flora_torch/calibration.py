@@ -138,7 +138,9 @@ def collect_moments(
     if path is not None and not overwrite and os.path.lexists(path):
         # Said before the model has run over all batches.
         raise FileExistsError(errno.EEXIST, "collect_moments: the file exists; pass overwrite=True", str(path))
-    targets = [site for site in select(model, target_modules, exclude_modules) if _has_input(site)]
+    targets = [
+        site for site in select(model, target_modules, exclude_modules, where="collect_moments") if _has_input(site)
+    ]
     sums = {site.name: [_sum_for(holder, patches, limit, device) for holder in site.holders] for site in targets}
     every = [total for each in sums.values() for total in each]
     with ExitStack() as stack:

@@ -114,7 +114,7 @@ def collect_gradients(
     >>> gradients["0.weight"].shape, report.layers[0].ranks
     ((4, 8), (2, 2))
     """
-    targets = select(model, target_modules, exclude_modules, target_parameters)
+    targets = select(model, target_modules, exclude_modules, target_parameters, where="collect_gradients")
     plans = _plans(targets, ranks, arrangement, oversampling)
     gradients = Gradients()
     sums = {site.name: _RunningSum(site.name, plan) for site, plan in zip(targets, plans)}
@@ -158,8 +158,8 @@ _Plan = tuple[Arrangement, tuple[int | None, ...]]
 
 def _plans(targets: list[Site], ranks: Any, arrangement: Any, oversampling: int) -> list[_Plan]:
     """Choose for each weight its arrangement, and how much of each mode is kept."""
-    by_rank: PerName[Any] = PerName("ranks", ranks)
-    by_arrangement: PerName[Any] = PerName("arrangement", arrangement, None)
+    by_rank: PerName[Any] = PerName("ranks", ranks, where="collect_gradients")
+    by_arrangement: PerName[Any] = PerName("arrangement", arrangement, None, where="collect_gradients")
     plans: list[_Plan] = []
     for site in targets:
         holder = site.holders[0]
@@ -178,6 +178,8 @@ def _plans(targets: list[Site], ranks: Any, arrangement: Any, oversampling: int)
         kept = feasible_ranks([n if r is None else min(n, 2 * r + oversampling) for r, n in zip(wanted, shape)], shape)
         # None where all of a mode is kept: no factor, and no error.
         plans.append((arranged, tuple(None if r == n else r for r, n in zip(kept, shape))))
+    for option in (by_rank, by_arrangement):
+        option.check_used(targets)
     return plans
 
 

@@ -16,7 +16,7 @@ Pattern: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn
 Value = TypeVar("Value")
 
 
-def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+def matches(pattern: Pattern, name: str, module: nn.Module, *, where: str = "attach") -> bool:
     """Tell whether a pattern means a module, or a weight if ``name`` is one's.
 
     Parameters
@@ -29,6 +29,8 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
         The name.
     module : nn.Module
         The module, or the one that owns the weight.
+    where : str
+        Whose error it would be.
 
     Returns
     -------
@@ -53,7 +55,7 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
             try:
                 return re.fullmatch(pattern[3:], name) is not None
             except re.error as error:
-                raise ValueError(f"attach: the regular expression {pattern[3:]!r} cannot be read: {error}") from error
+                raise ValueError(f"{where}: the regular expression {pattern[3:]!r} cannot be read: {error}") from error
         if is_name(pattern):
             return name == pattern or name.endswith(f".{pattern}")
         return fnmatch.fnmatchcase(name, pattern)
@@ -64,7 +66,7 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     if callable(pattern):
         return bool(pattern(name, module))
     raise TypeError(
-        f"attach: {pattern!r} is not a pattern; pass a name, a glob, 're:…', a compiled pattern, a type or a predicate"
+        f"{where}: {pattern!r} is not a pattern; pass a name, a glob, 're:…', a compiled pattern, a type or a predicate"
     )
 
 
@@ -114,6 +116,8 @@ class PerName(Generic[Value]):
         The value or values.
     default : Value, optional
         For weights that no pattern means; without it they are an error.
+    where : str
+        Whose errors they are.
 
     Examples
     --------
@@ -125,8 +129,8 @@ class PerName(Generic[Value]):
 
     _nothing: Any = object()
 
-    def __init__(self, option: str, value: Any, default: Any = _nothing) -> None:
-        self.option, self.default = option, default
+    def __init__(self, option: str, value: Any, default: Any = _nothing, *, where: str = "attach") -> None:
+        self.option, self.default, self.where = option, default, where
         self.table: dict[Any, Any] | None = dict(value) if isinstance(value, Mapping) else None
         self.value: Any = value
         self.used: set[Any] = set()
@@ -151,17 +155,22 @@ class PerName(Generic[Value]):
         for pattern, value in self.table.items():
             for holder in site.holders:
                 candidates = [*holder.names, *(place.name for place in holder.places)]
-                if any(matches(pattern, name, holder.module) for name in candidates):
+                if any(matches(pattern, name, holder.module, where=self.where) for name in candidates):
                     self.used.add(pattern)
                     return value
         if self.default is self._nothing:
             raise ValueError(
-                f"attach: {self.option} has no pattern for {site.name!r}; add one, or '*' as the last pattern"
+                f"{self.where}: {self.option} has no pattern for {site.name!r}; add one, or '*' as the last pattern"
             )
         return self.default
 
-    def check_used(self, names: Iterable[str]) -> None:
+    def check_used(self, targets: Sequence[Site]) -> None:
         """Refuse patterns that meant nothing: they are mistyped, or the module is not a target.
+
+        Parameters
+        ----------
+        targets : sequence of Site
+            The weights that values were looked up for.
 
         Raises
         ------
@@ -174,5 +183,9 @@ class PerName(Generic[Value]):
         """
         for pattern in self.table or ():
             if pattern not in self.used:
-                hint = near(pattern, names) if isinstance(pattern, str) else ""
-                raise ValueError(f"attach: {self.option} has the pattern {shown(pattern)}, which means no target{hint}")
+                names = [name for site in targets for name in site.names]
+                modules = [name.rpartition(".")[0] for name in names]
+                hint = near(pattern, [*modules, *names]) if isinstance(pattern, str) else ""
+                raise ValueError(
+                    f"{self.where}: {self.option} has the pattern {shown(pattern)}, which means no target{hint}"
+                )

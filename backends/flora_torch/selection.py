@@ -41,12 +41,14 @@ def select(
     target_modules: "Pattern | Sequence[Pattern] | None" = None,
     exclude_modules: "Pattern | Sequence[Pattern] | None" = None,
     target_parameters: "Pattern | Sequence[Pattern] | None" = None,
+    *,
+    where: str = "attach",
 ) -> list[Site]:
     """Choose the weights that an adapter is for.
 
     Parameters
     ----------
-    model, target_modules, exclude_modules, target_parameters
+    model, target_modules, exclude_modules, target_parameters, where
         As for `choose`.
 
     Returns
@@ -65,7 +67,7 @@ def select(
     >>> [site.name for site in select(model, exclude_modules="2")]
     ['0.weight']
     """
-    return choose(model, target_modules, exclude_modules, target_parameters)[0]
+    return choose(model, target_modules, exclude_modules, target_parameters, where=where)[0]
 
 
 def choose(
@@ -73,6 +75,8 @@ def choose(
     target_modules: "Pattern | Sequence[Pattern] | None" = None,
     exclude_modules: "Pattern | Sequence[Pattern] | None" = None,
     target_parameters: "Pattern | Sequence[Pattern] | None" = None,
+    *,
+    where: str = "attach",
 ) -> tuple[list[Site], list[SkippedWeight]]:
     """Choose the weights that an adapter is for, and say which ones a choice for the whole model left out.
 
@@ -86,6 +90,8 @@ def choose(
         two axes or more.
     target_parameters : pattern or sequence of patterns, optional
         Parameters, by their own names.
+    where : str
+        Whose errors they are.
 
     Returns
     -------
@@ -110,7 +116,7 @@ def choose(
     excluded = as_list(exclude_modules)
 
     def is_excluded(place: Place) -> bool:
-        return any(matches(pattern, place.name, place.module) for pattern in excluded)
+        return any(matches(pattern, place.name, place.module, where=where) for pattern in excluded)
 
     chosen: dict[str, Site] = {}
     skipped: list[SkippedWeight] = []
@@ -119,24 +125,24 @@ def choose(
         chosen, skipped = _everything(everywhere, table, is_excluded, only_layers=target_modules is None)
     else:
         for pattern in as_list(target_modules):
-            chosen |= _by_module(pattern, everywhere, table, is_excluded)
+            chosen |= _by_module(where, pattern, everywhere, table, is_excluded)
     for pattern in as_list(target_parameters):
-        chosen |= _by_parameter(pattern, table, is_excluded)
+        chosen |= _by_parameter(where, pattern, table, is_excluded)
     if not chosen:
-        _refuse_all(everywhere, skipped)
+        _refuse_all(where, everywhere, skipped)
     order = {name: k for k, name in enumerate(table)}
     result = sorted({site.name: site for site in chosen.values()}.values(), key=lambda site: order[site.name])
     for site in result:
-        _check_site(site, is_excluded)
+        _check_site(where, site, is_excluded)
     return result, skipped
 
 
-def _refuse_all(everywhere: list[Place], skipped: list[SkippedWeight]) -> None:
+def _refuse_all(where: str, everywhere: list[Place], skipped: list[SkippedWeight]) -> None:
     for weight in skipped:
         if weight.reason not in _NOT_TRIED:
-            raise ValueError(f"attach: {weight.name}: {weight.reason}")
+            raise ValueError(f"{where}: {weight.name}: {weight.reason}")
     kinds = ", ".join(sorted({type(place.module).__name__ for place in everywhere}))
-    raise ValueError(f"attach: no layer of the model can be adapted or all are excluded; it is made of {kinds}")
+    raise ValueError(f"{where}: no layer of the model can be adapted or all are excluded; it is made of {kinds}")
 
 
 # Why a weight is left out that nothing speaks against.
@@ -200,19 +206,19 @@ def _has_values(module: nn.Module, parameter: str) -> bool:
 
 
 def _by_module(
-    pattern: Any, everywhere: list[Place], table: Mapping[str, Site], is_excluded: Callable[[Place], bool]
+    where: str, pattern: Any, everywhere: list[Place], table: Mapping[str, Site], is_excluded: Callable[[Place], bool]
 ) -> dict[str, Site]:
-    hits = [place for place in everywhere if matches(pattern, place.name, place.module)]
+    hits = [place for place in everywhere if matches(pattern, place.name, place.module, where=where)]
     known = [place for place in hits if layer_weights(place.module)]
     if not hits:
         names = [place.name for place in everywhere if place.name]
         hint = near(pattern, names) if isinstance(pattern, str) else ""
-        raise ValueError(f"attach: target_modules {shown(pattern)} matches no module of the model{hint}")
+        raise ValueError(f"{where}: target_modules {shown(pattern)} matches no module of the model{hint}")
     if not known:
         first = hits[0]
         own = ", ".join(first.name_of(n) for n, _ in first.module.named_parameters(recurse=False)) or "none"
         raise ValueError(
-            f"attach: target_modules {shown(pattern)} matches only modules that are no layers of a known kind, such "
+            f"{where}: target_modules {shown(pattern)} matches only modules that are no layers of a known kind, such "
             f"as {first.name or 'the model'!r}, a {type(first.module).__name__}; pass its parameters in "
             f"target_parameters (it has {own})"
         )
@@ -224,22 +230,24 @@ def _by_module(
             if is_excluded(place) or is_excluded(owner):
                 continue
             if name not in table:
-                check_adaptable(f"attach: {name}", owner.module, name.rpartition(".")[2])
+                check_adaptable(f"{where}: {name}", owner.module, name.rpartition(".")[2])
             found[name] = table[name]
     return found
 
 
-def _by_parameter(pattern: Any, table: Mapping[str, Site], is_excluded: Callable[[Place], bool]) -> dict[str, Site]:
+def _by_parameter(
+    where: str, pattern: Any, table: Mapping[str, Site], is_excluded: Callable[[Place], bool]
+) -> dict[str, Site]:
     found: dict[str, Site] = {}
     for name, site in table.items():
         for holder in site.holders:
-            if name in holder.names and matches(pattern, name, holder.module):
+            if name in holder.names and matches(pattern, name, holder.module, where=where):
                 place = holder.places[holder.names.index(name)]
                 if not is_excluded(place):
                     found[name] = site
     if not found:
         hint = near(pattern, table) if isinstance(pattern, str) else ""
-        raise ValueError(f"attach: target_parameters {shown(pattern)} matches no parameter of the model{hint}")
+        raise ValueError(f"{where}: target_parameters {shown(pattern)} matches no parameter of the model{hint}")
     if is_name(pattern):
         return found  # a vector that is named is refused later, with the reason
     return {name: site for name, site in found.items() if site.weight.dim() >= 2}
@@ -252,14 +260,14 @@ def _root_refusal(name: str, module: nn.Module, parameter: str) -> str:
     )
 
 
-def _check_site(site: Site, is_excluded: Callable[[Place], bool]) -> None:
+def _check_site(where: str, site: Site, is_excluded: Callable[[Place], bool]) -> None:
     """Refuse a weight that cannot be reached from outside, or that an excluded module holds too."""
     for holder in site.holders:
         for place, name in zip(holder.places, holder.names):
             if place.parent is None:
-                raise ValueError(f"attach: {_root_refusal(name, holder.module, holder.parameter)}")
+                raise ValueError(f"{where}: {_root_refusal(name, holder.module, holder.parameter)}")
             if is_excluded(place):
                 raise ValueError(
-                    f"attach: {site.name!r} is tied to {name!r}, which is excluded; tied weights are adapted together: "
-                    "exclude both or neither"
+                    f"{where}: {site.name!r} is tied to {name!r}, which is excluded; tied weights are adapted "
+                    "together: exclude both or neither"
                 )
