@@ -13,6 +13,33 @@ import numpy as np
 
 from flora_tensor._typing import Array, DType, Namespace
 
+__all__ = [
+    "accumulation_dtype",
+    "array_namespace",
+    "conjugate",
+    "epsilon",
+    "float_squares",
+    "hermitian",
+    "host_squares",
+    "host_view",
+    "is_complex",
+    "is_differentiated",
+    "is_exact",
+    "is_low_precision",
+    "is_torch",
+    "largest_magnitude",
+    "power_of_two",
+    "promote",
+    "result_dtype",
+    "squared_norm",
+    "stop_gradient",
+    "suffix_sums",
+    "times_power_of_two",
+    "to_numpy",
+    "widest_dtype",
+    "working_dtype",
+]
+
 
 def array_namespace(where: str, *arrays: Array | None) -> Namespace:
     """Return the array-API namespace that all ``arrays`` share; ``None`` entries are skipped.

@@ -8,6 +8,24 @@ from typing import Any
 from flora_tensor._arrays import array_namespace, is_exact, largest_magnitude, to_numpy
 from flora_tensor._typing import Array, Ranks
 
+__all__ = [
+    "as_int",
+    "check_finite",
+    "check_fraction",
+    "check_limit",
+    "check_mode",
+    "check_ranks",
+    "check_shard_size",
+    "check_tensor",
+    "check_tolerance",
+    "exactly_one",
+    "feasible_ranks",
+    "printable",
+    "size_text",
+    "some_names",
+    "whole_modes",
+]
+
 
 def as_int(where: str, name: str, value: Any) -> int:
     """Return ``value`` as an ``int``; floats, strings and booleans are refused."""

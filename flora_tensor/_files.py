@@ -25,12 +25,17 @@ from flora_tensor._errors import InputError
 
 __all__ = [
     "canonical_json",
+    "check_free_space",
+    "check_target",
+    "create_exclusive",
     "locked",
+    "naming",
     "open_regular",
     "parse_json",
     "read_json",
     "staged_directory",
     "staged_file",
+    "write_at",
     "write_file",
 ]
 

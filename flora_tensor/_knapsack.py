@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 from flora_tensor._rank_errors import FloatArray, IntArray
 
+__all__ = ["Curve", "Limit", "refined", "segments"]
+
 # A search stops where the choice is within this share of its bound: no one can tell such choices apart.
 _NEAR = 1e-4
 # Partial sums that are kept, and combinations that are formed of them, for each curve: some milliseconds.

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["ErrorTable", "FloatArray", "IntArray", "discarded", "rank_grid", "table_of"]
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 

@@ -24,17 +24,21 @@ from flora_tensor._files import create_exclusive, naming, parse_json, write_at
 __all__ = [
     "BITS",
     "FLOATS",
+    "MAX_HEADER_BYTES",
+    "READABLE",
     "Header",
     "SafetensorsWriter",
     "TensorInfo",
     "decode",
     "decode_into",
+    "dtype_code",
     "encode",
     "float_table",
     "in_file_order",
     "read_header",
     "read_into",
     "read_span",
+    "round_to",
 ]
 
 MAX_HEADER_BYTES = 100_000_000

@@ -12,7 +12,21 @@ from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint
 
-__all__ = ["CODES", "Progress", "RanksOption", "Settings", "matches"]
+__all__ = [
+    "CODES",
+    "Progress",
+    "RanksOption",
+    "Settings",
+    "arrangement_option",
+    "checked_budget",
+    "choice",
+    "globs",
+    "heads_option",
+    "matches",
+    "noise_option",
+    "silent",
+    "stack_option",
+]
 
 Progress: TypeAlias = Callable[[str, int, int, str], None]
 RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]

@@ -22,7 +22,7 @@ from flora_tensor.checkpoint import Checkpoint, open_checkpoint
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import Frontier
 
-__all__ = ["Job", "Outcome", "Task", "pack", "perform", "unpack"]
+__all__ = ["Job", "Outcome", "Task", "pack", "perform", "perform_job", "unpack"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+__all__ = ["Array", "DType", "Namespace", "PathLike", "Ranks"]
+
 Array: TypeAlias = Any
 """An array of NumPy, PyTorch, JAX, CuPy or any other library that follows the array-API standard."""
 

@@ -44,7 +44,7 @@ def round_adapter(
         How many bytes these numbers may take, each in the type that its weight is stored in.
     rtol : float, optional
         The relative error of all changes together to stay within, with as few numbers as possible.
-    weights : mapping of str to float, "relative", or None
+    weights : mapping of str to float, "norm", "uniform", or None
         How much each weight's squared error counts, as for `allocate_ranks`.
 
     Returns

@@ -12,6 +12,32 @@ import click
 
 from flora_tensor._progress import ProgressLine
 
+__all__ = [
+    "COMMON",
+    "EXISTING",
+    "MAX_MEMORY",
+    "MAX_SHARD_SIZE",
+    "OUTPUT",
+    "PAGE",
+    "PICKLE",
+    "PROGRESS",
+    "SELECTION",
+    "VERIFY_BASE",
+    "SectionedCommand",
+    "examples",
+    "heads",
+    "noise",
+    "numbers",
+    "opened_executor",
+    "picture",
+    "ranks",
+    "share",
+    "shown_progress",
+    "size",
+    "with_options",
+    "write_page",
+]
+
 AnyCommand = TypeVar("AnyCommand", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 EXISTING = click.Path(path_type=Path)

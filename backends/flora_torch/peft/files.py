@@ -12,7 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from flora_tensor import Adapter, Arrangement, TuckerTensor, select_slice
-from flora_tensor.adapter_file import config_of, split_key
+from flora_tensor._adapter_config import config_of
+from flora_tensor._adapter_keys import split_key
 from flora_tensor.magnitudes import channel_count
 from flora_tensor.stacking import member_arrangement
 from flora_torch.base_check import check_layer, describe_bases
