@@ -218,11 +218,6 @@ def stack_option(given: str | Sequence[str] | None, settings: Settings) -> tuple
         raise ValueError(
             "extract: stack with ranks: a stack is used where it is smaller at a budget; pass a budget or rtol"
         )
-    if patterns and settings.calibration is not None:
-        raise ValueError(
-            "extract: stack with calibration: each layer's input has a moment of its own, so that layers scaled by "
-            "theirs share no factor; pass one of the two"
-        )
     return patterns
 
 

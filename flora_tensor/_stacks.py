@@ -106,11 +106,14 @@ def summed_error(
     total = 0.0
     for name, weight in weights.items():
         row, done = (found[name].row, found[name].weight) if name in found else (weight.row, None)
+        norm, left = row.delta_norm or 0.0, row.relative_error or 0.0
+        if row.weighted_norm is not None:  # what a calibration counts
+            norm, left = row.weighted_norm, row.weighted_error or 0.0
         if done is not None and done.units:
-            error = math.hypot(*(lost / unit for lost, unit in zip(done.member_errors, done.units)))
+            errors = done.member_outputs or done.member_errors
+            error = math.hypot(*(lost / unit for lost, unit in zip(errors, done.units)))
         else:
-            norm = 1.0 if settings.weights == "uniform" else row.delta_norm or 0.0
-            error = norm * ((row.relative_error or 0.0) if name in found else 1.0)
+            error = (1.0 if settings.weights == "uniform" else norm) * (left if name in found else 1.0)
         total += error * error + prices.get(name, 0.0) * row.n_parameters
     return total
 
@@ -123,8 +126,13 @@ def with_stacks(rows: Mapping[str, TensorRow], weights: Mapping[str, Weight]) ->
             continue
         row = told.pop(name)
         share, more = divmod(row.n_parameters, len(weight.members))
-        errors = weight.member_errors or [None] * len(weight.members)
-        for k, (member, error) in enumerate(zip(weight.members, errors)):
+        for k, member in enumerate(weight.members):
+            own = told[member]
+            error, output = row.relative_error, row.weighted_error
+            if weight.member_errors:
+                error = weight.member_errors[k] / (own.delta_norm or 1.0)
+                outputs = weight.member_outputs or weight.member_errors
+                output = outputs[k] / (own.weighted_norm or 1.0) if own.weighted_norm is not None else None
             told[member] = replace(
                 told[member],
                 stack=name,
@@ -132,6 +140,7 @@ def with_stacks(rows: Mapping[str, TensorRow], weights: Mapping[str, Weight]) ->
                 modes=row.modes,
                 ranks=row.ranks,
                 n_parameters=share + (k < more),
-                relative_error=row.relative_error if error is None else error / (told[member].delta_norm or 1.0),
+                relative_error=error,
+                weighted_error=output,
             )
     return told

@@ -18,7 +18,7 @@ from flora_tensor._rank_errors import FloatArray
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
 from flora_tensor._settings import Settings
-from flora_tensor._stack_norms import StackNorm
+from flora_tensor._stack_norms import StackMoments, StackNorm, output_looks
 from flora_tensor.allocation import (
     allocate_ranks,
     allocate_with_stacks,
@@ -51,6 +51,7 @@ class Weight:
     is_weighted: bool = False
     members: tuple[str, ...] = ()  # of a stack, in whose case the rest is about all of them as one tensor
     member_errors: tuple[float, ...] = ()  # ‖change − stored‖ of each, not relative
+    member_outputs: tuple[float, ...] = ()  # the same of their outputs, where a calibration says what that is
     units: tuple[float, ...] = ()  # what each slice of a stack is divided by, where slices count relative to them
     floor: float | None = None  # the noise in an entry, where that bounds the ranks
     bounds: tuple[Sequence[float], ...] = ()  # for each point of each frontier; none where it is an estimate
@@ -174,6 +175,8 @@ def scan(
     arrangements = settings.arrangements(members[0] if members else name, a.shape[1:] if members else a.shape)
     arrangements = tuple(map(stacked_arrangement, arrangements)) if members else arrangements
     weight = Weight(row, arrangements, digest=change.digest, members=members)
+    if members and _list_outputs(weight, delta, widening, settings):
+        return weight, delta
     floor = change.noise if settings.caps_noise else settings.noise_floor
     if members and settings.weights == "uniform":
         delta, floor = _relative(weight, delta, floor)
@@ -241,6 +244,26 @@ def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarr
     weight.arrangements, weight.is_weighted = fitting, True
     weight.row = replace(weight.row, weighted_norm=frobenius_norm(weighted))
     return weighted
+
+
+def _list_outputs(weight: Weight, delta: np.ndarray, widening: int, settings: Settings) -> bool:
+    """List what the ranks of a stack buy of its members' outputs, where a calibration knows of any."""
+    if settings.calibration is None:
+        return False
+    moments = StackMoments.of(settings.calibration, weight.row.name, weight.members, delta.shape[1:])
+    fitting = tuple(a for a in weight.arrangements if moments is not None and moments.fits(a))
+    if moments is None or not fitting:
+        return False
+    lengths = moments.lengths(delta)
+    weight.arrangements, weight.is_weighted = fitting, True
+    weight.row = replace(weight.row, weighted_norm=math.hypot(*lengths))
+    weight.units = lengths if settings.weights == "uniform" else ()
+    units = weight.units or (1.0,) * len(lengths)
+    looks = output_looks(delta, fitting, moments, units, settings.share, widening)
+    weight.frontiers = [look.frontier for look in looks]
+    weight.ends = tuple(look.end for look in looks)
+    weight.bounds = tuple(look.bounds for look in looks)
+    return True
 
 
 def _relative(
@@ -377,7 +400,7 @@ def predicted_row(weight: Weight) -> TensorRow:
         # In a dry run nothing is decomposed: under a calibration only the error that counts is known, and of a stack
         # under relative weights only what it is in the mean.
         relative_error=None if weight.is_weighted or weight.units else weight.predicted,
-        weighted_error=None if weight.row.weighted_norm is None else weight.predicted,
+        weighted_error=None if weight.row.weighted_norm is None or weight.units else weight.predicted,
         lower_bound=weight.bound,
     )
 

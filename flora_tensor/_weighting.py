@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from flora_tensor.moments import Moments, load_moments
 from flora_tensor.tucker_algebra import orthogonalize
 from flora_tensor.tucker_tensor import TuckerTensor
 
-__all__ = ["FLOOR", "Calibration", "Weighting"]
+__all__ = ["FLOOR", "Calibration", "Weighting", "times"]
 
 # The smallest eigenvalue of a second moment that is taken at its word, relative to their mean.
 FLOOR = 1e-3
@@ -74,29 +74,37 @@ class Weighting:
         names = tuple(name for group in groups for name in group)
         return len(names) == len(self.axes) and any(group[: len(names)] == names for group in arrangement.right)
 
+    def mode_of(self, arrangement: Arrangement) -> int:
+        """Return the mode at whose head the axes lie, of an arrangement that they fit."""
+        names = tuple(name for axis in self.axes for name in arrangement.left[axis])
+        return next(k for k, group in enumerate(arrangement.right) if group[: len(names)] == names)
+
+    def of_slices(self) -> "Weighting":
+        """Return the same of a stack, whose first axis counts the weights."""
+        return replace(self, axes=tuple(axis + 1 for axis in self.axes))
+
     def scale(self, weight: np.ndarray) -> np.ndarray:
         """Multiply a weight by C^½ along the axes; in the weight's type."""
         first, size = self.axes[0], len(self.root)
         shaped = weight.reshape(math.prod(weight.shape[:first]), size, -1)
-        return _times(self.root.astype(weight.dtype, copy=False), shaped).reshape(weight.shape)
+        return times(self.root.astype(weight.dtype, copy=False), shaped).reshape(weight.shape)
 
     def unscale(self, tucker: TuckerTensor, arrangement: Arrangement) -> TuckerTensor:
         """Multiply a decomposition of the scaled weight by C^−½, and make its factors orthonormal again."""
-        names = tuple(name for axis in self.axes for name in arrangement.left[axis])
-        mode = next(k for k, group in enumerate(arrangement.right) if group[: len(names)] == names)
+        mode = self.mode_of(arrangement)
         core, factors = to_numpy(tucker.core), [None if u is None else to_numpy(u) for u in tucker.factors]
         inverse = self.inverse.astype(core.dtype, copy=False)
         factor = factors[mode]
         if factor is None:  # the mode is whole: the core has it
             before, after = core.shape[:mode], core.shape[mode + 1 :]
             shaped = core.reshape(math.prod(before), len(inverse), -1)
-            core = _times(inverse, shaped).reshape(*before, -1, *after)
+            core = times(inverse, shaped).reshape(*before, -1, *after)
         else:
-            factors[mode] = _times(inverse, factor.reshape(1, len(inverse), -1)).reshape(factor.shape)
+            factors[mode] = times(inverse, factor.reshape(1, len(inverse), -1)).reshape(factor.shape)
         return orthogonalize(TuckerTensor(core, tuple(factors)))
 
 
-def _times(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+def times(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Multiply (a, n, b) by (n, n), or by a diagonal (n,), along the middle."""
     if matrix.ndim == 1:
         return matrix[:, None] * x

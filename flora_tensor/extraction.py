@@ -127,7 +127,7 @@ def extract(
         likewise), sorted by the numbers in their names: the layers then share their factors, and each has a core of its
         own. They are read as one tensor, which ``max_memory`` must hold, and once more than without. At a budget that
         chooses stacks everything is decomposed without them too, and what ends with the smaller error is kept.
-        Not with ``ranks`` or ``calibration``.
+        Not with ``ranks``.
     heads : "auto", int or None
         How many heads the attentions have. Where ``arrangements`` is ``"auto"``, query, key, value and output
         projections may then be decomposed with the heads as a mode, such as ``(heads d) i -> heads d i``. ``"auto"``
@@ -137,7 +137,9 @@ def extract(
         and that budget and tolerance refer to, is then that of the layers' *outputs*, ‖(ΔW − stored) C^½‖. The moment
         of a convolution's channels (axes ``i``) goes with every arrangement; that of whole patches (``i h w``) needs
         ``o (i h w)``, which is taken. Weights without a moment count by their plain error. Eigenvalues of C below a
-        thousandth of their mean are raised to that. The cap of ``noise_floor`` does not apply to calibrated weights.
+        thousandth of their mean are raised to that. A stack counts by the error of all its members' outputs, each with
+        its own moment: it is decomposed scaled by the root of their mean, and without, its core fitted to that error,
+        and the better one stored. The cap of ``noise_floor`` does not apply to calibrated weights.
     weights : {"norm", "uniform"}
         What a budget minimizes: the summed squared error of all changes, or the sum of their squared *relative* errors,
         so that weights that changed little are kept as well as others; a stack is then decomposed with its slices

@@ -309,7 +309,6 @@ def test_layers_that_did_not_change_are_no_part_of_a_stack(tmp_path: Path):
     assert stacks[FC].members == tuple(f"layers.{k}.fc.weight" for k in (0, 2, 6, 8, 10))
 
 
-MOMENTS = ft.Moments({"head.weight": np.eye(7)}, {"head.weight": "i"}, {"head.weight": 1})
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"stack": "layers.*.fd.weight"},
@@ -326,10 +325,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stack": "*fc.weight."}, "matches no tensor"),
     ({"stack": FC, "include": "*.conv.*"}, "matches no tensor to compare; there are layers...conv.weight"),
     ({"stack": FC, "max_ratio": None, "ranks": 2}, "stack with ranks: .* pass a budget or rtol"),
-    (
-        {"stack": FC, "calibration": MOMENTS},
-        "stack with calibration",
-    ),
 ]
 
 
