@@ -231,6 +231,27 @@ class TestKnownTensors:
         with pytest.raises(ValueError, match="is in only one of the file and the model's adapter 'default'"):
             load_adapter(other, directory)
 
+    def test_a_file_with_more_tensors_fills_and_replaces_and_one_of_another_shape_does_neither(self, tmp_path):
+        model, change = cnn(), {"blocks.1.weight": self.change((8, 1, 3, 3))}
+        before = bits(model)
+        attach_adapter(model, change)
+        directory = flora_tensor.save_adapter(tmp_path / "more", Adapter(change, whole={"norm.bias": np.ones(8)}))
+        assert load_adapter(model, directory).whole == ("norm.bias",)
+        assert bool((model.norm.bias == 1).all())
+        changed = bits(model)
+        longer = flora_tensor.save_adapter(tmp_path / "longer", Adapter(change, whole={"norm.bias": np.ones(9)}))
+        with pytest.raises(ValueError, match=r"load_adapter: 'norm.bias' is of shape \(8,\), not \(9,\)"):
+            load_adapter(model, longer)
+        assert same_state(bits(model), changed)
+        assert same_state(bits(detach(model)), before)
+
+    def test_errors_name_the_function_that_was_called(self, tmp_path):
+        directory = flora_tensor.save_adapter(tmp_path / "a", {"heed.weight": self.change((11, 8))})
+        with pytest.raises(ValueError, match=r"^attach_adapter: the model has no parameter 'heed.weight'"):
+            attach_adapter(cnn(), directory)
+        with pytest.raises(ValueError, match=r"^load_adapter: the model has no parameter 'heed.weight'"):
+            load_adapter(cnn(), directory)
+
     def test_tensors_of_torch_in_their_own_type(self):
         model = nn.Sequential(nn.Linear(4, 3)).to(torch.bfloat16)
         change = self.change((3, 4)).map(lambda a: torch.from_numpy(a))

@@ -115,7 +115,7 @@ def check_option(where: str, verify_base: str) -> None:
         raise ValueError(f"{where}: verify_base is {verify_base!r}; pass one of {', '.join(_OPTIONS)}")
 
 
-def check_layer(adapter: Adapter, name: str, site: Site) -> None:
+def check_layer(where: str, adapter: Adapter, name: str, site: Site) -> None:
     """Refuse a weight whose layer computes something else with it than the one that the adapter was made for.
 
     Raises
@@ -126,7 +126,7 @@ def check_layer(adapter: Adapter, name: str, site: Site) -> None:
     Examples
     --------
     >>> from flora_torch.model_weights import sites
-    >>> check_layer(Adapter({}), "0.weight", sites(nn.Sequential(nn.Linear(2, 2)))["0.weight"])
+    >>> check_layer("here", Adapter({}), "0.weight", sites(nn.Sequential(nn.Linear(2, 2)))["0.weight"])
     """
     noted = noted_layer(adapter.config, name)
     then = {key: noted[key] for key in ("kind", "groups", "padding_mode") if key in noted}
@@ -134,7 +134,7 @@ def check_layer(adapter: Adapter, name: str, site: Site) -> None:
     # Where nothing is known of a layer, nothing speaks against it; a tied weight may be listed in another order.
     if all(layer and layer != then for layer in now):
         raise ValueError(
-            f"attach_adapter: the layer of {name!r} is {_shown(now[0])} in the model and {_shown(then)} in the "
+            f"{where}: the layer of {name!r} is {_shown(now[0])} in the model and {_shown(then)} in the "
             "adapter; pass the model that it was made for, or verify_base='ignore'"
         )
 
@@ -143,7 +143,7 @@ def _shown(layer: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {str(value)[:40]!r}" for key, value in layer.items())
 
 
-def check_samples(adapter: Adapter, sites: Mapping[str, Site], verify_base: VerifyBase) -> None:
+def check_samples(where: str, adapter: Adapter, sites: Mapping[str, Site], verify_base: VerifyBase) -> None:
     """Warn, or refuse, if the model's weights are not the numbers that the adapter was made for.
 
     Raises
@@ -158,7 +158,7 @@ def check_samples(adapter: Adapter, sites: Mapping[str, Site], verify_base: Veri
 
     Examples
     --------
-    >>> check_samples(Adapter({}), {}, "error")
+    >>> check_samples("here", Adapter({}), {}, "error")
     """
     table = adapter.config.get(SAMPLES)
     noted: Mapping[str, Any] = table if isinstance(table, Mapping) else {}
@@ -170,7 +170,7 @@ def check_samples(adapter: Adapter, sites: Mapping[str, Site], verify_base: Veri
     if not differing:
         return
     message = (
-        f"attach_adapter: the values of {differing[0]!r}"
+        f"{where}: the values of {differing[0]!r}"
         f"{f' and of {len(differing) - 1} more weights' if len(differing) > 1 else ''} are not those that the adapter "
         "was made for: this is another model, or another state of it"
     )

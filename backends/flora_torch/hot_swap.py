@@ -86,7 +86,7 @@ def hotswap_adapter(
     values: list[tuple[Tensor, Tensor]] = []
     for name, update in present.items():
         weight = owners[name].original(table[name].holders[0].parameter)
-        new = plan_of(adapter, given[name], table, None, None).update if name in given else None
+        new = plan_of("hotswap_adapter", adapter, given[name], table).update if name in given else None
         values += _values(name, update, new, weight)
     _check_consistent(values)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def _whole_values(adapter: Adapter, replaced: list[tuple[Place, str, Whole]]) ->
         )
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, (place, local, note) in there.items():
-        tensor, value = note.value_in(place.module, local), as_torch(adapter.whole[name], name)
+        tensor, value = note.value_in(place.module, local), as_torch("hotswap_adapter", adapter.whole[name], name)
         if tensor.shape != value.shape:
             raise ValueError(
                 f"hotswap_adapter: {name!r} is of shape {tuple(tensor.shape)}, not {tuple(value.shape)}; pass the "

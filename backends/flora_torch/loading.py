@@ -116,16 +116,30 @@ def attach_adapter(
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
     check_option("attach_adapter", verify_base)
-    adapter, table = as_adapter(source), sites(model)
-    whole = _whole_targets(model, _distinct(table, adapter.whole))
+    given = as_adapter(source)
+    return _attached("attach_adapter", model, given, adapter_name, dtype, dropout, path, freeze_model, verify_base)
+
+
+def _attached(
+    where: str,
+    model: nn.Module,
+    adapter: Adapter,
+    adapter_name: str,
+    dtype: torch.dtype | None,
+    dropout: float | None,
+    path: Path,
+    freeze_model: bool,
+    verify_base: VerifyBase,
+) -> AttachReport:
+    table = sites(model)
+    whole = _whole_targets(where, model, _distinct(where, table, adapter.whole))
     with all_or_nothing(model):
-        plans = [plan_of(adapter, name, table, dtype, dropout, verify_base) for name in adapter]
-        twice = {site.name for site in (p.site for p in plans)}
-        if len(twice) < len(plans):
-            raise ValueError("attach_adapter: two entries of the adapter are for one tied weight; keep one of them")
+        plans = [plan_of(where, adapter, name, table, dtype, dropout, verify_base) for name in adapter]
+        if len({plan.site.name for plan in plans}) < len(plans):
+            raise ValueError(f"{where}: two entries of the adapter are for one tied weight; keep one of them")
         share_factors({name: plan.update for name, plan in zip(adapter, plans)}, adapter.stacks)
         if verify_base != "ignore":
-            check_samples(adapter, table, verify_base)
+            check_samples(where, adapter, table, verify_base)
         report = install(model, plans, adapter_name, path, freeze_model, tuple(whole))
         for owner, local, value in whole.values():
             replace_whole(owner, local, value, adapter_name)
@@ -140,6 +154,7 @@ def as_adapter(source: Any) -> Adapter:
 
 
 def plan_of(
+    where: str,
     adapter: Adapter,
     name: str,
     table: Mapping[str, Site],
@@ -150,21 +165,21 @@ def plan_of(
     """Build the update of one entry of an adapter."""
     site = table.get(name)
     if site is None:
-        raise ValueError(f"attach_adapter: the model has no parameter {name!r}{near(name, table)}")
-    weight = adaptable(f"attach_adapter: {name}", site.holders[0].module, site.holders[0].parameter, values=False)
+        raise ValueError(f"{where}: the model has no parameter {name!r}{near(name, table)}")
+    weight = adaptable(f"{where}: {name}", site.holders[0].module, site.holders[0].parameter, values=False)
     if tuple(weight.shape) != adapter.shapes[name]:
         raise ValueError(
-            f"attach_adapter: {name!r} is of shape {tuple(weight.shape)} in the model and {adapter.shapes[name]} in "
+            f"{where}: {name!r} is of shape {tuple(weight.shape)} in the model and {adapter.shapes[name]} in "
             "the adapter; pass the adapter of this model"
         )
     if verify_base != "ignore":
-        check_layer(adapter, name, site)
+        check_layer(where, adapter, name, site)
     for holder in site.holders:
         if holder.places[0].parent is None:
-            raise ValueError(f"attach_adapter: {name!r} belongs to the model itself; put it into an nn.Sequential")
+            raise ValueError(f"{where}: {name!r} belongs to the model itself; put it into an nn.Sequential")
     trained = _DTYPE_NAMES.get(_hint(adapter, "adapter_dtypes", name, ""))
     chosen = dtype or trained or default_dtype(weight.dtype)
-    tucker = adapter[name].map(lambda array: _converted(array, name, weight.device, chosen))
+    tucker = adapter[name].map(lambda array: _converted(where, array, name, weight.device, chosen))
     start = None
     if _hint(adapter, "start_pattern", name, False):
         tucker, start = TuckerUpdate.split(tucker)
@@ -175,7 +190,7 @@ def plan_of(
     options: dict[str, Any] = {"arrangement": adapter.arrangements[name], "scale": adapter.scales[name], "start": start}
     if name in adapter.magnitudes:
         wide = torch.promote_types(chosen, torch.float32)
-        magnitude = _converted(adapter.magnitudes[name], name, weight.device, wide)
+        magnitude = _converted(where, adapter.magnitudes[name], name, weight.device, wide)
         options |= {"magnitude": magnitude, "channels": adapter.channels[name]}
     update = TuckerUpdate(tucker, tuple(weight.shape), **options, **chances)
     return Plan(site, update, update.ranks)
@@ -188,26 +203,26 @@ def _hint(adapter: Adapter, key: str, name: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def _converted(array: Any, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _converted(where: str, array: Any, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return an array of real numbers as a tensor of another type, which must hold them."""
-    tensor = as_torch(array, name)
+    tensor = as_torch(where, array, name)
     if not tensor.is_floating_point():
-        raise ValueError(f"attach_adapter: {name!r} is of type {tensor.dtype}; cores and factors are real floats")
-    return _cast(tensor, name, device, dtype)
+        raise ValueError(f"{where}: {name!r} is of type {tensor.dtype}; cores and factors are real floats")
+    return _cast(where, tensor, name, device, dtype)
 
 
-def _cast(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _cast(where: str, tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     result = tensor.to(device=device, dtype=dtype)
     if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
         largest = float(tensor.abs().max())
         raise ValueError(
-            f"attach_adapter: {name!r} has entries up to {largest:.3g}, which {dtype} does not hold; pass a wider "
+            f"{where}: {name!r} has entries up to {largest:.3g}, which {dtype} does not hold; pass a wider "
             "dtype, or a model of a wider type"
         )
     return result
 
 
-def as_torch(array: Any, name: str) -> Tensor:
+def as_torch(where: str, array: Any, name: str) -> Tensor:
     """Return a copy of an array of any library as a tensor; what is complex or not finite is refused."""
     if isinstance(array, Tensor):
         tensor = array.detach().clone()
@@ -216,13 +231,13 @@ def as_torch(array: Any, name: str) -> Tensor:
         # torch knows no bfloat16 of NumPy's, and float32 holds all its values.
         tensor = torch.from_numpy(np.array(values.astype(np.float32) if values.dtype.name == "bfloat16" else values))
     if tensor.is_complex():
-        raise ValueError(f"attach_adapter: {name!r} is of type {tensor.dtype}; an adapter holds real numbers")
+        raise ValueError(f"{where}: {name!r} is of type {tensor.dtype}; an adapter holds real numbers")
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"attach_adapter: {name!r} has NaN or infinite entries; the adapter is damaged")
+        raise ValueError(f"{where}: {name!r} has NaN or infinite entries; the adapter is damaged")
     return tensor
 
 
-def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, Any]:
+def _distinct(where: str, table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, Any]:
     """Keep one name of each tied parameter: replaced twice, its own value would be lost."""
     kept: dict[str, Any] = {}
     first: dict[str, str] = {}
@@ -230,15 +245,15 @@ def _distinct(table: Mapping[str, Site], whole: Mapping[str, Any]) -> dict[str, 
         known = first.setdefault(table[name].name, name) if name in table else name
         if known == name:
             kept[name] = array
-        elif not torch.equal(as_torch(kept[known], known), as_torch(array, name)):
+        elif not torch.equal(as_torch(where, kept[known], known), as_torch(where, array, name)):
             raise ValueError(
-                f"attach_adapter: {known!r} and {name!r} are one tied tensor of the model, and the adapter has two "
+                f"{where}: {known!r} and {name!r} are one tied tensor of the model, and the adapter has two "
                 "values for it; keep one of them"
             )
     return kept
 
 
-def _whole_targets(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str, Tensor]]:
+def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Find the parameters and buffers that stored tensors replace, and bring the values to their types and devices."""
     known: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for place in places(model) if arrays else ():
@@ -248,19 +263,19 @@ def _whole_targets(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, tup
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name, array in arrays.items():
         if name not in known:
-            raise ValueError(f"attach_adapter: the model has no tensor {name!r}{near(name, known)}")
+            raise ValueError(f"{where}: the model has no tensor {name!r}{near(name, known)}")
         owner, local, current = known[name]
         if current.is_meta:
-            raise ValueError(f"attach_adapter: {name!r} is on the meta device and has no values; load the model first")
-        value = as_torch(array, name)
+            raise ValueError(f"{where}: {name!r} is on the meta device and has no values; load the model first")
+        value = as_torch(where, array, name)
         if value.shape != current.shape:
             raise ValueError(
-                f"attach_adapter: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
+                f"{where}: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
                 "the adapter; pass the adapter of this model"
             )
         if local in owner.__dict__.get(WHOLE, {}) or id(current) in taken:
-            raise ValueError(f"attach_adapter: {name!r} was replaced by another adapter already; detach that one first")
-        found[name] = (owner, local, _cast(value, name, current.device, current.dtype))
+            raise ValueError(f"{where}: {name!r} was replaced by another adapter already; detach that one first")
+        found[name] = (owner, local, _cast(where, value, name, current.device, current.dtype))
     return found
 
 
@@ -333,9 +348,8 @@ def load_adapter(
     keys = {"missing_keys": adapter.missing_keys, "unexpected_keys": adapter.unexpected_keys}
     present = updates_by_weight(model, adapter_name)
     if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
-        report = attach_adapter(
-            model, adapter, adapter_name=adapter_name, freeze_model=freeze_model, verify_base=verify_base
-        )
+        given = (adapter_name, None, None, "auto", freeze_model, verify_base)
+        report = _attached("load_adapter", model, adapter, *given)
         return replace(report, **keys)
     return replace(_filled(model, adapter, adapter_name, present, verify_base), **keys)
 
@@ -351,14 +365,14 @@ def _filled(
             "load under another adapter_name"
         )
     table = sites(model)
-    plans = [plan_of(adapter, name, table, verify_base=verify_base) for name in adapter]
-    distinct = _distinct(table, adapter.whole)
+    plans = [plan_of("load_adapter", adapter, name, table, verify_base=verify_base) for name in adapter]
+    distinct = _distinct("load_adapter", table, adapter.whole)
     first, again = _whole_again(model, distinct, adapter_name)
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     check_shared("load_adapter", present, {name: plan.update for name, plan in zip(adapter, plans)})
     if verify_base != "ignore":
-        check_samples(adapter, table, verify_base)
+        check_samples("load_adapter", adapter, table, verify_base)
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
     for owner, local, value in first.values():
@@ -416,8 +430,9 @@ def _whole_again(
     again: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name in (name for name in arrays if name in mine):
         owner, local = mine[name]
-        value, current = as_torch(arrays[name], name), current_value(owner, local)
+        value, current = as_torch("load_adapter", arrays[name], name), current_value(owner, local)
         if value.shape != current.shape:
             raise ValueError(f"load_adapter: {name!r} is of shape {tuple(current.shape)}, not {tuple(value.shape)}")
         again[name] = (owner, local, value)
-    return _whole_targets(model, {name: array for name, array in arrays.items() if name not in mine}), again
+    rest = {name: array for name, array in arrays.items() if name not in mine}
+    return _whole_targets("load_adapter", model, rest), again

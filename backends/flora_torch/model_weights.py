@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from flora_torch.base_weight import describe, identity, own_parameter, weight_names
-from flora_torch.kinds import wrapper_for
 from flora_torch.layers import FloraLayer
 
 __all__ = ["Holder", "Place", "Site", "places", "sites"]
@@ -116,11 +115,6 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """Every name that the model knows the weight by."""
         return tuple(name for holder in self.holders for name in holder.names)
-
-    @property
-    def kind(self) -> type[FloraLayer]:
-        """The kind of layer that adapts it, for the first holder."""
-        return wrapper_for(self.holders[0].module, self.holders[0].parameter)
 
 
 # Modules that only run another one, by their classes' names, and what they call it.

@@ -93,7 +93,7 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
                 f"FloraConfig: {name!r} is of shape {own} in the model and {tuple(shape)} in the file; load the "
                 "adapter of this model"
             )
-        check_layer(notes, name, table[name])
+        check_layer("FloraConfig", notes, name, table[name])
     known = {name for name, _ in _tensors(model)}
     for name in config.whole:
         # Those of modules that PEFT saves whole itself have a copy for each adapter.
