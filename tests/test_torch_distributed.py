@@ -21,6 +21,7 @@ import torch.nn.functional as nnf
 from torch import nn
 
 from flora_tensor import Adapter, Arrangement, TuckerStack, TuckerTensor, load_moments
+from flora_tensor import load_adapter as read_adapter
 from flora_torch import (
     FloraLayer,
     adapter_parameters,
@@ -148,27 +149,60 @@ def ddp(rank, mesh, directory):
         assert same_files(save_adapter(parallel.module, directory / "two"), save_adapter(one, directory / "one"))
 
 
-def ddp_of_a_stack(rank, mesh, directory):
-    def shared():
-        generator = torch.Generator().manual_seed(4)
-        factors = [torch.randn(8, r, generator=generator).double() for r in (3, 2)]
-        joint = TuckerTensor(torch.randn(2, 3, 2, generator=generator).double(), (None, *factors))
-        names = ("first.weight", "second.weight")
-        model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), act=nn.Tanh(), second=nn.Linear(8, 8))).double()
-        stack = TuckerStack(names, joint, Arrangement("o i"), (8, 8))
-        attach_adapter(model, Adapter({}, stacks={"*.weight": stack}))
-        return model
-
-    x = torch.arange(32.0, dtype=torch.float64).reshape(4, 8) / 10
+def shared():
+    """Two layers with factors in common."""
+    generator = torch.Generator().manual_seed(4)
+    factors = [torch.randn(8, r, generator=generator).double() for r in (3, 2)]
+    joint = TuckerTensor(torch.randn(2, 3, 2, generator=generator).double(), (None, *factors))
+    names = ("first.weight", "second.weight")
     torch.manual_seed(0)
-    model = shared()
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), act=nn.Tanh(), second=nn.Linear(8, 8))).double()
+    stack = TuckerStack(names, joint, Arrangement("o i"), (8, 8))
+    attach_adapter(model, Adapter({}, stacks={"*.weight": stack}))
+    return model
+
+
+def ddp_of_a_stack(rank, mesh, directory):
+    x = torch.arange(32.0, dtype=torch.float64).reshape(4, 8) / 10
+    model, one = shared(), shared()
     parallel = nn.parallel.DistributedDataParallel(model)
     parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-    torch.manual_seed(0)
-    one = shared()
     one(x).square().mean().backward()
     assert len(adapter_parameters(model)) == 4
     check_close(named_gradients(model), named_gradients(one))
+
+
+def fsdp_of_a_stack(rank, mesh, directory):
+    """Layers that share factors must be in one group; torch itself refuses others."""
+    from torch.distributed.fsdp import fully_shard
+
+    def grouped():
+        model = shared()
+        fully_shard([model.first, model.second], mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    x = torch.arange(32.0, dtype=torch.float64).reshape(4, 8) / 10
+    for k, make in enumerate((lambda: sharded(mesh, shared(), layers=False), grouped)):
+        results = []
+        for model, batch in ((make(), x[2 * rank : 2 * rank + 2]), (shared(), x)):
+            optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.05, momentum=0.9)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(batch).square().mean().backward()
+                optimizer.step()
+            assert len(adapter_parameters(model)) == 4
+            retract_(model)
+            results.append(model)
+        path = saved(results[0], rank, directory / f"sharded{k}")
+        torch.testing.assert_close(results[0](x), results[1](x), rtol=1e-9, atol=1e-11)
+        assert list(read_adapter(path).stacks) == ["*.weight"]
+        again = make()
+        load_adapter(again, path)
+        assert again.first.tucker_update["default"].factor_0 is again.second.tucker_update["default"].factor_0
+        torch.testing.assert_close(again(x), results[0](x), rtol=1e-12, atol=1e-12)
+        dist.barrier()
+    with pytest.raises(ValueError, match="is shared with a parameter already managed by another FSDP group"):
+        sharded(mesh, shared())(x)
 
 
 def fsdp_gradients(rank, mesh, directory):
@@ -376,6 +410,7 @@ SCENARIOS = {
     for each in (
         ddp,
         ddp_of_a_stack,
+        fsdp_of_a_stack,
         fsdp_gradients,
         fsdp_files,
         fsdp_training,

@@ -219,3 +219,108 @@ def test_layers_that_no_longer_agree_are_stored_apart(tmp_path: Path):
 )
 def test_a_stack_is_named_by_what_its_members_have_in_common(names: list[str], expected: str):
     assert shared_name(names) == expected
+
+
+def test_several_stacks_on_one_model_are_shared_each_by_itself(tmp_path: Path):
+    """Two adapters, weighted, renamed, one detached: what either computes is that of its dense changes."""
+    first, second = stacked(), stacked(layer_rank=None, seed=7)
+    model = Net()
+    flora_torch.attach_adapter(model, first, adapter_name="a", dropout=0.0)
+    flora_torch.attach_adapter(model, second, adapter_name="b", dropout=0.0)
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def dense(**weights: float) -> torch.Tensor:
+        plain = Net()
+        with torch.no_grad():
+            for name, adapter in (("a", first), ("b", second)):
+                for weight in adapter if name in weights else ():
+                    change = torch.from_numpy(adapter.delta(weight))
+                    plain.get_parameter(weight).add_(change, alpha=weights[name])
+            return plain(x)
+
+    def check(**weights: float) -> None:
+        flora_torch.activate(model, weights)
+        torch.testing.assert_close(model(x).detach(), dense(**weights), rtol=1e-11, atol=1e-11)
+
+    check(a=1.0, b=1.0)
+    check(a=0.7, b=-0.3)
+    check(b=2.0)
+    assert all(
+        updates_by_weight(model, name)[NAMES[0]].factor_0 is updates_by_weight(model, name)[NAMES[2]].factor_0
+        for name in "ab"
+    )
+    assert updates_by_weight(model, "a")[NAMES[0]].factor_0 is not updates_by_weight(model, "b")[NAMES[0]].factor_0
+    for name, adapter in (("a", first), ("b", second)):
+        read = ft.load_adapter(flora_torch.save_adapter(model, tmp_path / name, adapter_name=name))
+        assert list(read.stacks) == [STACK]
+        for weight in NAMES:
+            np.testing.assert_allclose(read.delta(weight), adapter.delta(weight), atol=1e-13)
+    rows = ["a", None, "b", ("a", "b"), "b"]
+    flora_torch.activate(model, "a", "b")
+    with flora_torch.adapters_for_rows(model, rows):
+        together = model(x)
+    expected = [
+        dense(**dict.fromkeys([row] if isinstance(row, str) else row or (), 1.0))[k] for k, row in enumerate(rows)
+    ]
+    torch.testing.assert_close(together.detach(), torch.stack(expected), rtol=1e-11, atol=1e-11)
+    flora_torch.rename_adapter(model, "b", "c")
+    flora_torch.detach(model, adapter_name="a")
+    torch.testing.assert_close(model(x).detach(), dense(b=1.0), rtol=1e-11, atol=1e-11)
+    remaining = updates_by_weight(model, "c")
+    assert remaining[NAMES[0]].factor_0 is remaining[NAMES[1]].factor_0
+
+
+def test_rows_with_stacks_of_their_own_give_the_gradients_of_each_alone():
+    model = Net()
+    for name, seed in (("a", 0), ("b", 7)):
+        flora_torch.attach_adapter(model, stacked(seed=seed), adapter_name=name, dropout=0.0)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with flora_torch.adapters_for_rows(model, ["a", "b", "a", "b"]):
+        model(x).square().sum().backward()
+    found = [p.grad.clone() for p in flora_torch.adapter_parameters(model)]
+    model.zero_grad()
+    for name, rows in (("a", x[::2]), ("b", x[1::2])):
+        flora_torch.activate(model, name)
+        model(rows).square().sum().backward()
+    flora_torch.activate(model, "a", "b")
+    for got, parameter in zip(found, flora_torch.adapter_parameters(model), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_models_train_shared_factors_as_others_do():
+    x = torch.randn(6, 6, dtype=torch.float64)
+    results = []
+    for compiled in (False, True):
+        model, _ = attached()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.SGD(flora_torch.adapter_parameters(model), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(x).square().sum().backward()
+            optimizer.step()
+        assert_shared(model)
+        results.append([p.detach() for p in flora_torch.adapter_parameters(model)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_a_detached_and_a_merged_model_keep_nothing_of_a_stack():
+    model, _ = attached()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected, plain = model(x).detach(), Net()
+    merged = flora_torch.merge(copy.deepcopy(model))
+    torch.testing.assert_close(merged(x), expected, rtol=1e-11, atol=1e-11)
+    assert set(merged.state_dict()) == set(plain.state_dict())
+    detached = flora_torch.detach(model)
+    assert set(detached.state_dict()) == set(plain.state_dict())
+    assert torch.equal(detached(x), plain(x))
+
+
+def test_state_dicts_of_shared_factors_go_through_torch_itself():
+    """`state_dict` names a shared factor once a layer; loading it fills the one parameter in."""
+    model = moved(attached()[0])
+    other, _ = attached(stacked(seed=5))
+    other.load_state_dict(model.state_dict())
+    assert_shared(other)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.equal(other(x), model(x))

@@ -2,6 +2,9 @@
 
 Each layer keeps a core of its own, the joint core contracted with the layer's row: training can then take a layer
 beyond the few combinations of cores that the rows span, and no layer's product depends on another's parameters.
+
+``fully_shard`` wants parameters that layers share in one group: the whole model's, or ``fully_shard([layer, …])``.
+Layers sharded one by one it refuses itself, at the first call.
 """
 
 from collections.abc import Mapping, Sequence
