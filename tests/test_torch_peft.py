@@ -507,6 +507,7 @@ def test_generated_rows_have_their_own_adapters_through_beam_search():
 def test_changes_are_scaled_for_the_moment():
     model = several()
     layer = model.get_base_model().head
+    assert dict(layer.scaling) == {"default": 1.0, "style": 2.0, "extra": 1.5}
     output = model(IMAGES)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -649,7 +650,8 @@ def test_adapters_are_injected_into_models_that_stay_what_they_are():
     assert type(model) is Net
     state = get_peft_model_state_dict(model)
     assert "head.tucker_update.core" in state
-    other = inject_adapter_in_model(config(), net(), low_cpu_mem_usage=True)
+    options = {"target_modules": ["conv", "up"], "target_parameters": ["head.weight"]}
+    other = inject_adapter_in_model(config(**options), net(), low_cpu_mem_usage=True)
     assert {p.device.type for name, p in other.named_parameters() if "tucker_update" in name} == {"meta"}
     set_peft_model_state_dict(other, state, low_cpu_mem_usage=True)
     other.load_state_dict(model.state_dict())
@@ -658,9 +660,14 @@ def test_adapters_are_injected_into_models_that_stay_what_they_are():
     assert sum(isinstance(m, FloraTunerLayer) for m in by_keys.modules()) == 3
 
 
-def test_models_are_loaded_without_a_copy_in_memory(tmp_path):
-    model = get_peft_model(net(), config())
-    base = summed(model, {})
+@pytest.mark.parametrize("options", [{}, {"magnitude": True}, {"init_weights": "principal"}])
+def test_models_are_loaded_without_a_copy_in_memory(options, tmp_path):
+    model = get_peft_model(net(), config(**options))
+    base = copy.deepcopy(model).unload()
+    assert {p.device.type for p in get_peft_model(net(), config(**options), low_cpu_mem_usage=True).parameters()} == {
+        "cpu",
+        "meta",
+    }
     loaded = PeftModel.from_pretrained(base, saved(model, tmp_path / "a"), low_cpu_mem_usage=True)
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     assert torch.equal(loaded(IMAGES), model.eval()(IMAGES))

@@ -371,7 +371,9 @@ class UpdateOptions:
         )
         if self.magnitude:
             kind = wrapper_for(holder.module, holder.parameter)
-            update.start_magnitude(weight.detach(), kind.output_channels(f"{self.where}: {site.name}", holder.module))
+            # An update may be made on the meta device, to be loaded.
+            base = weight.detach().to(update.core.device)
+            update.start_magnitude(base, kind.output_channels(f"{self.where}: {site.name}", holder.module))
         return Plan(site, update, asked)
 
     def _scale_of(self, site: Site, asked: Sequence[Any], given: Sequence[Any], shape: Sequence[int]) -> float:

@@ -231,9 +231,29 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
     # --- what else PEFT and the libraries around it ask for
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """The scale of each adapter; a copy."""
-        return {name: update.scale for name in self.tucker_update for update in self.updates(name).values()}
+    def scaling(self) -> "Scales":
+        """The scale of each adapter, to be read."""
+        return Scales(self)
+
+    @property
+    def in_features(self) -> int:
+        """How many numbers a position of the input has; of an embedding, how many rows there are to choose from."""
+        return self._size("in_features", "in_channels", "num_embeddings", "input_size", "embed_dim")
+
+    @property
+    def out_features(self) -> int:
+        """How many numbers a position of the output has."""
+        return self._size("out_features", "out_channels", "embedding_dim", "hidden_size", "embed_dim")
+
+    def _size(self, *names: str) -> int:
+        found = [getattr(self.base_layer, name) for name in names if hasattr(self.base_layer, name)]
+        if found:
+            return found[0]
+        weight = getattr(self.base_layer, "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise AttributeError(f"{type(self).__name__}: nothing is known of the sizes of its {self.base_layer}")
+        # What is left is the Conv1D of transformers, whose weight is (in, out).
+        return weight.shape[names[0] == "out_features"]
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply an adapter's whole change by a number, for the moment: it is not saved.
@@ -311,6 +331,37 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
             target = device or (None if weight is None else weight.device)
             if target is not None and target.type != "meta":
                 update.to(target)
+
+
+class Scales:
+    """The scales of a layer's updates by adapter, as the dictionary that PEFT expects.
+
+    What is written to it is dropped: PEFT writes when it hot-swaps, and only where both adapters have the same scales.
+
+    Examples
+    --------
+    >>> Scales(tuner_layer(nn.Linear(3, 2), "weight")).keys()
+    []
+    """
+
+    def __init__(self, layer: FloraTunerLayer) -> None:
+        self._layer = layer
+
+    def keys(self) -> list[str]:
+        """Return the adapters."""
+        return list(self._layer.tucker_update)
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self.keys()
+
+    def __getitem__(self, adapter: str) -> float:
+        updates = self._layer.updates(adapter)
+        if not updates:
+            raise KeyError(adapter)
+        return next(iter(updates.values())).scale
+
+    def __setitem__(self, adapter: str, scale: float) -> None:
+        del adapter, scale
 
 
 class TunerLinear(FloraTunerLayer, FloraLinear):

@@ -1,12 +1,13 @@
 """The tuner: which layers PEFT's config means, what goes on them, and everything that PEFT asks of the whole model."""
 
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, add, scale
@@ -116,7 +117,6 @@ class FloraModel(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Adapt what ``target_parameters`` names, by whole names or their ends."""
-        del low_cpu_mem_usage
         targets, found = tuple(peft_config.target_parameters), list[str]()
         for key, module in list(model.named_modules()):
             if PREFIX in key.split(".") or isinstance(module, FloraTunerLayer):
@@ -132,9 +132,9 @@ class FloraModel(BaseTuner):
                         "out of target_parameters"
                     )
                 parent, _, last = name.rpartition(".")
-                target = model.get_submodule(name)
-                owner = model.get_submodule(parent)
-                self._create_and_replace(peft_config, adapter_name, target, last, owner, name, parameter)
+                target, owner = model.get_submodule(name), model.get_submodule(parent)
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._create_and_replace(peft_config, adapter_name, target, last, owner, name, parameter)
                 found.append(full)
         return found
 
