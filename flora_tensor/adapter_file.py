@@ -198,6 +198,8 @@ class _Plan:
                 parts.setdefault(name, {})[part] = key
             elif name is not None and name in expected_whole:
                 whole[name] = key
+            elif name is not None and "base_layer" in name.split("."):
+                continue  # a copy of a frozen weight, which PEFT puts beside the adapter of an embedding
             else:
                 unknown.append(key)
         return cls(parts, whole, promised, unknown, WeightTables.of(config, where))

@@ -305,8 +305,8 @@ def test_only_the_adapter_is_trained_and_every_tensor_of_it_moves(magnitude):
 
 
 def test_a_step_of_training_in_a_transformers_model(tmp_path):
-    model = FAMILIES["llama"].make()
-    model = get_peft_model(model, config(target_modules=None, task_type="CAUSAL_LM", init_weights=True))
+    base = FAMILIES["llama"].make()
+    model = get_peft_model(copy.deepcopy(base), config(target_modules=None, task_type="CAUSAL_LM", init_weights=True))
     assert type(model).__name__ == "PeftModelForCausalLM"
     inputs = {**FAMILIES["llama"].inputs, "labels": FAMILIES["llama"].inputs["input_ids"]}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -320,8 +320,7 @@ def test_a_step_of_training_in_a_transformers_model(tmp_path):
     assert losses[-1] < losses[0]
     model.eval()
     tokens = model.generate(input_ids=inputs["input_ids"], max_new_tokens=2, do_sample=False)
-    loaded = PeftModel.from_pretrained(FAMILIES["llama"].make(), saved(model, tmp_path / "a"))
-    loaded.base_model.model.load_state_dict(model.base_model.model.state_dict())
+    loaded = PeftModel.from_pretrained(base, saved(model, tmp_path / "a"))
     assert torch.equal(loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=2, do_sample=False), tokens)
     assert tokens.shape == (2, 8)
 
@@ -367,7 +366,8 @@ def test_autocast_computes_in_16_bits_and_trains():
 
 
 def test_a_compiled_model_gives_the_same_numbers():
-    model = get_peft_model(net(), config())
+    model = get_peft_model(net(), config(memory="low"))
+    assert model.get_base_model().head.memory == "low"
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert close(compiled(IMAGES), model(IMAGES), 10)
     assert get_peft_model_state_dict(compiled._orig_mod).keys() == get_peft_model_state_dict(model).keys()
@@ -734,6 +734,16 @@ def test_biases_are_trained_and_saved_too(bias, tmp_path):
     assert torch.equal(other(IMAGES), model(IMAGES))
 
 
+def test_a_copy_of_a_frozen_embedding_does_no_harm(tmp_path):
+    base = FAMILIES["llama"].make()
+    model = get_peft_model(copy.deepcopy(base), config(target_modules=["embed_tokens", "q_proj"])).eval()
+    directory = saved(model, tmp_path / "a")
+    keys = load_file(directory / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in keys
+    assert close(run(dense(base, directory)), run(model))
+    assert torch.equal(run(PeftModel.from_pretrained(copy.deepcopy(base), directory)), run(model))
+
+
 def test_modules_are_saved_whole(tmp_path):
     base = net()
     model = get_peft_model(copy.deepcopy(base), config(target_modules=["conv"], modules_to_save=["head"])).eval()
@@ -820,10 +830,43 @@ def test_an_extraction_is_loaded_switched_and_saved_again(tmp_path):
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), directory)(IMAGES), model(IMAGES))
     assert close(copy.deepcopy(model).merge_and_unload()(IMAGES), expected)
     assert torch.equal(copy.deepcopy(model).unload()(IMAGES), base(IMAGES))
+    with pytest.raises(ValueError, match=r"replaces 'conv\.bias' whole, which PeftModel\.from_pretrained"):
+        inject_adapter_in_model(peft.PeftConfig.from_pretrained(directory), net())
     model.set_adapter("other")
     model.delete_adapter("default")
     with model.disable_adapter():
         assert torch.equal(model(IMAGES), base(IMAGES))
+
+
+def test_two_extractions_are_switched(tmp_path):
+    base = net()
+    expected = {}
+    for name in ("first", "second"):
+        ft.extract(*tuned_pair(base, tmp_path), tmp_path / name, max_ratio=0.5)
+        expected[name] = dense(base, tmp_path / name)(IMAGES)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first", "first")
+    model.load_adapter(tmp_path / "second", "second")
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert close(model(IMAGES), expected[name])
+    with model.disable_adapter():
+        assert torch.equal(model(IMAGES), base(IMAGES))
+    assert close(model(IMAGES), expected["first"])
+    with pytest.raises(ValueError, match=r"adapters 'first' and 'second' both replace 'conv\.bias' whole"):
+        model.base_model.set_adapter(["first", "second"])
+    model.set_adapter("second")
+    model.delete_adapter("first")
+    assert close(model(IMAGES), expected["second"])
+    other = copy.deepcopy(base)
+    flora_torch.load_adapter(other, tmp_path / "first", adapter_name="first")
+    flora_torch.activate(other)
+    flora_torch.load_adapter(other, tmp_path / "second", adapter_name="second")
+    with pytest.raises(ValueError, match=r"activate: adapters 'first' and 'second' both replace"):
+        flora_torch.activate(other, "first", "second")
+    for name in ("first", "second"):
+        flora_torch.activate(other, name)
+        assert close(other(IMAGES), expected[name])
+    assert torch.equal(flora_torch.detach(other)(IMAGES), base(IMAGES))
 
 
 def test_stacks_are_loaded_layer_by_layer(tmp_path):
@@ -872,6 +915,21 @@ class Narrow(Net):
             self.head = nn.Linear(6, 4)
         elif change == "missing":
             self.head = nn.Identity()
+
+
+def test_other_values_of_the_same_model_are_a_warning(tmp_path):
+    directory, other = saved(get_peft_model(net(), config()), tmp_path / "a"), net()
+    with pytest.warns(ft.FloraWarning, match=r"the values of '.*' and of 2 more weights are not those"):
+        PeftModel.from_pretrained(other, directory)
+
+
+def test_rows_that_only_the_file_has_are_refused(tmp_path):
+    base = net()
+    directory = saved(get_peft_model(copy.deepcopy(base), config()), tmp_path / "a")
+    given = peft.PeftConfig.from_pretrained(directory)
+    given.resized = {"head.weight": [5, 7]}
+    with pytest.raises(ValueError, match=r"the file gives 'head\.weight' more rows"):
+        get_peft_model(base, given)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def _samples(site: Site, *, gather: bool = False) -> str | None:
     """
     holder = site.holders[0]
     weight: Tensor | None = own_parameter(holder.module, holder.parameter)
-    if weight is None or weight.dtype not in dtype_codes or is_quantized(holder.module):
+    if weight is None or weight.is_meta or weight.dtype not in dtype_codes or is_quantized(holder.module):
         return None
     if holder.wrapper is not None:
         weight = holder.wrapper.originals.get(holder.parameter, weight)
@@ -163,8 +163,8 @@ def check_samples(where: str, adapter: Adapter, sites: Mapping[str, Site], verif
     table = adapter.config.get(SAMPLES)
     noted: Mapping[str, Any] = table if isinstance(table, Mapping) else {}
     differing: list[str] = []
-    for name in adapter:
-        found = _samples(sites[name]) if name in noted and name in sites else None
+    for name in noted:
+        found = _samples(sites[name]) if name in sites else None
         if found is not None and not samples_agree(noted[name], found):
             differing.append(name)
     if not differing:

@@ -1,6 +1,6 @@
 """What adapters a model has: its layers, their updates by the names of the weights, and the tensors they replaced."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ __all__ = [
     "WHOLE",
     "Whole",
     "check_known",
+    "check_whole",
     "current_value",
     "forget",
     "layers_by_weight",
     "layers_of",
     "replace_whole",
     "swap",
+    "switch_whole",
     "updates_by_weight",
     "whole_of",
 ]
@@ -40,10 +42,44 @@ class Whole:
         return current_value(owner, local) if self.active else self.other
 
 
-def replace_whole(owner: nn.Module, local: str, value: Tensor, adapter_name: str) -> None:
-    """Put a stored value in the place of a tensor, and note the model's own."""
-    original = swap(owner, local, value)
-    owner.__dict__.setdefault(WHOLE, {})[local] = Whole(adapter_name, original)
+def replace_whole(
+    owner: nn.Module, local: str, value: Tensor, adapter_name: str, *, active: bool | None = None
+) -> None:
+    """Note the value that an adapter has for a tensor, and put it in the tensor's place where the adapter is active.
+
+    By default, one that is new is active, and one that has replaced the tensor before stays as it is.
+    """
+    notes: dict[tuple[str, str], Whole] = owner.__dict__.setdefault(WHOLE, {})
+    note = notes.get((local, adapter_name))
+    if note is not None and note.active:
+        swap(owner, local, value)
+        return
+    notes[local, adapter_name] = fresh = Whole(adapter_name, value, active=False)
+    if active or (active is None and note is None):
+        fresh.other, fresh.active = swap(owner, local, value), True
+
+
+def check_whole(model: nn.Module, where: str, adapter_names: Collection[str]) -> None:
+    """Refuse adapters that have different values for one tensor, of which only one can be active."""
+    owners: dict[tuple[int, str], str] = {}
+    for place, local, note in whole_of(model):
+        if note.adapter_name in adapter_names:
+            other = owners.setdefault((id(place.module), local), note.adapter_name)
+            if other != note.adapter_name:
+                raise ValueError(
+                    f"{where}: adapters {other!r} and {note.adapter_name!r} both replace {place.name_of(local)!r} "
+                    "whole; choose one of them"
+                )
+
+
+def switch_whole(model: nn.Module, adapter_names: Collection[str]) -> None:
+    """Give the tensors that adapters have whole the values of these adapters, and all others the model's own."""
+    notes = whole_of(model)
+    # A value is taken out before another one is put in: what comes back must be the model's own.
+    for wanted in (False, True):
+        for place, local, note in notes:
+            if note.active != wanted and (note.adapter_name in adapter_names) == wanted:
+                note.other, note.active = swap(place.module, local, note.other), wanted
 
 
 def current_value(owner: nn.Module, local: str) -> Tensor:
@@ -69,7 +105,7 @@ def whole_of(model: nn.Module) -> list[tuple[Place, str, Whole]]:
     seen: dict[int, Place] = {}
     for place in places(model):
         seen.setdefault(id(place.module), place)
-    return [(p, local, note) for p in seen.values() for local, note in p.module.__dict__.get(WHOLE, {}).items()]
+    return [(p, local, note) for p in seen.values() for (local, _), note in p.module.__dict__.get(WHOLE, {}).items()]
 
 
 def layers_of(model: nn.Module, where: str) -> list[FloraLayer]:
@@ -90,10 +126,10 @@ def check_known(model: nn.Module, where: str, names: Sequence[str]) -> None:
             raise ValueError(f"{where}: the model has no adapter {name!r}; it has {', '.join(known)}")
 
 
-def forget(owner: nn.Module, local: str) -> None:
+def forget(owner: nn.Module, local: str, adapter_name: str) -> None:
     """Drop the note that a tensor was replaced; its value stays."""
     notes = owner.__dict__[WHOLE]
-    del notes[local]
+    del notes[local, adapter_name]
     if not notes:
         del owner.__dict__[WHOLE]
 

@@ -30,12 +30,10 @@ from flora_torch.functional import Path
 from flora_torch.in_place import refuse_merged
 from flora_torch.initialize import default_dtype
 from flora_torch.inventory import (
-    WHOLE,
     current_value,
     layers_by_weight,
     layers_of,
     replace_whole,
-    swap,
     updates_by_weight,
     whole_of,
 )
@@ -259,7 +257,8 @@ def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> d
     for place in places(model) if arrays else ():
         named = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
         known |= {place.name_of(local): (place.module, local, tensor) for local, tensor in named}
-    taken = {id(dict(place.module.named_parameters(recurse=False)).get(local)) for place, local, _ in whole_of(model)}
+    active = [(place.module, local) for place, local, note in whole_of(model) if note.active]
+    taken = {id(getattr(owner, local)) for owner, local in active}
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name, array in arrays.items():
         if name not in known:
@@ -273,8 +272,11 @@ def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> d
                 f"{where}: {name!r} is of shape {tuple(current.shape)} in the model and {tuple(value.shape)} in "
                 "the adapter; pass the adapter of this model"
             )
-        if local in owner.__dict__.get(WHOLE, {}) or id(current) in taken:
-            raise ValueError(f"{where}: {name!r} was replaced by another adapter already; detach that one first")
+        if id(current) in taken:
+            raise ValueError(
+                f"{where}: {name!r} was replaced by another adapter already; detach that one first, or switch it off with "
+                "activate"
+            )
         found[name] = (owner, local, _cast(where, value, name, current.device, current.dtype))
     return found
 
@@ -375,13 +377,8 @@ def _filled(
         check_samples("load_adapter", adapter, table, verify_base)
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
-    for owner, local, value in first.values():
+    for owner, local, value in (first | again).values():
         replace_whole(owner, local, value, adapter_name)
-    for owner, local, value in again.values():
-        if (note := owner.__dict__[WHOLE][local]).active:
-            swap(owner, local, value)
-        else:
-            note.other = value.to(note.other)
     layers = layers_by_weight(model)
     # What the plans hold was copied into the parameters that are there, which layers may share.
     plans = [replace(plan, update=present[name]) for name, plan in zip(adapter, plans)]

@@ -16,7 +16,7 @@ from flora_torch.base_weight import identity, own_parameter
 from flora_torch.freezing import thaw
 from flora_torch.hot_swap import hotswap_adapter
 from flora_torch.in_place import merge_, refuse_merged, unmerge_
-from flora_torch.inventory import WHOLE, check_known, forget, layers_of, swap, whole_of
+from flora_torch.inventory import WHOLE, check_known, check_whole, forget, layers_of, swap, switch_whole, whole_of
 from flora_torch.layers import FloraLayer
 from flora_torch.loading import attach_adapter, load_adapter
 from flora_torch.model_weights import Place, places
@@ -133,9 +133,7 @@ def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
         for name in layer.tucker_update:
             for update in layer.updates(name).values():
                 update.multiplier = weights.get(name, 1.0)
-    for place, local, note in whole_of(model):
-        if note.active != (note.adapter_name in adapter_names):
-            note.other, note.active = swap(place.module, local, note.other), not note.active
+    switch_whole(model, adapter_names)
 
 
 def _check_weights(model: nn.Module, layers: list[FloraLayer], weights: dict[str, float]) -> None:
@@ -147,6 +145,7 @@ def _check_weights(model: nn.Module, layers: list[FloraLayer], weights: dict[str
             raise ValueError(
                 f"activate: adapter {name!r} replaces tensors whole, which cannot be done in part; pass weight 1"
             )
+    check_whole(model, "activate", weights)
     for layer in layers:
         chosen = [name for name in weights if name in layer.tucker_update]
         for name in layer.merged_adapters:
@@ -202,7 +201,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
             layer.enabled = True
         for owner, local, note in replaced:
             # The body may have detached or activated the adapter.
-            if not note.active and owner.__dict__.get(WHOLE, {}).get(local) is note:
+            if not note.active and owner.__dict__.get(WHOLE, {}).get((local, note.adapter_name)) is note:
                 note.other, note.active = swap(owner, local, note.other), True
 
 
@@ -249,7 +248,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
         if adapter_name in (None, note.adapter_name):
             if note.active:
                 swap(place.module, local, note.other)
-            forget(place.module, local)
+            forget(place.module, local, note.adapter_name)
     model = _unwrap(model, lambda layer: layer if len(layer.tucker_update) else layer.base_layer)
     if not any(isinstance(module, FloraLayer) for module in model.modules()) and not whole_of(model):
         thaw(model)
@@ -360,8 +359,8 @@ def merge(model: nn.Module) -> nn.Module:
                 setattr(result, name, tied.setdefault(key, result.get_parameter(name)))
         return result
 
-    for place, local, _ in whole_of(model):
-        forget(place.module, local)
+    for place, local, note in whole_of(model):
+        forget(place.module, local, note.adapter_name)
     model = _unwrap(model, plain)
     thaw(model)
     return model

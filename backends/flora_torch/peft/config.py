@@ -176,12 +176,12 @@ class FloraConfig(PeftConfig):
             raise ValueError("FloraConfig: got both scale and alpha; pass one of them")
 
     def _check_selection(self) -> None:
-        by_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        by_pattern = isinstance(self.target_modules, str)
         for name in ("layers_to_transform", "layers_pattern"):
             if by_pattern and getattr(self, name) is not None:
                 raise ValueError(
-                    f"FloraConfig: {name} with target_modules {self.target_modules!r}, a regular expression; say in it "
-                    "which layers are meant, or pass a list of names"
+                    f"FloraConfig: {name} with target_modules {self.target_modules!r}; pass a list of names, or say in "
+                    "a regular expression which layers are meant"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("FloraConfig: layers_pattern without layers_to_transform; pass the numbers of the layers")

@@ -16,10 +16,10 @@ from flora_tensor._adapter_config import config_of
 from flora_tensor._adapter_keys import split_key
 from flora_tensor.magnitudes import channel_count
 from flora_tensor.stacking import member_arrangement
-from flora_torch.base_check import check_layer, describe_bases
+from flora_torch.base_check import check_layer, check_samples, describe_bases
 from flora_torch.base_weight import adaptable
 from flora_torch.initialize import default_dtype, random_start
-from flora_torch.inventory import WHOLE, current_value, replace_whole, swap, updates_by_weight
+from flora_torch.inventory import WHOLE, replace_whole, updates_by_weight
 from flora_torch.kinds import drops_input
 from flora_torch.layers import FloraParameter
 from flora_torch.model_weights import Site, places, sites
@@ -29,7 +29,16 @@ from flora_torch.peft.layers import FloraTunerLayer
 from flora_torch.peft.registration import PREFIX
 from flora_torch.update import DROPOUTS, TuckerUpdate
 
-__all__ = ["check_file", "checkpoint_key", "describe", "file_update", "file_weights", "fitted_state", "stored_state"]
+__all__ = [
+    "check_file",
+    "check_injectable",
+    "checkpoint_key",
+    "describe",
+    "file_update",
+    "file_weights",
+    "fitted_state",
+    "stored_state",
+]
 
 _ROOT = "base_model.model."
 
@@ -79,6 +88,11 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
     ------
     ValueError
         If the model lacks a weight or tensor, or one is of another shape or belongs to another kind of layer.
+
+    Warns
+    -----
+    FloraWarning
+        If its weights have other values than those that the adapter was made for.
     """
     table, notes = sites(model), Adapter({}, config=config.to_dict())
     for name, stored in file_weights(config).items():
@@ -94,6 +108,12 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
                 "adapter of this model"
             )
         check_layer("FloraConfig", notes, name, table[name])
+    check_samples("FloraConfig", notes, table, "warn")
+    if config.resized:
+        raise ValueError(
+            f"FloraConfig: the file gives {min(config.resized)!r} more rows, which PEFT cannot; merge it with "
+            "flora_tensor.merge_checkpoint"
+        )
     known = {name for name, _ in _tensors(model)}
     for name in config.whole:
         # Those of modules that PEFT saves whole itself have a copy for each adapter.
@@ -101,6 +121,24 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
             raise ValueError(
                 f"FloraConfig: the file replaces {name!r}, which the model does not have{near(name, known)}"
             )
+
+
+def check_injectable(config: FloraConfig) -> None:
+    """Refuse to put a file's adapter on a model whose tensors others will load, by their names in the file alone.
+
+    Raises
+    ------
+    ValueError
+        If it replaces tensors whole, other than those of ``modules_to_save``, or has stacks.
+    """
+    aside = tuple(f".{name}." for name in config.modules_to_save or ())
+    whole = [name for name in config.whole if not any(part in f".{name}" for part in aside)]
+    if whole or config.stacks:
+        what = f"replaces {whole[0]!r} whole" if whole else f"has the stack {min(config.stacks)!r}"
+        raise ValueError(
+            f"FloraConfig: the file {what}, which PeftModel.from_pretrained and flora_torch.load_adapter can load, and "
+            "load_adapter of a transformers model or inject_adapter_in_model cannot"
+        )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
@@ -246,20 +284,7 @@ def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: d
             left[inner if key not in keys and inner in keys else key] = tensor
             continue
         module, local = known[name]
-        note = module.__dict__.get(WHOLE, {}).get(local)
-        if note is not None and note.adapter_name != adapter_name:
-            raise ValueError(
-                f"load_adapter: the adapter {note.adapter_name!r} has replaced {name!r} already; delete that one first"
-            )
-        if note is None:
-            replace_whole(module, local, tensor, adapter_name)
-            note = module.__dict__[WHOLE][local]
-        elif note.active:
-            swap(module, local, tensor)
-        else:
-            note.other = tensor
-        if note.active and adapter_name not in active:
-            note.other, note.active = swap(module, local, note.other), False
+        replace_whole(module, local, tensor, adapter_name, active=adapter_name in active)
     return left
 
 
@@ -283,10 +308,10 @@ def stored_state(model: nn.Module, adapter_name: str, own: Mapping[str, Tensor])
             parts = _parts(both.exported()) | magnitude
         result |= {f"{head}.{part}": tensor for part, tensor in parts.items()}
     for key, module in model.named_modules():
-        for local, note in module.__dict__.get(WHOLE, {}).items():
-            if note.adapter_name == adapter_name:
+        for (local, owner), note in module.__dict__.get(WHOLE, {}).items():
+            if owner == adapter_name:
                 name = _without_layers(f"{key}.{local}" if key else local)
-                result[name] = current_value(module, local) if note.active else note.other
+                result[name] = note.value_in(module, local)
     return result
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, add, scale
 from flora_torch.base_weight import weight_names
-from flora_torch.inventory import forget, swap, updates_by_weight, whole_of
+from flora_torch.inventory import check_whole, forget, switch_whole, updates_by_weight, whole_of
 from flora_torch.kinds import layer_weights
 from flora_torch.model_weights import Holder, Place, Site
 from flora_torch.peft.config import FloraConfig
 from flora_torch.peft.files import (
     check_file,
+    check_injectable,
     checkpoint_key,
     describe,
     file_update,
@@ -69,6 +70,12 @@ class FloraModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = FloraTunerLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any) -> None:
+        # PEFT's own models give a table of configs, and load the tensors through this class. Others do not.
+        if isinstance(peft_config, FloraConfig):
+            check_injectable(peft_config)
+        super().__init__(model, peft_config, adapter_name, **options)
 
     # --- which modules
 
@@ -237,11 +244,9 @@ class FloraModel(BaseTuner):
             names = kwargs.get("adapter_names")
             for layer in _layers(self.model):
                 layer.plain_with([*layer.merged_adapters, *(layer.active_adapters if names is None else names)])
-        self._switch_whole()
-        if not merge:
-            self._switch_whole(enabled=False)
-        for place, local, _ in whole_of(self.model):
-            forget(place.module, local)
+        switch_whole(self.model, self.active_adapters if merge else ())
+        for place, local, note in whole_of(self.model):
+            forget(place.module, local, note.adapter_name)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     # --- tensors that an adapter has whole
@@ -255,13 +260,19 @@ class FloraModel(BaseTuner):
             The adapters.
         inference_mode : bool
             Whether they are frozen; else they, and no others, are trained.
+
+        Raises
+        ------
+        ValueError
+            If two of them replace one tensor whole.
         """
+        check_whole(self.model, "set_adapter", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._switch_whole()
+        switch_whole(self.model, self.active_adapters)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._switch_whole(enabled)
+        switch_whole(self.model, self.active_adapters if enabled else ())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off.
@@ -277,19 +288,10 @@ class FloraModel(BaseTuner):
             If there is none of this name, or it is merged.
         """
         super().delete_adapter(adapter_name)
+        switch_whole(self.model, self.active_adapters)
         for place, local, note in whole_of(self.model):
             if note.adapter_name == adapter_name:
-                if note.active:
-                    swap(place.module, local, note.other)
-                forget(place.module, local)
-        self._switch_whole()
-
-    def _switch_whole(self, enabled: bool = True) -> None:
-        """Give the tensors that adapters have whole the adapters' values, or the model's own."""
-        for place, local, note in whole_of(self.model):
-            wanted = enabled and note.adapter_name in self.active_adapters
-            if wanted != note.active:
-                note.other, note.active = swap(place.module, local, note.other), wanted
+                forget(place.module, local, adapter_name)
 
     # --- several adapters
 
