@@ -274,8 +274,8 @@ def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> d
             )
         if id(current) in taken:
             raise ValueError(
-                f"{where}: {name!r} was replaced by another adapter already; detach that one first, or switch it off with "
-                "activate"
+                f"{where}: {name!r} was replaced by another adapter already; detach that one first, or switch it off "
+                "with activate"
             )
         found[name] = (owner, local, _cast(where, value, name, current.device, current.dtype))
     return found
