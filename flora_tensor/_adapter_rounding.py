@@ -154,26 +154,26 @@ def _fit(total: Sum, stored: Mapping[str, tuple[TuckerTensor, float] | None], lo
         errors.append(error)
         rows.append(
             AdapterRow(
-                name,
-                total.shapes[name],
-                exact.arrangement.pattern,
-                () if kept is None else kept[0].ranks,
-                0 if kept is None else kept[0].n_parameters,
-                total.before[name],
-                error / size if size else 0.0,
-                size,
-                exact.notes if kept is not None else (*exact.notes, "left out: rank 0 under this budget"),
+                name=name,
+                shape=total.shapes[name],
+                arrangement=exact.arrangement.pattern,
+                ranks=() if kept is None else kept[0].ranks,
+                n_parameters=0 if kept is None else kept[0].n_parameters,
+                n_parameters_before=total.before[name],
+                relative_error=error / size if size else 0.0,
+                norm=size,
+                notes=exact.notes if kept is not None else (*exact.notes, "left out: rank 0 under this budget"),
             )
         )
     names = [name for name, kept in stored.items() if kept is not None]
     adapter = Adapter(
         {name: kept[0] for name, kept in stored.items() if kept is not None},
-        {name: total.tensors[name].arrangement for name in names},
-        {name: kept[1] for name, kept in stored.items() if kept is not None},
-        {name: total.shapes[name] for name in names},
-        total.whole,
-        total.config,
-        {**{name: total.codes[name] for name in names}, **total.whole_codes},
+        arrangements={name: total.tensors[name].arrangement for name in names},
+        scales={name: kept[1] for name, kept in stored.items() if kept is not None},
+        shapes={name: total.shapes[name] for name in names},
+        whole=total.whole,
+        config=total.config,
+        dtypes={**{name: total.codes[name] for name in names}, **total.whole_codes},
     )
     size = math.hypot(*(row.norm for row in rows))
     return AdapterFit(adapter, tuple(rows), math.hypot(*errors) / size if size else 0.0, lower_bound)

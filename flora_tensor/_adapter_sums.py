@@ -37,14 +37,14 @@ class Sum:
     def of(cls, source: Adapter) -> "Sum":
         """Take one adapter as it is."""
         return cls(
-            {name: Combination(wide(tensor), source.arrangements[name]) for name, tensor in source.items()},
-            {name: tensor.n_parameters for name, tensor in source.items()},
-            source.shapes,
-            source.scales,
-            {name: _code(source, name) for name in source},
-            source.whole,
-            {name: code for name, code in source.dtypes.items() if name in source.whole},
-            _common_config([source]),
+            tensors={name: Combination(wide(tensor), source.arrangements[name]) for name, tensor in source.items()},
+            before={name: tensor.n_parameters for name, tensor in source.items()},
+            shapes=source.shapes,
+            scales=source.scales,
+            codes={name: _code(source, name) for name in source},
+            whole=source.whole,
+            whole_codes={name: code for name, code in source.dtypes.items() if name in source.whole},
+            config=_common_config([source]),
         )
 
     @classmethod
@@ -71,14 +71,14 @@ class Sum:
             raise ValueError(f"{where}: the result is zero: no change is left to store")
         having = {name: [source for _, source in owners[name]] for name in tensors}
         return cls(
-            tensors,
-            {name: sum(source[name].n_parameters for source in several) for name, several in having.items()},
-            {name: several[0].shapes[name] for name, several in having.items()},
-            scales,
-            {name: widest_code([_code(source, name) for source in several]) for name, several in having.items()},
-            whole,
-            whole_codes,
-            _common_config(sources),
+            tensors=tensors,
+            before={name: sum(source[name].n_parameters for source in several) for name, several in having.items()},
+            shapes={name: several[0].shapes[name] for name, several in having.items()},
+            scales=scales,
+            codes={name: widest_code([_code(source, name) for source in several]) for name, several in having.items()},
+            whole=whole,
+            whole_codes=whole_codes,
+            config=_common_config(sources),
         )
 
 

@@ -148,16 +148,16 @@ def _read_tensors(stored: Checkpoint, config: dict[str, Any], *, strict: bool) -
     try:
         joint = Adapter(
             tensors,
-            kept(tables.arrangements),
-            kept(tables.scales),
-            kept(tables.shapes),
-            whole,
-            config,
-            dtypes,
-            tuple(missing),
-            tuple(unexpected),
-            magnitudes,
-            kept(tables.channels),
+            arrangements=kept(tables.arrangements),
+            scales=kept(tables.scales),
+            shapes=kept(tables.shapes),
+            whole=whole,
+            config=config,
+            dtypes=dtypes,
+            missing_keys=tuple(missing),
+            unexpected_keys=tuple(unexpected),
+            magnitudes=magnitudes,
+            channels=kept(tables.channels),
         )
         stacks = kept(tables.stacks)
         return joint.with_stacks(stacks) if stacks else joint

@@ -423,7 +423,15 @@ class _Builder:
 
     def adapter(self, config: Mapping[str, Any]) -> Adapter:
         """Put the adapter together."""
-        return Adapter(self.tensors, self.arrangements, self.scales, self.shapes, self.whole, config, self.dtypes)
+        return Adapter(
+            self.tensors,
+            arrangements=self.arrangements,
+            scales=self.scales,
+            shapes=self.shapes,
+            whole=self.whole,
+            config=config,
+            dtypes=self.dtypes,
+        )
 
 
 def _shapes(base: BaseLike | None) -> dict[str, tuple[int, ...]] | None:

@@ -252,6 +252,10 @@ class TestKnownTensors:
         with pytest.raises(ValueError, match=r"^load_adapter: the model has no parameter 'heed.weight'"):
             load_adapter(cnn(), directory)
 
+    def test_layers_without_an_adapter_have_nothing_to_save(self, tmp_path):
+        with pytest.raises(ValueError, match="save_adapter: the layers of the model have no adapter; call their add_"):
+            save_adapter(nn.Sequential(FloraLinear(nn.Linear(3, 2))), tmp_path / "a")
+
     def test_tensors_of_torch_in_their_own_type(self):
         model = nn.Sequential(nn.Linear(4, 3)).to(torch.bfloat16)
         change = self.change((3, 4)).map(lambda a: torch.from_numpy(a))

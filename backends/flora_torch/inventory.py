@@ -12,6 +12,7 @@ from flora_torch.update import TuckerUpdate
 __all__ = [
     "WHOLE",
     "Whole",
+    "adapters_of",
     "check_known",
     "check_whole",
     "current_value",
@@ -116,11 +117,15 @@ def layers_of(model: nn.Module, where: str) -> list[FloraLayer]:
     return layers
 
 
+def adapters_of(model: nn.Module, where: str) -> list[str]:
+    """List the adapters of a model by name; a model that has none at all is refused."""
+    known = dict.fromkeys([name for layer in layers_of(model, where) for name in layer.tucker_update])
+    return list(known | dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)]))
+
+
 def check_known(model: nn.Module, where: str, names: Sequence[str]) -> None:
     """Refuse adapters that the model does not have."""
-    layers = layers_of(model, where)
-    known = dict.fromkeys([name for layer in layers for name in layer.tucker_update])
-    known |= dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)])
+    known = adapters_of(model, where)
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: the model has no adapter {name!r}; it has {', '.join(known)}")

@@ -12,7 +12,7 @@ import flora_tensor as ft
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import gathered, is_first_process, is_sharded
 from flora_torch.base_check import describe_bases, dtype_codes
-from flora_torch.inventory import check_known, layers_of, updates_by_weight, whole_of
+from flora_torch.inventory import adapters_of, check_known, updates_by_weight, whole_of
 from flora_torch.model_weights import sites
 from flora_torch.stacks import joined_stacks
 from flora_torch.update import DROPOUTS
@@ -116,12 +116,12 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
     stacked = {member for stack in stacks.values() for member in stack.members}
     return Adapter(
         {weight: tensor for weight, tensor in tensors.items() if weight not in stacked},
-        {weight: update.arrangement for weight, update in updates.items()},
-        {weight: update.scale for weight, update in updates.items()},
-        {weight: update.shape for weight, update in updates.items()},
-        {weight: _as_numpy(value) for weight, value in whole.items()},
-        config,
-        stored,
+        arrangements={weight: update.arrangement for weight, update in updates.items()},
+        scales={weight: update.scale for weight, update in updates.items()},
+        shapes={weight: update.shape for weight, update in updates.items()},
+        whole={weight: _as_numpy(value) for weight, value in whole.items()},
+        config=config,
+        dtypes=stored,
         magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
         channels={weight: updates[weight].channels for weight in magnitudes},
         stacks=stacks,
@@ -129,14 +129,15 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
 
 
 def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:
-    layers = layers_of(model, where)
-    known = dict.fromkeys([name for layer in layers for name in layer.tucker_update])
-    known |= dict.fromkeys([note.adapter_name for _, _, note in whole_of(model)])
-    if adapter_name is None and len(known) > 1:
+    if adapter_name is not None:
+        check_known(model, where, [adapter_name])
+        return adapter_name
+    known = adapters_of(model, where)
+    if not known:
+        raise ValueError(f"{where}: the layers of the model have no adapter; call their add_adapter first")
+    if len(known) > 1:
         raise ValueError(f"{where}: the model has the adapters {', '.join(known)}; pass adapter_name")
-    name = next(iter(known)) if adapter_name is None else adapter_name
-    check_known(model, where, [name])
-    return name
+    return known[0]
 
 
 def _as_numpy(tensor: Tensor) -> Any:
