@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flora_tensor._adapter_keys import tensor_key
+from flora_tensor._checks import feasible_ranks
 from flora_tensor._execution import Run
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._settings import Settings
@@ -18,6 +19,7 @@ from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
 from flora_tensor.checkpoint import Checkpoint, is_float
 from flora_tensor.report import TensorRow
+from flora_tensor.stacking import member_arrangement
 
 __all__ = [
     "find_stacks",
@@ -118,13 +120,20 @@ def summed_error(
     return total
 
 
-def with_stacks(rows: Mapping[str, TensorRow], weights: Mapping[str, Weight]) -> dict[str, TensorRow]:
-    """Tell in the rows of stacks' members of the stack: its form, each one's share of its numbers and its own error."""
-    told = dict(rows)
+def with_stacks(
+    rows: Mapping[str, TensorRow], weights: Mapping[str, Weight], apart: Mapping[str, Weight]
+) -> tuple[dict[str, TensorRow], tuple[TensorRow, ...]]:
+    """Tell in the rows of stacks' members of the stack: its form, each one's share of its numbers and its own error.
+
+    Return the stacks' own rows beside them. ``apart`` are the members as they were looked at one by one.
+    """
+    told, joint = dict(rows), list[TensorRow]()
     for name, weight in weights.items():
         if not weight.members:
             continue
         row = told.pop(name)
+        # Under relative weights what was bounded is the mean of the slices' squared relative errors, which no row has.
+        joint.append(replace(row, lower_bound=None) if weight.units else row)
         share, more = divmod(row.n_parameters, len(weight.members))
         for k, member in enumerate(weight.members):
             own = told[member]
@@ -142,5 +151,23 @@ def with_stacks(rows: Mapping[str, TensorRow], weights: Mapping[str, Weight]) ->
                 n_parameters=share + (k < more),
                 relative_error=error,
                 weighted_error=output,
+                lower_bound=_slice_bound(weight, apart[member]),
             )
-    return told
+    return told, tuple(joint)
+
+
+def _slice_bound(stack: Weight, member: Weight) -> float | None:
+    """Return what the error of a member cannot go below in a stack, or ``None`` where that is not known.
+
+    A slice of a tensor of ranks (r_0, r_1, …) is a tensor of ranks (r_1, …) at most, whose error is bounded by the
+    member's own singular values. The bounds of the ranks that were listed for it are known, and bounds fall as ranks
+    grow: those of all listed ranks that are as large hold.
+    """
+    assert stack.arrangement is not None
+    own = member_arrangement(stack.arrangement)
+    if own not in member.arrangements or not any(stack.ranks):
+        return None
+    at = member.arrangements.index(own)
+    ranks = feasible_ranks(stack.ranks[1:], own.shape(member.row.shape))
+    bounds = [bound for bound, listed in zip(member.bounds[at], member.frontiers[at].ranks) if (listed >= ranks).all()]
+    return max(bounds, default=None)

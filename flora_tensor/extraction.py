@@ -312,19 +312,23 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         )
     weights = {name: outcome.weight for name, outcome in found.items() if outcome.weight is not None}
     _check_calibration(settings, weights.values())
-    joint = look_at_stacks(run, stacks, weights)
+    joint, told_stacks = look_at_stacks(run, stacks, weights), ()
     lower_bound, curve, chosen = _chosen(run, weights | joint, rows, keep_going=bool(whole or resized))
     if target is None:
-        rows = with_stacks(rows | {name: predicted_row(weight) for name, weight in chosen.items()}, chosen)
-        return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
+        told = rows | {name: predicted_row(weight) for name, weight in chosen.items()}
+        rows, told_stacks = with_stacks(told, chosen, weights)
+        report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
+        return replace(report, stacks=told_stacks)
     if not settings.in_one_pass:
         check_space(target, tuned, [weight for weight in chosen.values() if any(weight.ranks)], whole, settings.dtype)
         chosen, found = _decomposed(run, chosen, weights, rows)
         tasks = tasks_of(chosen)
         rows |= {name: rank_zero_row(weight) for name, weight in chosen.items() if not any(weight.ranks)}
         rows |= {name: outcome.row for name, outcome in found.items()}
-        rows = with_stacks(rows, {name: outcome.weight for name, outcome in found.items() if outcome.weight})
+        done = {name: outcome.weight for name, outcome in found.items() if outcome.weight}
+        rows, told_stacks = with_stacks(rows, done, weights)
     report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
+    report = replace(report, stacks=told_stacks)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     if not (stored or whole or new_rows(tuned, resized)):
         raise InputError("extract: nothing to extract: no tensor that changed can be stored; see a dry run for why")

@@ -115,7 +115,10 @@ def report_html(report: ExtractionReport, *, title: str = "Extraction report") -
         "All tensors of both checkpoints. Errors are measured on the stored bits; no tensor of the same ranks has one "
     )
     about += "below “at least”"
-    body += ["<h2>Tensors</h2>", _table(about, *_tensor_rows(report))]
+    body += ["<h2>Tensors</h2>", _table(about, *_tensor_rows(report, report.rows))]
+    if report.stacks:
+        what = "Weights that share their factors, each stack as the one tensor that it is stored as"
+        body += ["<h2>Stacks</h2>", _table(what, *_tensor_rows(report, report.stacks))]
     options = ", ".join(f"{key}: {value}" for key, value in report.options.items() if value not in ([], None))
     body.append(f"<p class='soft'>Options: {_escape(options)}.</p>")
     return _page(title, "Nothing was written: this is a dry run." if report.dry_run else "", body)
@@ -207,10 +210,10 @@ def _totals(report: ExtractionReport) -> list[tuple[str, str]]:
     return [*facts, ("left out", f"{report.count('left out'):,}")]
 
 
-def _tensor_rows(report: ExtractionReport) -> tuple[list[str], list[list[_Cell]]]:
+def _tensor_rows(report: ExtractionReport, given: Sequence[TensorRow]) -> tuple[list[str], list[list[_Cell]]]:
     weighted = report.weighted_error is not None
     header = ["tensor", "shape", "stored as", "ranks", "numbers", "error", *(["output error"] if weighted else [])]
-    rows = sorted(report.rows, key=lambda row: natural_key(row.name))
+    rows = sorted(given, key=lambda row: natural_key(row.name))
     return [*header, "at least", "‖ΔW‖"], [_tensor_row(row, weighted) for row in rows]
 
 

@@ -59,7 +59,8 @@ class TensorRow:
         a calibration.
     lower_bound : float or None
         No tensor of these ranks, in this arrangement, has a smaller error: √(max_n Σ_{i≥r_n} σ_i²) over the norm, of
-        the weighted error where there is one. ``None`` where singular values were estimated and not computed.
+        the weighted error where there is one. ``None`` where singular values were estimated and not computed. For a
+        member of a stack: no tensor of the ranks that its slice has.
     notes : tuple of str
         What else a reader should know.
     stack : str
@@ -126,6 +127,9 @@ class ExtractionReport(RowReport[TensorRow]):
     curve : tuple of (int, float)
         What other budgets would buy: numbers stored in all, and the relative error that counts. Empty where the ranks
         were given.
+    stacks : tuple of TensorRow
+        A row for each stack that was stored as one tensor, about the whole of it; its members' rows are among the
+        others.
 
     References
     ----------
@@ -142,6 +146,7 @@ class ExtractionReport(RowReport[TensorRow]):
     dry_run: bool = False
     weighted_error: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    stacks: tuple[TensorRow, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -185,11 +190,13 @@ class ExtractionReport(RowReport[TensorRow]):
             },
             "curve": plain(self.curve),
             "tensors": [row.to_dict() for row in self.rows],
+            **({"stacks": [row.to_dict() for row in self.stacks]} if self.stacks else {}),
         }
 
     def to_table(self) -> str:
-        """Return the report as a text table, one line a tensor, and the totals below it."""
+        """Return the report as a text table, one line a tensor, then one a stack, and the totals below it."""
         lines = [_cells(row) for row in sorted(self.rows, key=lambda row: natural_key(row.name))]
+        lines += [_cells(row) for row in self.stacks]
         table = format_table(
             ["tensor", "shape", "stored as", "ranks", "parameters", "error", "at least"], lines, "lllrrrr"
         )

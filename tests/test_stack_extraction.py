@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import load, run, save, save_sharded
+from flora_tensor._layer_grid import natural_key
 from flora_tensor._workers import WorkerPool
 from flora_tensor.allocation import allocate_with_stacks
 from flora_tensor.checkpoint import open_checkpoint
+from flora_tensor.html_report import report_html
 
 FC, CONV = "layers.*.fc.weight", "layers.*.conv.weight"
 LIMITS = [{"max_ratio": 0.05}, {"max_ratio": 0.2}, {"max_ratio": 0.6}, {"rtol": 0.5}, {"rtol": 0.05}]
@@ -130,6 +132,45 @@ def test_stacks_never_cost_accuracy_and_dry_runs_keep_their_word(
         assert [row.ranks for row in report.rows] == [row.ranks for row in promised.rows]
     # The sweeps after a truncated HOSVD may end below what its spectrum promises.
     assert report.relative_error <= promised.relative_error * (1 + 1e-4) + 1e-6
+
+
+def eckart_young(x: np.ndarray, ranks: tuple[int, ...]) -> float:
+    """Return the relative error that no tensor of such unfoldings' ranks goes below."""
+    tails: list[float] = []
+    for mode, rank in enumerate(ranks):
+        values = np.linalg.svd(np.moveaxis(x, mode, 0).reshape(len(np.moveaxis(x, mode, 0)), -1), compute_uv=False)
+        tails.append(float(np.linalg.norm(values[rank:])))
+    return max(tails) / float(np.linalg.norm(x))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("limit", [{"max_ratio": 0.1}, {"max_ratio": 0.3}, {"rtol": 0.05}])
+def test_bounds_of_stacks_and_of_their_slices_are_true(
+    limit: dict[str, Any], dry_run: bool, pair: tuple[Path, Path], tmp_path: Path
+):
+    report = ft.extract(*pair, tmp_path / "out", stack=[FC, CONV], dry_run=dry_run, **limit)
+    steps = {n: (load(pair[1])[n].double() - w.double()).numpy() for n, w in load(pair[0]).items()}
+    assert {row.name for row in report.stacks} == {row.stack for row in report.rows} - {""}
+    assert report.stacks
+    for row in report.stacks:
+        members = [r for r in report.rows if r.stack == row.name]
+        arrangement = ft.Arrangement(row.arrangement)
+        joint = arrangement.arrange(np.stack([steps[n] for n in sorted((r.name for r in members), key=natural_key)]))
+        assert (row.lower_bound or 0.0) <= eckart_young(joint, row.ranks) * (1 + 1e-5) + 1e-7
+        assert (row.lower_bound or 0.0) <= (row.relative_error or 0.0) * (1 + 1e-5)
+        assert (row.lower_bound or 0.0) > 0.3 * (row.relative_error or 0.0) or row.lower_bound is None
+        assert row.n_parameters == sum(member.n_parameters for member in members)
+        for member in members:
+            own = joint[sorted((r.name for r in members), key=natural_key).index(member.name)]
+            least = eckart_young(own, tuple(min(r, n) for r, n in zip(row.ranks[1:], own.shape)))
+            assert member.lower_bound is not None
+            assert member.lower_bound <= least * (1 + 1e-5) + 1e-7
+            if not dry_run:
+                assert member.lower_bound <= (member.relative_error or 0.0) * (1 + 1e-5) + 1e-7
+    assert any(member.lower_bound for member in report.rows if member.stack)
+    assert [row["name"] for row in report.to_dict()["stacks"]] == [row.name for row in report.stacks]
+    assert sum(line.startswith("layers.*") for line in report.to_table().splitlines()) == len(report.stacks)
+    assert "<h2>Stacks</h2>" in report_html(report)
 
 
 def root_mean_square(report: ft.ExtractionReport) -> float:
