@@ -219,7 +219,7 @@ def _check_size(name: str, has: int, needs: int, shape: Sequence[int]) -> None:
 
 
 def _fitting(name: str, converted: Converted, shape: tuple[int, ...] | None) -> Converted:
-    """Refuse what is not for a weight of this shape; a kernel of ones may be written without its axes."""
+    """Return a conversion as it is, proved to be for a weight of this shape."""
     found = converted.shape
     if shape is None or found == shape:
         try:

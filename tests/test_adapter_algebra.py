@@ -368,6 +368,13 @@ def test_rounding_keeps_whole_tensors_bit_for_bit(tmp_path: Path):
     assert fit.adapter.dtypes["n"] == "BF16"
 
 
+def test_a_budget_has_nothing_to_do_with_tensors_stored_whole():
+    only = ft.Adapter({}, whole={"n": np.ones(2)})
+    for fit in (ft.round_adapter(only, rtol=0.1), ft.add_adapters([only], max_bytes=1)):
+        assert fit.adapter.whole["n"] is only.whole["n"]
+        assert (fit.n_parameters, fit.relative_error, fit.rows) == (0, 0.0, ())
+
+
 def test_different_bases_are_told(tmp_path: Path):
     a, b = biased(1.0, base_fingerprint="x", task_type="T"), biased(1.0, base_fingerprint="y", task_type="T")
     with pytest.warns(ft.FloraWarning, match="made for different base models"):

@@ -169,6 +169,9 @@ def test_other_keys_mean_nothing(key: str):
 def test_names_that_could_be_read_otherwise_are_refused(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be stored; rename it"):
         ft.save_adapter(tmp_path / "a", {name: tensor((4, 6), (2, 3))})
+    if name != "a.":
+        with pytest.raises(ValueError, match=r"the tensor's name .* cannot be stored; rename it"):
+            ft.save_adapter(tmp_path / "a", ft.Adapter({}, whole={name: np.ones(2)}))
     assert not (tmp_path / "a").exists()
 
 
@@ -214,6 +217,7 @@ def test_conjugated_and_permuted_torch_views_are_stored_as_their_values(tmp_path
         ({"scale_pattern": [1]}, "scale_pattern must be a table by weight name, not list"),
         ({"rank_pattern": {"fc.weight": [2, 4]}}, r"'fc.weight'.*the config says ranks \(2, 4\).*core \(2, 3\)"),
         ({"rank_pattern": {"fc.weight": "2"}}, "rank_pattern of 'fc.weight' must be a list of non-negative integers"),
+        ({"rank_pattern": {"tucker_update.w": [2]}}, "lacks 'tucker_update.w'"),
         ({"rank_pattern": {"gone.weight": [2]}}, "lacks 'base_model.model.gone.tucker_update.core'"),
         ({"weight_shapes": {"fc.weight": [4, 7]}}, r"arranged shape \(4, 7\), but it has core \(2, 3\), factors"),
         ({"weight_shapes": {"fc.weight": [-4, 6]}}, "non-negative integers"),
@@ -246,6 +250,10 @@ def test_a_config_that_contradicts_the_format_or_the_tensors_is_refused(changes:
         ({f"{LAYER}.factor_0": np.ones((5, 2), np.float32)}, r"of arranged shape \(4, 6\), but"),
         ({"extra": np.ones(2, np.float32)}, "has the unknown 'extra'; pass strict=False"),
         ({"base_model.model.fc.bias": np.ones(2, np.float32)}, "has the unknown 'base_model.model.fc.bias'"),
+        (
+            {f"{LAYER}.magnitude": np.ones(4, np.float32)},
+            "has the unknown .*tucker_update.magnitude'",
+        ),
         ({f"{LAYER}.core": np.full((2, 3), np.nan, np.float32)}, "has NaN or infinite entries; the adapter is damaged"),
         ({f"{LAYER}.core": np.full((2, 3), np.inf)}, "NaN or infinite"),
         (

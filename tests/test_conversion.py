@@ -360,6 +360,12 @@ def test_official_layers_are_read_with_their_modes_in_order(
         ft.from_official_flora(state, scale=1.0, base={"a.b.weight": np.zeros((1, *shape[1:]))})
     with pytest.raises(ft.InputError, match=r"the base has no 'model.a.b.weight'"):
         ft.from_official_flora(state, scale=1.0, base={"c.weight": np.zeros(shape)})
+    converted = ft.convert_adapter(save(tmp_path / "f.safetensors", state), scale=4.0, prefix="model.a.")
+    assert np.array_equal(converted.delta("b.weight"), adapter.delta("a.b.weight"))
+    with pytest.raises(ft.InputError, match=r"has no flora_layer.param_G; it is no state dict of the official"):
+        ft.from_official_flora({"model.a.b.base_layer.weight": np.zeros(shape)}, scale=1.0)
+    with pytest.raises(ft.InputError, match=r"a.b.weight: TuckerTensor: factor . has shape"):
+        ft.from_official_flora({**state, "model.a.b.flora_layer.param_0": torch.ones(3, 7)}, scale=1.0)
     del state["model.a.b.flora_layer.param_0"]
     with pytest.raises(ft.InputError, match=r"has param_1, .*the file is damaged"):
         ft.from_official_flora(state, scale=1.0)
@@ -422,6 +428,13 @@ def test_what_has_no_exact_counterpart_is_refused(tmp_path: Path):
         )
     with pytest.raises(ft.InputError, match=r"has no adapter_config.json"):
         ft.from_peft_lora(tmp_path)
+    keys = [f"base_model.model.head.base_layer.lora_{side}.weight" for side in "AB"]
+    save(tmp_path / "bias" / "adapter_model.safetensors", dict(zip(keys, (np.ones((1, 16)), np.ones((5, 1))))))
+    with pytest.raises(ft.InputError, match=r"'head.base_layer' adapts a parameter by name, which cannot be converted"):
+        ft.from_peft_lora(tmp_path / "bias")
+    save(tmp_path / "bias" / "adapter_model.safetensors", {})
+    with pytest.raises(ft.InputError, match="holds no adapter tensors"):
+        ft.from_peft_lora(tmp_path / "bias")
     (tmp_path / "dora" / "adapter_model.safetensors").unlink()
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
@@ -488,6 +501,18 @@ FC = {"fc.weight": np.zeros((4, 3))}
 def test_bad_lycoris_files_are_named(file: Any, base: Any, options: Any, kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
         ft.from_lycoris(file, base, **options)
+
+
+def test_one_of_several_prefixes_can_be_chosen():
+    file = {**LORA, **{name.replace("lycoris", "lora_te"): 2 * array for name, array in LORA.items()}}
+    adapters = [ft.from_lycoris(file, FC, prefix=prefix) for prefix in ("lycoris", "lora_te")]
+    assert np.array_equal(4 * adapters[0].delta("fc.weight"), adapters[1].delta("fc.weight"))
+
+
+def test_a_kronecker_factor_that_divides_no_axis_is_named():
+    file = {"lycoris_fc.lokr_w1": np.ones((3, 2)), "lycoris_fc.lokr_w2": np.ones((2, 2))}
+    with pytest.raises(ft.InputError, match=r"fc.weight: .* 4 .* 3"):
+        ft.from_lycoris(file, {"fc.weight": np.zeros((4, 6))})
 
 
 def test_8_bit_loras_keep_their_bits(tmp_path: Path):

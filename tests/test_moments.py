@@ -106,6 +106,7 @@ def with_table(change):
         (with_table(lambda table: table.update(version=2)), "version 2, but 1 is known; upgrade"),
         (with_table(lambda table: table.update(weights=[])), "table of weights cannot be read"),
         (with_table(lambda table: table["weights"]["conv.weight"].update(count="12")), "cannot be read"),
+        (with_table(lambda table: table["weights"].update({"conv.weight": 3})), "table of weights cannot be read"),
         (with_table(lambda table: table["weights"]["conv.weight"].update(count=0)), "a count of 1 or more"),
         (with_table(lambda table: table["weights"].pop("conv.weight")), "'conv.weight' is in only one of"),
         (lambda header: header["conv.weight"].update(shape=[2, 8]), "pass a square matrix"),
