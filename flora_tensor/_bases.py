@@ -244,7 +244,8 @@ def _host_gram(x: Any, mode: int) -> Any:
     n = x.shape[mode]
     dtype = np.complex128 if np.iscomplexobj(x) else np.float64
     gram = np.zeros((n, n), dtype=dtype)
-    for block in column_blocks(np, x, mode, max(1, max(_BLOCK, x.size // 8) // n)):
+    xp = array_api_compat.array_namespace(x)  # NumPy itself has permute_dims since 2.0 only
+    for block in column_blocks(xp, x, mode, max(1, max(_BLOCK, x.size // 8) // n)):
         part = np.ascontiguousarray(block, dtype=dtype)
         gram += part @ (part.conj().T if np.iscomplexobj(part) else part.T)
     return gram

@@ -353,7 +353,8 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
     floor, occupied = _resolved(spectrum), list[npt.NDArray[Any]]()
     for squares, factor in zip(_squared_values(spectrum), spectrum.factors):
         slices = np.abs(to_numpy(factor)) ** 2 @ squares  # ‖X[i]‖² of every slice along the mode
-        occupied.append(np.flatnonzero(slices > floor))
+        # An SVD moves a row of zeros by up to about eps ‖X‖ for each of the mode's directions.
+        occupied.append(np.flatnonzero(slices > floor * max(1.0, slices.size / 4) ** 2))
     sizes = [rows.size for rows in occupied]
     if tuple(sizes) == spectrum.shape:
         return spectrum

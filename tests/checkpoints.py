@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
 from click.testing import CliRunner, Result
 
 from flora_tensor.cli import main
+from support import optional
+
+torch = optional("torch")
 
 
 def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> Path:
     """Write arrays or torch tensors as safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not any(hasattr(t, "detach") for t in tensors.values()):
+        arrays = {n: np.array(t, order="C") for n, t in tensors.items()}
+        safetensors.numpy.save_file(arrays, path, metadata=metadata)
+        return path
     as_torch = {
         n: (t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t))).clone().contiguous()
         for n, t in tensors.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(as_torch, path, metadata=metadata)
+    optional("safetensors.torch").save_file(as_torch, path, metadata=metadata)
     return path
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
+def load(path: Path) -> "dict[str, torch.Tensor]":
     """Read a file, or all shards of a directory, with the public package."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in optional("safetensors.torch").load_file(file).items()}
 
 
 def save_sharded(directory: Path, shards: Mapping[str, Mapping[str, Any]], **index: Any) -> Path:
@@ -56,7 +62,7 @@ def run(*args: Any) -> Result:
     return CliRunner().invoke(main, [str(a) for a in args])
 
 
-def bits(tensor: torch.Tensor) -> bytes:
+def bits(tensor: "torch.Tensor") -> bytes:
     """The bytes of a tensor."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
@@ -44,8 +45,29 @@ _MAGNITUDES = {
 }
 
 
+class _Missing:
+    """Stands in for a library that is not installed: the test that needs it is skipped, or the module at its import."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # pytest looks for these in whatever a module holds
+            raise AttributeError(attribute)
+        pytest.skip(f"needs {self._name}", allow_module_level=True)
+
+
+def optional(name: str) -> Any:
+    """Import a library that the core does without, or return what skips the tests that turn to it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return _Missing(name)
+
+
 def namespace(name: str) -> Any:
-    """Return the array-API namespace of a library."""
+    """Return the array-API namespace of a library; skip the test where it is not installed."""
+    pytest.importorskip(name)
     if name == "jax":
         return importlib.import_module("jax.numpy")
     return importlib.import_module(name if name == "array_api_strict" else f"array_api_compat.{name}")

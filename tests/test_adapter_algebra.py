@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_tensor as ft
 from checkpoints import run, save
 from flora_tensor._combining import Term, combine
-from support import tolerance
+from support import optional, tolerance
+
+torch = optional("torch")
 
 SHAPES = [(6, 8), (6, 4, 3, 2), (4, 6, 3)]
 HEADS = ft.Arrangement("(heads d) i -> heads d i", {"heads": 2})

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,9 @@ import flora_tensor as ft
 from checkpoints import entry, load, raw, run, save
 from flora_tensor import adapter_file
 from flora_tensor.adapter_file import split_key, tensor_key, whole_key
+from support import optional
+
+torch = optional("torch")
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 LAYER = "base_model.model.fc.tucker_update"

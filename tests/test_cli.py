@@ -14,7 +14,6 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,9 @@ import flora_tensor as ft
 from checkpoints import load, run, save
 from flora_tensor import cli
 from flora_tensor.cli.options import ranks, share, size
+from support import optional
+
+torch = optional("torch")
 
 
 @pytest.fixture

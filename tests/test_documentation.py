@@ -21,6 +21,8 @@ import pytest
 
 from test_floors import MODULES, PACKAGES, ROOT
 
+pytest.importorskip("torch")  # flora_torch is documented too
+
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 LONGEST_FUNCTION = 60
 

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import tensorly
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.tucker_tensor import tucker_to_tensor, tucker_to_unfolded, tucker_to_vec
 
 import flora_tensor as ft
+from support import optional
+
+torch = optional("torch")
 
 
 def tucker_tensor(seed: int, shape: tuple[int, ...], ranks: tuple[int, ...]) -> ft.TuckerTensor:

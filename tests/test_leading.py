@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import flora_tensor as ft
 from checkpoints import run, save
 from flora_tensor import _survey
 from flora_tensor._leading import Look, Reach, leading_look, reach_of
+from support import optional
+
+torch = optional("torch")
 
 
 def falling(rows: int, columns: int, seed: int, power: float = 0.7, flat: float = 0.0) -> np.ndarray:

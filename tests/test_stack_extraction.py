@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,9 @@ from flora_tensor._workers import WorkerPool
 from flora_tensor.allocation import allocate_with_stacks
 from flora_tensor.checkpoint import open_checkpoint
 from flora_tensor.html_report import report_html
+from support import optional
+
+torch = optional("torch")
 
 FC, CONV = "layers.*.fc.weight", "layers.*.conv.weight"
 LIMITS = [{"max_ratio": 0.05}, {"max_ratio": 0.2}, {"max_ratio": 0.6}, {"rtol": 0.5}, {"rtol": 0.05}]
