@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._algorithms import (
@@ -118,7 +119,7 @@ def _fit_found(
         fit = _fit_directly(ready, Target(ranks), "auto", generator)
         return Fit(fit.result, max(lower, fit.lower), fit.upper, f"{ran} for the ranks, then {fit.ran}")
     xp, core = ready.xp, spectrum.core
-    eyes = [xp.eye(n, r, dtype=core.dtype, device=core.device) for n, r in zip(core.shape, ranks)]
+    eyes = [xp.eye(n, r, dtype=core.dtype, device=array_api_compat.device(core)) for n, r in zip(core.shape, ranks)]
     start = Truncation(core[tuple(slice(r) for r in ranks)], eyes, list(spectrum.values), "leading")
     captured = float_squares("tucker", xp, core)
     inner, sweeps = hooi_of(xp, core, start, MOST_SWEEPS, ENOUGH, captured)

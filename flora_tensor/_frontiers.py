@@ -16,7 +16,7 @@ __all__ = ["Choices", "Frontier", "n_parameters_of"]
 _MANY = 1 << 12
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frontier:
     """The best error for every number of parameters: rank tuples that no other tuple beats in both.
 
@@ -42,6 +42,10 @@ class Frontier:
 
     def __len__(self) -> int:
         return len(self.n_parameters)
+
+    def __repr__(self) -> str:
+        most = self.n_parameters[-1] if len(self) else 0
+        return f"Frontier({len(self)} points of 0 to {most} numbers, for a tensor of {self.n_entries})"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._arrays import array_namespace, hermitian, to_numpy
@@ -263,7 +264,7 @@ def _krylov(matrix: Array, rank: int) -> _Leading:
     xp = array_namespace("extract", matrix)
     basis, inside = _krylov_space(xp, matrix, rank)
     squares, vectors = np.linalg.eigh(_gram(to_numpy(inside)))
-    turn = xp.asarray(np.ascontiguousarray(vectors[:, ::-1][:, :rank]), device=matrix.device)
+    turn = xp.asarray(np.ascontiguousarray(vectors[:, ::-1][:, :rank]), device=array_api_compat.device(matrix))
     turn = xp.astype(turn, matrix.dtype)
     squares = np.maximum(squares[::-1][:rank], 0.0)
     return _Leading(xp.matmul(basis, turn), squares, xp.matmul(hermitian(xp, turn), inside))

@@ -1,10 +1,11 @@
-"""What all reports have in common: JSON text from plain values, and rows by name."""
+"""What all reports have in common: text for people, JSON text from plain values, and rows by name."""
 
+import html
 import json
 import math
 from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["Report", "RowReport", "plain"]
+__all__ = ["Report", "RowReport", "Tabled", "plain"]
 
 
 class _Row(Protocol):
@@ -15,7 +16,28 @@ class _Row(Protocol):
 RowT = TypeVar("RowT", bound=_Row)
 
 
-class Report:
+class Tabled:
+    """Prints as a table, which a notebook shows too; its repr is the table's last line, that of the totals.
+
+    A dataclass takes its repr from here with ``repr=False``: its fields hold an object for each tensor of a model.
+    """
+
+    def to_table(self) -> str:
+        """Return the whole as text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.to_table()
+
+    def __repr__(self) -> str:
+        totals = self.to_table().splitlines()[-1]
+        return f"{type(self).__name__}({totals})"
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space: pre; overflow-x: auto">{html.escape(self.to_table())}</pre>'
+
+
+class Report(Tabled):
     """The outcome of a command, which can be told as plain values and so as JSON."""
 
     def to_dict(self) -> dict[str, Any]:

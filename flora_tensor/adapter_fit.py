@@ -46,7 +46,7 @@ class AdapterRow:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AdapterFit(RowReport[AdapterRow]):
     """An adapter computed from others, and how near it is to the exact result.
 

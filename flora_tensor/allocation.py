@@ -46,7 +46,7 @@ class RankAssignment:
     error_squared: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Allocation:
     """Ranks for every weight, and how close the whole is to the best possible; made by `allocate_ranks`.
 
@@ -71,6 +71,13 @@ class Allocation:
     relative_error: float
     lower_bound: float
     gap: float
+
+    def __repr__(self) -> str:
+        kept = sum(1 for choice in self.choices.values() if any(choice.ranks))
+        return (
+            f"Allocation(ranks for {kept} of {len(self.choices)} weights, n_parameters={self.n_parameters}, "
+            f"relative_error={self.relative_error:.4g}, lower_bound={self.lower_bound:.4g}, gap={self.gap:.2g})"
+        )
 
     @property
     def ranks(self) -> dict[str, tuple[int, ...]]:
@@ -179,14 +186,21 @@ def allocate_with_stacks(
         other = _allocated(where, mixed, limits, scales, search=True)
         most = {name: max(int(f.n_parameters[-1]) for f in grouped[name]) for name in floors}
         noisy = any(sum(found.choices[m].n_parameters for m in stacks[name]) > n for name, n in most.items())
-        better = (
-            other.n_parameters < found.n_parameters if rtol is not None else other.relative_error < found.relative_error
-        )
+        if rtol is None:
+            better = other.relative_error < found.relative_error
+        else:  # frontiers that noise ended may stop short of a tolerance that the stack keeps
+            better = _cost_within(other, rtol) < _cost_within(found, rtol)
         found = other if noisy or better else found
     none = {name: RankAssignment(0, (0,) * f[0].ranks.shape[1], 0, f[0].norm_squared) for name, f in spectra.items()}
     reached = found.n_parameters if rtol is not None else found.relative_error
     bound = min(bound, reached)  # the two are equal, to rounding, where the relaxation is met
     return replace(found, choices=none | found.choices, lower_bound=bound, gap=_gap(reached, bound))
+
+
+def _cost_within(found: Allocation, rtol: float) -> tuple[float, int]:
+    """Order allocations under a tolerance: by how far each misses it, then by the numbers stored."""
+    missed = found.relative_error - rtol
+    return (missed if missed > 1e-9 * rtol else 0.0), found.n_parameters
 
 
 def grouped_frontiers(
@@ -252,8 +266,9 @@ def _allocated(
     choices = {name: made[name].choice(options[name], i) for name, i in zip(options, at)}
     stored = sum(choice.n_parameters for choice in choices.values())
     left = _summed(curves, at)
-    if proven:
-        bound = max(bound, left if limit.is_budget else stored)
+    best = left if limit.is_budget else stored
+    # The relaxation's running sum rounds at the scale of what it began with: it may end above what was reached.
+    bound = best if proven else min(bound, best)
     error = math.sqrt(left / total) if total else 0.0
     if limit.is_budget:
         bound = math.sqrt(bound / total) if total else 0.0

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from flora_tensor._checks import some_names
+from flora_tensor._checks import size_text, some_names
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json
 from flora_tensor._safetensors import FLOATS, READABLE, TensorInfo, decode, read_span
@@ -26,7 +26,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A model's tensors on disk, read one at a time; made by `open_checkpoint`.
 
@@ -153,6 +153,9 @@ class Checkpoint:
 
     def __len__(self) -> int:
         return len(self._home)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {size_text(self.n_bytes)})"
 
     @property
     def n_bytes(self) -> int:

@@ -31,7 +31,7 @@ from flora_tensor.tucker_tensor import TuckerTensor
 __all__ = ["DiffReport", "DiffRow", "MergeReport", "diff_checkpoints", "merge_checkpoint"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport(Report):
     """What a merge did to each tensor; made by `merge_checkpoint`.
 
@@ -276,7 +276,7 @@ class DiffRow:
     unchanged: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffReport(RowReport[DiffRow]):
     """How two checkpoints differ, tensor by tensor; made by `diff_checkpoints`.
 

@@ -56,7 +56,7 @@ class BudgetRow:
     stacks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankStudy(Report):
     """Spectra of the changes of all weights; made by `study_ranks`.
 
@@ -164,6 +164,9 @@ class RankStudy(Report):
         header = ["budget", "parameters", "weights", "error", "lower bound", *(["as one"] if self.stacks else [])]
         second = format_table(header, budgets, "rrrrr" + "l" * bool(self.stacks))
         return f"{first}\n\n{second}"
+
+    def __repr__(self) -> str:
+        return f"RankStudy({len(self.spectra)} spectra, {len(self.budgets)} budgets)"
 
     def _budget(self, row: BudgetRow) -> dict[str, Any]:
         return {key: value for key, value in vars(row).items() if key != "stacks" or self.stacks}

@@ -96,7 +96,7 @@ class TensorRow:
         return row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractionReport(RowReport[TensorRow]):
     """What an extraction stored, what it left out and why, and how well the whole fits; made by `extract`.
 

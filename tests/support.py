@@ -266,6 +266,7 @@ class Sample:
         """Return the tensor as an array of ``xp``; the example is passed over where the library lacks the data type."""
         if not supports(xp, self.dtype):
             reject()
+        xp = namespace("numpy") if xp is np else xp  # NumPy itself follows the standard since 2.0
         make = functools.partial(as_array, xp, dtype=self.dtype)
         values, ndim = self.values, len(self.shape)
         if self.layout in {"F", "permuted"}:

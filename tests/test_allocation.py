@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from support import Sample, dense, orthonormal, seeds
+from support import Sample, dense, orthonormal, seeds, tolerance
 
 SLACK = 1 + 1e-9
 
@@ -103,6 +103,16 @@ def test_what_an_allocation_says_of_itself_is_true(seed, budget, count):
     assert result.relative_error == pytest.approx(math.sqrt(lost / total), abs=1e-12)
     if result.lower_bound > 0:
         assert result.gap == pytest.approx(max(0.0, result.relative_error / result.lower_bound - 1))
+
+
+@given(seed=seeds)
+def test_no_bound_is_above_what_was_reached(seed):
+    """Also where all but rounding is kept: there the relaxation's sum is only as exact as what it began with."""
+    rng = np.random.default_rng(seed)
+    spectra = {name: ft.hosvd_spectrum(rng.standard_normal((6, 2)) @ rng.standard_normal((2, 5))) for name in "abc"}
+    result = ft.allocate_ranks(spectra, max_parameters=3 * (6 * 2 + 2 * 5 + 4))
+    assert result.relative_error < tolerance("float64", 6, 5)
+    assert result.lower_bound <= result.relative_error
 
 
 @pytest.mark.parametrize("ratio", [0.02, 0.05, 0.1, 0.2])

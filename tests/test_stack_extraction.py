@@ -247,9 +247,24 @@ def test_the_choice_between_together_and_apart_is_bounded_by_brute_force(data: s
         found = allocate_with_stacks(spectra, stacks, rtol=rtol)
         assert found.relative_error <= rtol * (1 + 1e-9) or not fits
         assert not fits or found.lower_bound <= min(fits) <= found.n_parameters
-        assert found.n_parameters <= ft.allocate_ranks(alone, rtol=rtol).n_parameters
+        apart = ft.allocate_ranks(alone, rtol=rtol)
+        assert found.n_parameters <= apart.n_parameters or apart.relative_error > rtol
     used = {name for name, choice in found.choices.items() if any(choice.ranks)}
     assert "ab" not in used or not used & {"a", "b"}
+
+
+def test_a_tolerance_that_only_the_stack_can_keep_is_kept():
+    """The lists of the members end where noise begins, at numbers that are fewer and not enough."""
+
+    def frontier(costs: list[int], errors: list[float]) -> ft.Frontier:
+        ranks = np.array([costs, costs]).T
+        return ft.Frontier(np.array(costs), np.array(errors), ranks, errors[0], costs[-1] + 1)
+
+    spectra = {name: [frontier([0, 2], [1.0, 0.5])] for name in "ab"} | {"ab": [frontier([0, 9], [2.0, 0.02])]}
+    found = allocate_with_stacks(spectra, {"ab": ("a", "b")}, rtol=0.1)
+    assert (found.n_parameters, found.relative_error) == (9, pytest.approx(0.1))
+    found = allocate_with_stacks(spectra, {"ab": ("a", "b")}, rtol=0.8)
+    assert (found.n_parameters, found.ranks["ab"]) == (4, (0, 0))
 
 
 def test_a_stack_over_shards_and_of_16_bits_reads_as_its_members_do(tmp_path: Path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_tensor import Arrangement, Moments, TuckerTensor
+from flora_tensor._reporting import Tabled
 from flora_torch._sharding import refuse_sharded
 from flora_torch.base_weight import adaptable
 from flora_torch.chain import Memory
@@ -86,8 +87,8 @@ class LayerReport:
         return any(a is not None and a != r for a, r in zip(self.asked, self.ranks))
 
 
-@dataclass(frozen=True)
-class AttachReport:
+@dataclass(frozen=True, repr=False)
+class AttachReport(Tabled):
     """What `attach` did; its text is a table.
 
     Parameters
@@ -144,7 +145,8 @@ class AttachReport:
             found.setdefault(weight.reason, []).append(weight.name)
         return found
 
-    def __str__(self) -> str:
+    def to_table(self) -> str:
+        """Return the report as text: a line for each weight, what was left out and why, and the totals."""
         rows = [("weight", "kind", "shape", "ranks", "parameters")]
         for layer in self.layers:
             ranks = "×".join(map(str, layer.ranks))

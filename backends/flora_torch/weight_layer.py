@@ -362,14 +362,16 @@ class WeightLayer(FloraLayer):
         raise NotImplementedError
 
 
-_torch_modules: Any = nn.modules.module
+# Where torch keeps the hooks of all modules; older versions have no function that tells whether there are any.
+_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+_HOOKS_OF_ALL: tuple[Any, ...] = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _KINDS)
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Tell whether a hook may see what the module takes or hold its output, which then must not be written to."""
     own: Any = module
     mine = own._forward_hooks or own._forward_pre_hooks or own._backward_hooks or own._backward_pre_hooks
-    return bool(mine or "forward" in own.__dict__ or _torch_modules._has_any_global_hook())
+    return bool(mine or "forward" in own.__dict__ or any(_HOOKS_OF_ALL))
 
 
 def _is_still(tensor: Any) -> bool:
