@@ -36,7 +36,9 @@ def check_format(config: Mapping[str, Any], path: Path) -> None:
     """Refuse configs of other methods and of formats that this version cannot know."""
     kind, version = config.get("peft_type"), config.get("format_version")
     if kind != "FLORA":
-        raise InputError(f"{path}: not a flora_tensor adapter: peft_type is {kind!r}; 'FLORA' is needed")
+        convertible = kind in ("LORA", "LOHA", "LOKR")
+        hint = "; convert it first: flora-tensor convert, convert_adapter" if convertible else ""
+        raise InputError(f"{path}: not a flora_tensor adapter: peft_type is {kind!r}; 'FLORA' is needed{hint}")
     numbers = version.split(".") if isinstance(version, str) else []
     if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 9 for n in numbers):
         raise InputError(

@@ -112,12 +112,32 @@ def _dtypes(sides: Sequence[Checkpoint], name: str) -> str:
 def _missing_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:
     lost = [n for n in names if n in base]
     new = [n for n in names if n in tuned]
+    for side, group in ((base, lost), (tuned, new)):
+        if group and all(name.startswith("base_model.model.") for name in group):
+            return (
+                f"extract: {side.path} holds an adapter, not a model's weights ({group[0]!r}, …); merge it into its "
+                "model first (flora-tensor merge, or PEFT's merge_and_unload), or convert it (flora-tensor convert)"
+            )
     parts = [
         f"{len(group)} only in {side.path} ({', '.join(repr(n) for n in group[:3])}{', …' if len(group) > 3 else ''})"
         for group, side in ((lost, base), (new, tuned))
         if group
     ]
-    return f"extract: tensors are {' and '.join(parts)}; pass allow_missing=True (--allow-missing) to leave them out"
+    way_out = "pass allow_missing=True (--allow-missing) to leave them out"
+    if prefix := _prefix(lost, new):
+        way_out = f"one side's names begin with {prefix!r}: save both from the same class of model, or {way_out}"
+    return f"extract: tensors are {' and '.join(parts)}; {way_out}"
+
+
+def _prefix(one: Sequence[str], other: Sequence[str]) -> str:
+    """Return what half or more of the names on one side have before the names of the other, if anything."""
+    for short, long in ((one, other), (other, one)):
+        known = set(long)
+        for name in (name for name in long if short and name.endswith("." + short[0])):
+            prefix = name.removesuffix(short[0])
+            if 2 * sum(prefix + n in known for n in short) >= len(short):
+                return prefix
+    return ""
 
 
 def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:
@@ -137,8 +157,15 @@ def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> 
 def _check_globs(settings: Settings, names: Sequence[str]) -> None:
     for pattern in settings.include:
         if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.4) or list(names[:3])
-            raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; there are {', '.join(near)}")
+            raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; {_meant(pattern, names)}")
+
+
+def _meant(pattern: str, names: Sequence[str]) -> str:
+    """Say what a pattern that matches nothing was probably to be."""
+    part = pattern.strip("*")
+    if part and any(part in name for name in names):
+        return f"it has to match the whole name: pass {f'*{part}*'!r}"
+    return f"there are {', '.join(difflib.get_close_matches(part, names, n=3, cutoff=0.4) or names[:3])}"
 
 
 def scan(

@@ -112,6 +112,10 @@ def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapte
     config_path = directory / CONFIG_NAME
     if directory.is_dir() and not config_path.exists():
         raise InputError(f"{directory}: has no {CONFIG_NAME}; it is not a flora_tensor adapter")
+    if directory.is_file():
+        raise NotADirectoryError(
+            f"Not a directory: {directory}; an adapter is a directory with {CONFIG_NAME}: pass that"
+        )
     config = read_json(config_path)
     check_format(config, config_path)
     return _read_tensors(open_tensors(directory), config, strict=strict)

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,35 @@ def test_the_way_from_two_checkpoints_to_a_merged_one(pair: tuple[Path, Path], t
         torch.testing.assert_close(load(merged)[name], tensor, rtol=1e-12, atol=1e-12)
     different = run("diff", pair[0], merged)
     assert "2 of 3 tensors differ" in different.stdout
+
+
+def test_what_is_no_model_or_no_adapter_is_named_with_what_to_do(pair: tuple[Path, Path], tmp_path: Path):
+    base, tuned = pair
+    adapter, lora = tmp_path / "adapter", tmp_path / "lora"
+    assert run("extract", base, tuned, "-o", adapter, "--ranks", "2", "--vectors", "skip").exit_code == 0
+    assert run("convert", adapter, lora, "--to", "peft-lora").exit_code == 0
+    for directory in (adapter, lora):
+        refused = run("extract", base, directory, "-o", tmp_path / "x")
+        assert refused.exit_code == 3
+        assert f"{directory} holds an adapter, not a model's weights" in refused.stderr
+    assert "base.safetensors; an adapter is a directory with" in run("inspect", base).stderr
+    assert "peft_type is 'LORA'; 'FLORA' is needed; convert it first" in run("inspect", lora).stderr
+    prefixed = save(
+        tmp_path / "p.safetensors", {f"model.{n}": x for n, x in safetensors.numpy.load_file(tuned).items()}
+    )
+    refused = run("extract", base, prefixed, "-o", tmp_path / "x")
+    assert "one side's names begin with 'model.': save both from the same class" in refused.stderr
+    refused = run("extract", base, tuned, "-o", tmp_path / "x", "--include", "conv")
+    assert "include pattern 'conv' matches no tensor; it has to match the whole name: pass '*conv*'" in refused.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "mps"])
+def test_a_device_that_is_not_there_is_refused_before_the_work(device: str, pair: tuple[Path, Path], tmp_path: Path):
+    pytest.importorskip("torch")
+    refused = run("extract", *pair, "-o", tmp_path / "x", "--device", device)
+    assert refused.exit_code == 2
+    assert f"extract: device '{device}' cannot be used: " in refused.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_json_is_all_that_stdout_gets(pair: tuple[Path, Path], tmp_path: Path):
