@@ -115,7 +115,7 @@ class WeightLayer(FloraLayer):
 
     @override
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
-        update: Any = vars(self.tucker_update)["_modules"].get(adapter_name)
+        update: Any = self.tucker_update.__dict__["_modules"].get(adapter_name)  # older compilers trace no vars()
         return {} if update is None else {"weight": update}
 
     @override
