@@ -19,10 +19,10 @@ from flora_tensor.checkpoint import Checkpoint
 
 __all__ = [
     "Change",
-    "check_device",
     "check_distinct",
     "check_finite",
     "check_memory",
+    "checked_device",
     "frobenius_norm",
     "on_device",
     "read_change",
@@ -269,13 +269,14 @@ def on_device(x: np.ndarray, device: Any) -> Array:
     return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
 
-def check_device(device: Any) -> None:
-    """Refuse a device that PyTorch does not have, before any work."""
+def checked_device(device: Any) -> Any:
+    """Return the device, if PyTorch can compute on it; this comes before any work."""
     try:
         on_device(np.zeros(1, np.float32), device)
     except (AssertionError, RuntimeError) as error:  # a build without CUDA, no such GPU, no such kind of device
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"extract: device {str(device)!r} cannot be used: {reason}; pass another, or none") from None
+    return device
 
 
 def check_distinct(where: str, out: PathLike, *inputs: Checkpoint) -> None:

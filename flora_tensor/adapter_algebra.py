@@ -75,6 +75,7 @@ def round_adapter(
     Examples
     --------
     >>> import numpy as np
+    >>> from flora_tensor import TuckerTensor
     >>> t = TuckerTensor(np.diag([3.0, 0.1]), [np.eye(8)[:, :2], np.eye(6)[:, :2]])
     >>> fit = round_adapter({"fc.weight": t}, max_parameters=20)
     >>> fit.adapter["fc.weight"].ranks, round(fit.relative_error, 4)
@@ -144,6 +145,7 @@ def add_adapters(
     Examples
     --------
     >>> import numpy as np
+    >>> from flora_tensor import TuckerTensor
     >>> a, b = (TuckerTensor(np.full((1, 1), c), [np.ones((4, 1)), np.eye(4)[:, :1]]) for c in (1.0, 2.0))
     >>> total = add_adapters([{"fc.weight": a}, {"fc.weight": b}], weights=[0.5, 0.25])
     >>> total.adapter.delta("fc.weight")[0].tolist(), total.adapter["fc.weight"].ranks
@@ -195,6 +197,7 @@ def subtract_adapters(
     Examples
     --------
     >>> import numpy as np
+    >>> from flora_tensor import TuckerTensor
     >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((2, 1))])
     >>> left = subtract_adapters({"a.weight": t, "b.weight": t}, {"b.weight": t})
     >>> list(left.adapter)
@@ -243,6 +246,7 @@ def scale_adapter(
     Examples
     --------
     >>> import numpy as np
+    >>> from flora_tensor import TuckerTensor
     >>> t = TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((2, 1))])
     >>> scale_adapter({"fc.weight": t}, 0.5).scales["fc.weight"]
     0.5

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flora_tensor._checks import check_shard_size
-from flora_tensor._deltas import check_device, check_distinct
+from flora_tensor._deltas import check_distinct, checked_device
 from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
 from flora_tensor._files import check_target, locked, staged_directory, write_file
@@ -233,7 +233,6 @@ def extract(
     """
     if out is None and not dry_run:
         raise ValueError("extract: out is None; pass a directory, or dry_run=True")
-    check_device(device)
     budget = {"rtol": rtol, "max_parameters": max_parameters, "max_ratio": max_ratio, "max_bytes": max_bytes}
     settings = Settings(
         checked_budget(budget, ranks),
@@ -249,7 +248,7 @@ def extract(
         choice("resized", resized, ("error", "pad", "skip")),
         allow_missing,
         CODES[choice("dtype", dtype, tuple(CODES))],
-        device,
+        checked_device(device),
         max_memory,
         noise_option(noise_floor),
         dry_run,

@@ -238,8 +238,8 @@ def test_rounding_noise_of_nothing_and_of_zeros():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_merged_low_rank_update_comes_back_with_its_rank(dtype, tmp_path):
     """Truth is known exactly: an update of rank 8 is added to a weight, stored, and extracted again."""
-    import torch
-    from safetensors.torch import save_file
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
 
     kind = getattr(torch, dtype)
     for seed in range(4):
@@ -268,8 +268,8 @@ def test_a_merged_low_rank_update_comes_back_with_its_rank(dtype, tmp_path):
 
 
 def test_an_update_below_the_floor_is_refused_with_the_way_out(tmp_path):
-    import torch
-    from safetensors.torch import save_file
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
 
     rng = np.random.default_rng(0)
     weight = torch.tensor(rng.standard_normal((64, 64)), dtype=torch.float32)

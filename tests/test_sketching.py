@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 import flora_tensor as ft
 import support
@@ -16,10 +15,13 @@ from support import (
     distance,
     frobenius,
     normal,
+    optional,
     orthonormal,
     same_bits,
     tolerance,
 )
+
+torch = optional("torch")
 
 # --- sizes at which sketching pays -------------------------------------------------------------------
 
