@@ -88,7 +88,8 @@ def apart_or_joined(sources: Sequence[Adapter]) -> tuple[list[Adapter], dict[str
     for source in sources:
         for name, stack in source.stacks.items():
             alike = (s.stacks[name].members == stack.members for s in sources if name in s.stacks)
-            if all(alike) and all(name in s.stacks or not set(stack.members) & set(s.tensors) for s in sources):
+            apart = (any(m in s.tensors for m in stack.members) for s in sources if name not in s.stacks)
+            if all(alike) and not any(apart):
                 stacks[name] = stack.members
     kept = [replace(s, stacks={n: stack for n, stack in s.stacks.items() if n in stacks}) for s in sources]
     return [source.joined() for source in kept], stacks

@@ -69,6 +69,61 @@ class _Arrays:
         return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
+class _Builder:
+    """An adapter under construction."""
+
+    def __init__(self, arrays: _Arrays) -> None:
+        self.arrays = arrays
+        self.tensors: dict[str, TuckerTensor] = {}
+        self.arrangements: dict[str, Arrangement] = {}
+        self.scales: dict[str, float] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.whole: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, made: Converted, scale: float, keys: Collection[str]) -> None:
+        """Take a converted weight; what was computed is stored in float32 at least."""
+        code = widest_code([self.arrays.code(key) for key in keys])
+        if not made.is_copied:
+            code = "F64" if code == "F64" else "F32"
+        core, exponent = fitting_core(self.arrays.where, name, made.tensor.core, code)
+        kind = np.float64 if code == "F64" else np.float32
+        tensor = TuckerTensor(core, made.tensor.factors).map(lambda a: a.astype(kind, copy=False))
+        self.tensors[name], self.arrangements[name], self.shapes[name] = tensor, made.arrangement, made.shape
+        self.scales[name], self.dtypes[name] = math.ldexp(scale, exponent), code
+
+    def keep_whole(self, name: str, key: str) -> None:
+        """Take a tensor with its new value."""
+        self.whole[name], self.dtypes[name] = self.arrays.read(key), self.arrays.code(key)
+
+    def adapter(self, config: Mapping[str, Any]) -> Adapter:
+        """Put the adapter together."""
+        return Adapter(
+            self.tensors,
+            arrangements=self.arrangements,
+            scales=self.scales,
+            shapes=self.shapes,
+            whole=self.whole,
+            config=config,
+            dtypes=self.dtypes,
+        )
+
+
+def _shapes(base: BaseLike | None) -> dict[str, tuple[int, ...]] | None:
+    if base is None:
+        return None
+    if isinstance(base, Mapping):
+        return {name: tuple(array.shape) for name, array in base.items()}
+    checkpoint = open_checkpoint(base)
+    return {name: checkpoint.info(name).shape for name in checkpoint.names()}
+
+
+def _shape_of(where: str, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise InputError(f"{where}: the base has no {name!r}, which the adapter changes; pass the base it is for")
+    return shapes[name]
+
+
 def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter:
     """Read an adapter directory of Hugging Face PEFT (LoRA, LoHa, LoKr) as Tucker tensors, exactly.
 
@@ -135,7 +190,7 @@ def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter
     return builder.adapter(kept)
 
 
-def _peft_modules(arrays: _Arrays, builder: "_Builder") -> dict[str, dict[str, str]]:
+def _peft_modules(arrays: _Arrays, builder: _Builder) -> dict[str, dict[str, str]]:
     """Sort a PEFT file's keys by module; what is stored in full goes to the builder at once."""
     modules: dict[str, dict[str, str]] = {}
     parts = r"lora_[AB]\.weight|lora_embedding_[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
@@ -153,7 +208,7 @@ def _peft_modules(arrays: _Arrays, builder: "_Builder") -> dict[str, dict[str, s
 
 
 def _add_peft_module(
-    builder: "_Builder", config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Any
+    builder: _Builder, config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Any
 ) -> None:
     if ".base_layer" in f".{module}":
         raise InputError(f"{builder.arrays.label}: {module!r} adapts a parameter by name, which cannot be converted")
@@ -392,61 +447,6 @@ def from_official_flora(
             raise InputError(f"{name}: changes a weight of shape {made.shape}, but the base has {shapes[name]}")
         builder.add(name, made, float(scale), keys.values())
     return builder.adapter({})
-
-
-class _Builder:
-    """An adapter under construction."""
-
-    def __init__(self, arrays: _Arrays) -> None:
-        self.arrays = arrays
-        self.tensors: dict[str, TuckerTensor] = {}
-        self.arrangements: dict[str, Arrangement] = {}
-        self.scales: dict[str, float] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self.whole: dict[str, np.ndarray] = {}
-
-    def add(self, name: str, made: Converted, scale: float, keys: Collection[str]) -> None:
-        """Take a converted weight; what was computed is stored in float32 at least."""
-        code = widest_code([self.arrays.code(key) for key in keys])
-        if not made.is_copied:
-            code = "F64" if code == "F64" else "F32"
-        core, exponent = fitting_core(self.arrays.where, name, made.tensor.core, code)
-        kind = np.float64 if code == "F64" else np.float32
-        tensor = TuckerTensor(core, made.tensor.factors).map(lambda a: a.astype(kind, copy=False))
-        self.tensors[name], self.arrangements[name], self.shapes[name] = tensor, made.arrangement, made.shape
-        self.scales[name], self.dtypes[name] = math.ldexp(scale, exponent), code
-
-    def keep_whole(self, name: str, key: str) -> None:
-        """Take a tensor with its new value."""
-        self.whole[name], self.dtypes[name] = self.arrays.read(key), self.arrays.code(key)
-
-    def adapter(self, config: Mapping[str, Any]) -> Adapter:
-        """Put the adapter together."""
-        return Adapter(
-            self.tensors,
-            arrangements=self.arrangements,
-            scales=self.scales,
-            shapes=self.shapes,
-            whole=self.whole,
-            config=config,
-            dtypes=self.dtypes,
-        )
-
-
-def _shapes(base: BaseLike | None) -> dict[str, tuple[int, ...]] | None:
-    if base is None:
-        return None
-    if isinstance(base, Mapping):
-        return {name: tuple(array.shape) for name, array in base.items()}
-    checkpoint = open_checkpoint(base)
-    return {name: checkpoint.info(name).shape for name in checkpoint.names()}
-
-
-def _shape_of(where: str, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
-    if name not in shapes:
-        raise InputError(f"{where}: the base has no {name!r}, which the adapter changes; pass the base it is for")
-    return shapes[name]
 
 
 def convert_adapter(

@@ -513,6 +513,9 @@ def test_a_kronecker_factor_that_divides_no_axis_is_named():
     file = {"lycoris_fc.lokr_w1": np.ones((3, 2)), "lycoris_fc.lokr_w2": np.ones((2, 2))}
     with pytest.raises(ft.InputError, match=r"fc.weight: .* 4 .* 3"):
         ft.from_lycoris(file, {"fc.weight": np.zeros((4, 6))})
+    file = {"lycoris_fc.lokr_w1": np.ones((3, 2)), "lycoris_fc.lokr_w2_a": np.ones((4, 1))}
+    with pytest.raises(ft.InputError, match=r"do not make a weight of shape \(6, 4\)"):  # as many numbers, other sides
+        ft.from_lycoris({**file, "lycoris_fc.lokr_w2_b": np.ones((1, 1))}, {"fc.weight": np.zeros((6, 4))})
 
 
 def test_8_bit_loras_keep_their_bits(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -219,14 +218,12 @@ def test_nan_and_infinity_are_refused_at_once_with_their_place(xp, dtype, bad):
         calls = {name: METHODS[name] for name in ("hosvd", "st_hosvd", "hooi", "tucker")}
         calls |= {"mode_spectra": lambda x, _: ft.mode_spectra(x), "hosvd_spectrum": lambda x, _: ft.hosvd_spectrum(x)}
         calls |= {"hosvd_spectrum ": lambda x, _: ft.select_ranks(x, rtol=0.1)}
-        started = time.perf_counter()
         for name, call in calls.items():
             message = (
                 rf"{name.strip()}: x has 1 entries that are NaN or infinite, the first at \({place[0]}, {place[1]}\)"
             )
             with pytest.raises(ValueError, match=message):
                 call(x, (2, 2))
-        assert time.perf_counter() - started < 1.0 * len(calls)
 
 
 def test_a_scalar_is_refused(xp):

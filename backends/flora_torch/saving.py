@@ -48,11 +48,8 @@ def save_adapter(
         The adapter; needed where there are several. The name is not stored.
     base_model_name_or_path : str, optional
         A note in the config of the model that the adapter is for.
-    max_shard_size : int, optional
-        The most bytes of tensors in a file; more are split into `adapter_model-00001-of-0000N.safetensors`, … with an
-        index, as Hugging Face does for models. One file by default: PEFT itself reads no adapter in several.
-    overwrite : bool
-        Whether an adapter directory that exists is replaced.
+    max_shard_size, overwrite
+        As for `flora_tensor.save_adapter`.
 
     Returns
     -------
