@@ -152,6 +152,7 @@ def test_an_older_peft_is_refused(monkeypatch):
         ({"alpha": 4.0, "scale": 2.0}, "got both scale and alpha"),
         ({"alpha_pattern": {"head": 2.0}}, "alpha_pattern without alpha"),
         ({"target_modules": "head", "layers_to_transform": 1}, "layers_to_transform with target_modules 'head'"),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, "with target_modules 'all-linear'"),
         ({"layers_pattern": "layers"}, "layers_pattern without layers_to_transform"),
     ],
 )
@@ -970,3 +971,12 @@ def test_a_parameter_of_the_model_itself_is_refused():
     model.register_parameter("own", nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="'own' belongs to the model itself"):
         get_peft_model(model, FloraConfig(target_parameters=["own"]))
+
+
+def test_a_sharded_model_of_peft_names_its_weights_as_any_other(tmp_path):
+    model = get_peft_model(net(), config())
+    expected = set(ft.load_adapter(saved(model, tmp_path / "a")))
+    # fully_shard gives a model a class made from its own.
+    model.__class__ = type("FSDPPeftModel", (type(model),), {})
+    flora_torch.save_adapter(model, tmp_path / "b")
+    assert set(ft.load_adapter(tmp_path / "b")) == expected == {f"{name}.weight" for name in TARGETS}

@@ -126,15 +126,14 @@ _RUNNERS = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "OffloadWrapper": "_checkpoint_wrapped_module",
     "FloraModel": "model",
-    # Those of PEFT have a class for each task: `PeftModelForCausalLM`, …
+    # Those of PEFT have a class for each task, which derives from this one.
     "PeftModel": "base_model",
 }
 
 
 def _runs(module: nn.Module, key: str) -> bool:
-    """Tell whether a module only runs the child of this name."""
-    name = type(module).__name__
-    return _RUNNERS.get("PeftModel" if name.startswith("PeftModel") else name) == key
+    """Tell whether a module only runs the child of this name; a sharded one is of a class made from its own."""
+    return any(_RUNNERS.get(kind.__name__) == key for kind in type(module).__mro__)
 
 
 def places(model: nn.Module) -> list[Place]:
