@@ -32,7 +32,7 @@ def metadata_of(stacks: Mapping[str, Any]) -> dict[str, str]:
     return {"flora_tensor": canonical_json({"format": "flora_tensor.adapter", "format_version": version})}
 
 
-def check_format(config: Mapping[str, Any], path: Path) -> None:
+def check_format(config: Mapping[str, Any], path: Path | str) -> None:
     """Refuse configs of other methods and of formats that this version cannot know."""
     kind, version = config.get("peft_type"), config.get("format_version")
     if kind != "FLORA":

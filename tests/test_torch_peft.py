@@ -924,6 +924,23 @@ def test_other_values_of_the_same_model_are_a_warning(tmp_path):
         PeftModel.from_pretrained(other, directory)
 
 
+def test_damaged_and_newer_files_are_refused(tmp_path):
+    base = net()
+    model = get_peft_model(copy.deepcopy(base), config())
+    written = peft.PeftConfig.from_pretrained(saved(model, tmp_path / "a")).to_dict()
+    for change, message in (
+        ({"format_version": "2.0"}, r"format 2\.0, but this version reads 1\."),
+        ({"rank_pattern": {"head.weight": [2, "2"]}}, "must be a list of non-negative integers"),
+        ({"rank_pattern": {}}, "the file has no ranks in rank_pattern"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FloraConfig(**(written | change))
+    state = get_peft_model_state_dict(model)
+    state["base_model.model.head.tucker_update.core"] *= float("nan")
+    with pytest.raises(ValueError, match=r"'.*head\.tucker_update\.core' has NaN or infinite entries"):
+        set_peft_model_state_dict(model, state)
+
+
 def test_rows_that_only_the_file_has_are_refused(tmp_path):
     base = net()
     directory = saved(get_peft_model(copy.deepcopy(base), config()), tmp_path / "a")

@@ -7,7 +7,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from flora_tensor import Arrangement
+from flora_tensor._adapter_config import WeightTables, check_format
 from flora_torch.attachment import UpdateOptions
 from flora_torch.chain import MEMORIES
 from flora_torch.initialize import DECOMPOSING, INITS
@@ -79,6 +79,10 @@ class FloraConfig(PeftConfig):
         The same.
     format_version, flora_tensor_version
         The same.
+    tables : WeightTables
+        What was read of them; empty for a config of no file.
+    file_weights : dict of str to str
+        The weights that the file changes, each with its name in the tables: its own, or that of a stack.
 
     Raises
     ------
@@ -136,7 +140,6 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self.file_ranks: dict[str, tuple[int, ...]] = {}
         self.described: dict[str, Any] = {}
         if isinstance(self.ranks, tuple):
             self.ranks = list(self.ranks)
@@ -146,10 +149,24 @@ class FloraConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, list) else value)
         self._check_choices()
         self._check_selection()
-        if self.format_version is not None:
-            # Names of weights are no patterns, and PEFT would warn that they match no module.
-            self.file_ranks = {name: tuple(ranks) for name, ranks in self.rank_pattern.items()}
-            self.rank_pattern = {}
+        self.tables = self._read_tables()
+        self.file_weights = {m: name for name in self.tables.ranks for m in self.tables.stacks.get(name, [name])}
+
+    def _read_tables(self) -> WeightTables:
+        """Read what a file says of each weight; nothing, where the config is of no file."""
+        if self.format_version is None:
+            return WeightTables.of({}, "FloraConfig")
+        noted = dataclasses.asdict(self)
+        check_format(noted, "FloraConfig")
+        tables = WeightTables.of(noted, "FloraConfig")
+        if not tables.ranks:
+            raise ValueError(
+                "FloraConfig: the file has no ranks in rank_pattern, which PEFT needs before the tensors; read it with "
+                "flora_tensor.load_adapter and save it again, or load it with flora_torch.load_adapter"
+            )
+        # Names of weights are no patterns, and PEFT would warn that they match no module.
+        self.rank_pattern = {}
+        return tables
 
     def _check_choices(self) -> None:
         choices = {
@@ -197,8 +214,8 @@ class FloraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a dictionary; of a saved or loaded adapter, with what its file says of each weight."""
         result: dict[str, Any] = dataclasses.asdict(self)
-        if self.file_ranks:
-            result["rank_pattern"] = {name: list(ranks) for name, ranks in self.file_ranks.items()}
+        if self.is_from_file:
+            result["rank_pattern"] = {name: list(ranks) for name, ranks in self.tables.ranks.items()}
         return result | self.described
 
     def of_no_file(self) -> "FloraConfig":
@@ -249,21 +266,3 @@ class FloraConfig(PeftConfig):
             if found in table:
                 return table[found]
         return default
-
-    def file_arrangement(self, name: str, n_axes: int) -> Arrangement:
-        """Return how a file arranges a weight with so many axes.
-
-        Parameters
-        ----------
-        name : str
-            The weight's name.
-        n_axes : int
-            How many axes it has.
-
-        Returns
-        -------
-        Arrangement
-            By default, each axis is a mode of its own.
-        """
-        given = self.arrangement_pattern.get(name)
-        return Arrangement.native(n_axes) if given is None else Arrangement(given["pattern"], given.get("sizes", {}))

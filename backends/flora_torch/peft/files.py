@@ -35,7 +35,6 @@ __all__ = [
     "checkpoint_key",
     "describe",
     "file_update",
-    "file_weights",
     "fitted_state",
     "stored_state",
 ]
@@ -70,17 +69,6 @@ def _without_layers(key: str) -> str:
 # --- reading: what a file's config says ---------------------------------------------------------------
 
 
-def file_weights(config: FloraConfig) -> dict[str, str]:
-    """Return the weights that a file changes, each with its name in the file's tables: its own, or that of a stack.
-
-    Examples
-    --------
-    >>> file_weights(FloraConfig(rank_pattern={"0.weight": [1, 1]}, format_version="1.1"))
-    {'0.weight': '0.weight'}
-    """
-    return {member: name for name in config.file_ranks for member in config.stacks.get(name, [name])}
-
-
 def check_file(config: FloraConfig, model: nn.Module) -> None:
     """Refuse a model that a file is not for, before anything is changed.
 
@@ -95,17 +83,16 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
         If its weights have other values than those that the adapter was made for.
     """
     table, notes = sites(model), Adapter({}, config=config.to_dict())
-    for name, stored in file_weights(config).items():
+    for name, stored in config.file_weights.items():
         if name not in table:
             raise ValueError(
                 f"FloraConfig: the file changes {name!r}, which the model does not have{near(name, table)}"
             )
-        shape = config.weight_shapes.get(stored)
-        own = tuple(table[name].weight.shape)
-        if shape is not None and tuple(shape[1:] if stored != name else shape) != own:
+        shape, own = config.tables.shapes.get(stored), tuple(table[name].weight.shape)
+        if shape is not None and (shape[1:] if stored != name else shape) != own:
             raise ValueError(
-                f"FloraConfig: {name!r} is of shape {own} in the model and {tuple(shape)} in the file; load the "
-                "adapter of this model"
+                f"FloraConfig: {name!r} is of shape {own} in the model and {shape} in the file; load the adapter of "
+                "this model"
             )
         check_layer("FloraConfig", notes, name, table[name])
     check_samples("FloraConfig", notes, table, "warn")
@@ -161,11 +148,11 @@ def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
     """
     name, holder = site.name, site.holders[0]
     weight = adaptable(f"FloraConfig: {name}", holder.module, holder.parameter, values=False)
-    stored, ranks = file_weights(config)[name], config.file_ranks[file_weights(config)[name]]
-    arrangement: Arrangement | None = config.file_arrangement(stored, weight.dim() + (stored != name))
+    tables, stored = config.tables, config.file_weights[name]
+    ranks, arrangement = tables.ranks[stored], tables.arrangements.get(stored)
     if stored != name:
-        arrangement, ranks = member_arrangement(arrangement), ranks[1:]
-    assert arrangement is not None
+        ranks, arrangement = ranks[1:], None if arrangement is None else member_arrangement(arrangement)
+    arrangement = arrangement or Arrangement.native(weight.dim())
     shape = arrangement.shape(tuple(weight.shape))
     dtype = getattr(torch, str(config.adapter_dtypes.get(name)), None) or default_dtype(weight.dtype)
     # Ranks that were not chosen here may exceed the sizes, which orthonormal columns cannot.
@@ -175,12 +162,11 @@ def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
     options: dict[str, Any] = {key: getattr(config, f"{key}_pattern").get(name, 0.0) for key in DROPOUTS}
     if not drops_input(holder.module, holder.parameter):
         options["dropout"] = 0.0
-    if name in config.magnitude_pattern:
-        noted = config.magnitude_pattern[name]
-        channels = options["channels"] = (noted["axis"], noted.get("groups", 1))
+    if name in tables.channels:
+        channels = options["channels"] = tables.channels[name]
         size = channel_count(tuple(weight.shape), *channels)
         options["magnitude"] = torch.ones(size, dtype=torch.promote_types(dtype, torch.float32), device=weight.device)
-    scale = config.scale_pattern.get(stored, config.scale)
+    scale = tables.scales.get(stored, config.scale)
     return TuckerUpdate(tucker, tuple(weight.shape), arrangement=arrangement, scale=scale, **options)
 
 
@@ -195,7 +181,7 @@ def fitted_state(
     Tensors that the file has whole take the places of the model's own, which come back when the adapter is off.
     """
     parts, rest = _sorted(state_dict)
-    for name, members in config.stacks.items():
+    for name, members in config.tables.stacks.items():
         if name in parts:
             joint = _tucker(parts.pop(name))
             parts |= {member: _parts(select_slice(joint, 0, k)) for k, member in enumerate(members)}
@@ -218,6 +204,8 @@ def _sorted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
         name, part = split_key(key if key.startswith(_ROOT) else _ROOT + key) or (key, None)
         if part is None:
             rest[key] = tensor
+        elif not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"load_adapter: {key!r} has NaN or infinite entries; the adapter is damaged")
         else:
             parts.setdefault(name, {})[part] = tensor
     return parts, rest
@@ -225,12 +213,15 @@ def _sorted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
 
 def _updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, FloraTunerLayer, str]]:
     """Give, of each update, what its keys in the model begin with, its weight's plain name, its layer and parameter."""
-    for key, layer in model.named_modules():
-        if isinstance(layer, FloraTunerLayer):
-            for parameter in layer.updates(adapter_name):
-                head = f"{key}.{PREFIX}.{adapter_name}"
-                head += f".{parameter}" if isinstance(layer, FloraParameter) else ""
-                yield head, f"{_without_layers(key).removeprefix(_ROOT)}.{parameter}", layer, parameter
+    keys = {id(module): key for key, module in model.named_modules()}
+    for place in places(model):
+        layer = place.wrapper
+        if not isinstance(layer, FloraTunerLayer):
+            continue
+        for parameter in layer.updates(adapter_name):
+            head = f"{keys[id(layer)]}.{PREFIX}.{adapter_name}"
+            head += f".{parameter}" if isinstance(layer, FloraParameter) else ""
+            yield head, place.name_of(parameter), layer, parameter
 
 
 def _tucker(parts: Mapping[str, Tensor], prefix: str = "") -> TuckerTensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, add, scale
 from flora_torch.base_weight import weight_names
+from flora_torch.initialize import default_dtype
 from flora_torch.inventory import check_whole, forget, switch_whole, updates_by_weight, whole_of
 from flora_torch.kinds import layer_weights
 from flora_torch.model_weights import Holder, Place, Site
@@ -22,7 +23,6 @@ from flora_torch.peft.files import (
     checkpoint_key,
     describe,
     file_update,
-    file_weights,
     fitted_state,
     stored_state,
 )
@@ -114,7 +114,7 @@ class FloraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         if config.is_from_file:
-            missing = sorted(set(file_weights(config)) - set(updates_by_weight(model, adapter_name)))
+            missing = sorted(set(config.file_weights) - set(updates_by_weight(model, adapter_name)))
             if missing:
                 raise ValueError(
                     f"FloraConfig: the file changes {missing[0]!r}, which target_modules or target_parameters leave out"
@@ -165,7 +165,7 @@ class FloraModel(BaseTuner):
         names = [parameter_name] if parameter_name else list(_weights_of(key, base, peft_config))
         parent = parent.base_layer if isinstance(parent, FloraTunerLayer) else parent
         for name in names:
-            if peft_config.is_from_file and f"{key}.{name}" not in file_weights(peft_config):
+            if peft_config.is_from_file and f"{key}.{name}" not in peft_config.file_weights:
                 continue
             inside, _, own = name.rpartition(".")
             if inside:  # as the output projection of attention, which a child owns
@@ -201,13 +201,11 @@ class FloraModel(BaseTuner):
         parent.add_module(child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leave updates in 32 bits on a 16-bit base, as they are made; with ``False`` give them the base's type."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            return
+        """Give updates 32 bits, as they are made on a 16-bit base; with ``False`` the type of the base."""
         for layer in _layers(self.model):
             for parameter, update in layer.updates(adapter_name).items():
                 dtype = layer.original(parameter).dtype
+                dtype = default_dtype(update.core.dtype) if autocast_adapter_dtype else dtype
                 if dtype.is_floating_point and dtype.itemsize > 1:
                     update.to(dtype)
 
@@ -401,7 +399,7 @@ def _weights_of(key: str, base: nn.Module, config: FloraConfig) -> Iterable[str]
     """List the weights of a module that are meant where the module is."""
     names = layer_weights(base)
     if config.is_from_file:
-        own = [name.rpartition(".")[2] for name in file_weights(config) if name.rpartition(".")[0] == key]
+        own = [name.rpartition(".")[2] for name in config.file_weights if name.rpartition(".")[0] == key]
         return dict.fromkeys([*own, *names])
     if not names:
         own = ", ".join(f"{key}.{name}" for name, _ in base.named_parameters(recurse=False)) or "none"
