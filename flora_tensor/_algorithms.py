@@ -13,13 +13,16 @@ from flora_tensor._arrays import (
     epsilon,
     float_squares,
     host_squares,
+    host_view,
+    is_differentiated,
     squared_norm,
     stop_gradient,
     suffix_sums,
     to_numpy,
 )
-from flora_tensor._bases import Basis, below_reach, mode_basis
+from flora_tensor._bases import Basis, Keep, below_reach, by_gram, grams_of, mode_bases, mode_basis
 from flora_tensor._checks import feasible_ranks
+from flora_tensor._gram import SHORT, is_long_pass
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import contract, multi_mode_dot
 
@@ -60,14 +63,14 @@ class Target:
 
 def hosvd_of(xp: Namespace, x: Array, target: Target, squares: float | None = None) -> Truncation:
     """Truncate every unfolding of ``x`` itself; ``squares`` is ‖X‖² where the caller knows it."""
-    bases = [mode_basis(xp, x, mode, target.accuracy) for mode in range(len(x.shape))]
-    if target.ranks is not None:
-        ranks = target.ranks
-    else:
+    keep: Sequence[Keep] | None = target.ranks
+    if keep is None:
         allowed = target.rtol**2 * _known(squares, "hosvd", xp, x) / len(x.shape)
-        ranks = tuple(rank_within(b.values, allowed) for b in bases)
-    factors = [b.vectors[:, :r] for b, r in zip(bases, ranks)]
+        keep = [lambda values: rank_within(values, allowed)] * len(x.shape)
+    bases = mode_bases(xp, x, target.accuracy, keep)
+    factors = [b.vectors for b in bases]
     core = multi_mode_dot(x, factors, transpose=True)
+    ranks = tuple(core.shape)
     result = Truncation(core, factors, [b.values for b in bases], "exact")
     return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
 
@@ -89,31 +92,68 @@ def st_hosvd_of(
     factors: list[Array] = [None] * len(order)
     values: list[Array] = [None] * len(order)
     left = target.rtol**2 * _known(squares, "st_hosvd", xp, x) if target.ranks is None else 0.0
+    rest = _Rest(xp, x)
     for step, mode in enumerate(order):
-        if quick and target.ranks is not None:
-            vectors, values[mode] = _quick_basis(xp, x, mode, target.ranks[mode])
+        if target.ranks is None:
+            allowed = left / (len(order) - step)
+            basis = rest.basis(mode, target.accuracy, lambda values, a=allowed: rank_within(values, a))
+            left -= tail(basis.values, basis.vectors.shape[1])
+        elif quick:
+            basis = _quick_basis(rest, mode, target.ranks[mode])
         else:
-            vectors, values[mode] = mode_basis(xp, x, mode, target.accuracy)
-        if target.ranks is not None:
-            rank = target.ranks[mode]
-        else:
-            rank = rank_within(values[mode], left / (len(order) - step))
-            left -= tail(values[mode], rank)
-        factors[mode] = vectors[:, :rank]
-        x = multi_mode_dot(x, [factors[mode]], modes=[mode], transpose=True)
-    result = Truncation(x, factors, values, "sequential" if len(order) > 1 else "exact")
-    ranks = tuple(x.shape)
+            basis = rest.basis(mode, target.accuracy, target.ranks[mode])
+        factors[mode], values[mode] = basis
+        rest.truncate(mode, basis.vectors)
+    core = rest.formed()
+    result = Truncation(core, factors, values, "sequential" if len(order) > 1 else "exact")
+    ranks = tuple(core.shape)
     return result if ranks == feasible_ranks(ranks, ranks) else all_orthogonal(xp, result)
+
+
+class _Rest:
+    """The tensor that the truncations of ST-HOSVD leave.
+
+    Short modes shrink it by little: by their factors it is multiplied along with that of the next long mode, and until
+    then only its Gram matrices are summed. A second tensor of nearly the same size is never held.
+    """
+
+    def __init__(self, xp: Namespace, x: Array) -> None:
+        self.xp, self.x = xp, x
+        self.waiting: dict[int, Array] = {}
+        self.grams = grams_of(x)
+
+    def basis(self, mode: int, accuracy: float, keep: Keep) -> Basis:
+        """Return the leading left singular vectors of an unfolding."""
+        size = math.prod(self.waiting[k].shape[1] if k in self.waiting else n for k, n in enumerate(self.x.shape))
+        if self.x.shape[mode] ** 2 > size or not by_gram(self.xp, self.x, mode, accuracy):
+            self.formed()
+        return mode_basis(self.xp, self.x, mode, accuracy, keep, self.grams)
+
+    def truncate(self, mode: int, factor: Array) -> None:
+        """Multiply by the conjugate transpose of a factor, now or later."""
+        self.waiting[mode] = factor
+        short = factor.shape[0] <= SHORT and 4 * factor.shape[1] > factor.shape[0] and is_long_pass(self.x)
+        if self.grams is not None and short and not is_differentiated(self.x):
+            self.grams = self.grams.after(mode, np.asarray(host_view(factor)))
+        else:
+            self.formed()
+
+    def formed(self) -> Array:
+        """Return the tensor, multiplied by all factors."""
+        if self.waiting:
+            self.x = multi_mode_dot(self.x, list(self.waiting.values()), modes=list(self.waiting), transpose=True)
+            self.waiting, self.grams = {}, grams_of(self.x)
+        return self.x
 
 
 def _known(squares: float | None, where: str, xp: Namespace, x: Array) -> float:
     return float_squares(where, xp, x) if squares is None else squares
 
 
-def _quick_basis(xp: Namespace, x: Array, mode: int, rank: int) -> Basis:
+def _quick_basis(rest: _Rest, mode: int, rank: int) -> Basis:
     """Try the Gram kernel, and take the exact one where what is kept or what is cut lies below the former's reach."""
-    basis = mode_basis(xp, x, mode, accuracy=1.0)
-    return mode_basis(xp, x, mode) if below_reach(xp, basis, rank) else basis
+    basis = rest.basis(mode, 1.0, rank)
+    return rest.basis(mode, 0.0, rank) if below_reach(rest.xp, basis, rank) else basis
 
 
 def hooi_of(
@@ -131,18 +171,22 @@ def hooi_of(
     if squares is None:  # only a symbol under a trace: nothing to decide by
         most, squares = min(most, 5), math.inf
     error = squares - float_squares("hooi", xp, core) if math.isfinite(squares) else math.inf
-    modes = by_shrinkage(x.shape, ranks)
-    last_gain = math.inf
-    for sweep in range(1, most + 1):
-        core = _sweep(xp, x, modes, factors)
+    # A mode of full rank has nothing to improve, and turning the tensor along it changes no other mode's basis.
+    full = [k for k, r in enumerate(ranks) if r == x.shape[k]]
+    modes = [k for k in by_shrinkage(x.shape, ranks) if k not in full]
+    last_gain, sweeps = math.inf, 0
+    while sweeps < most:
+        core, sweeps = _sweep(xp, x, modes, factors), sweeps + 1
         if not math.isfinite(squares):
             continue
         before, error = error, max(squares - float_squares("hooi", xp, core), 0.0)
         gain = before - error
         if gain_to_come(gain, last_gain) <= max(enough * error, epsilon(xp, x.dtype) * squares):
-            return replace(start, core=core, factors=factors), sweep
+            break
         last_gain = gain
-    return replace(start, core=core, factors=factors), most
+    if sweeps:
+        core = multi_mode_dot(core, [factors[k] for k in full], modes=full, transpose=True)
+    return replace(start, core=core, factors=factors), sweeps
 
 
 def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]) -> Array:
@@ -154,7 +198,7 @@ def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]
     """
     if len(modes) == 1:
         (mode,) = modes
-        factors[mode] = mode_basis(xp, partial, mode).vectors[:, : factors[mode].shape[1]]
+        factors[mode] = mode_basis(xp, partial, mode, 0.0, factors[mode].shape[1]).vectors
         return multi_mode_dot(partial, [factors[mode]], modes=modes, transpose=True)
     first, second = modes[0::2], modes[1::2]
     _sweep(xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors)
@@ -178,7 +222,7 @@ def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
     """Rotate the factors so that the core is all-orthogonal, and drop directions that the core cannot use; exact."""
     if 0 in result.core.shape:
         return result
-    inner = [mode_basis(xp, result.core, mode).vectors for mode in range(len(result.factors))]
+    inner = [basis.vectors for basis in mode_bases(xp, result.core)]
     core = multi_mode_dot(result.core, inner, transpose=True)
     return replace(result, core=core, factors=[xp.matmul(u, v) for u, v in zip(result.factors, inner)])
 

@@ -1,21 +1,20 @@
 """Orthonormal bases of a tensor's unfoldings: the numerical kernels under every decomposition.
 
-Two kernels give all left singular vectors of an unfolding:
+Two kernels give left singular vectors of an unfolding:
 
-* *Gram*: the eigenvectors of A Aᴴ, accumulated in float64. Forming A Aᴴ squares the singular values, so those below
-about √eps of the
-  largest drown in rounding: 1.5e-8 in float64. For float32 data that lies *below* what LAPACK's float32 SVD
-  resolves (eps = 1.2e-7), so the kernel loses nothing there. In float32 it would lose everything below 3e-4
-  (measured: a tolerance of 1e-4 then keeps 339 directions where 256 do).
+* *Gram*: the eigenvectors of A Aᴴ, or of Aᴴ A where that is smaller, accumulated in float64. Forming A Aᴴ squares the
+  singular values, so those below about √eps of the largest drown in rounding: 1.5e-8 in float64. For float32 data that
+  lies *below* what LAPACK's float32 SVD resolves (eps = 1.2e-7), so the kernel loses nothing there. In float32 it would
+  lose everything below 3e-4 (measured: a tolerance of 1e-4 then keeps 339 directions where 256 do).
 * *LQ*: the SVD of the small triangular factor of an LQ factorization. Resolves down to eps of the working type; several
-times dearer.
+  times dearer.
 
 `mode_basis` takes the first where it loses nothing and the second elsewhere.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat
 import numpy as np
@@ -34,26 +33,38 @@ from flora_tensor._arrays import (
     stop_gradient,
     times_power_of_two,
 )
+from flora_tensor._gram import Grams, eigenvalues, leading_eigenvectors, settle
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import unfold
-
-# Entries of an unfolding that are cast to float64 and multiplied at a time: this many, or an eighth of the tensor if
-# that is more, a quarter of the memory of float32. Few large products are faster than many small ones: after each of
-# them NumPy copies one triangle of the result to the other, which for 8 blocks takes a third of syrk's time (measured).
-_BLOCK = 1 << 17
 
 # Relative size of the smallest singular value that a Gram matrix in float64 still resolves, with a margin.
 GRAM_FLOOR = 1e-7
 
 
+# Entries of an unfolding on a device that are cast to float64 at a time.
+_DEVICE_BLOCK = 1 << 24
+
+# How many vectors are wanted: a number, what says so given all singular values, or all there are.
+Keep: TypeAlias = int | Callable[[Array], int] | None
+
+
 class Basis(NamedTuple):
-    """Left singular vectors (n, m), m = min(n, columns), and singular values (m,) in decreasing order."""
+    """Leading left singular vectors (n, k), and all m = min(n, columns) singular values (m,) in decreasing order."""
 
     vectors: Array
     values: Array
 
 
-def mode_basis(xp: Namespace, x: Array, mode: int, accuracy: float = 0.0) -> Basis:
+def mode_bases(xp: Namespace, x: Array, accuracy: float = 0.0, keep: Sequence[Keep] | None = None) -> list[Basis]:
+    """Do what `mode_basis` does for every mode; short modes side by side share a pass over the tensor."""
+    grams = grams_of(x)
+    wanted = [None] * len(x.shape) if keep is None else keep
+    return [mode_basis(xp, x, mode, accuracy, k, grams) for mode, k in enumerate(wanted)]
+
+
+def mode_basis(
+    xp: Namespace, x: Array, mode: int, accuracy: float = 0.0, keep: Keep = None, grams: Grams | None = None
+) -> Basis:
     """Return the left singular vectors and the singular values of an unfolding.
 
     The vectors are orthonormal whatever the rank, zero included. The entry of largest magnitude in each is positive
@@ -70,40 +81,95 @@ def mode_basis(xp: Namespace, x: Array, mode: int, accuracy: float = 0.0) -> Bas
     accuracy : float
         Singular values down to this share of the largest must be right. What the data type itself resolves is always
         enough: 0 asks for that.
+    keep : int or callable, optional
+        How many vectors are wanted, by default all. A few of a large mode's take half the time and a fraction of the
+        memory.
+    grams : Grams, optional
+        The Gram matrices of ``x``, where several modes' bases are wanted.
     """
-    size = x.shape[mode]
-    columns = math.prod(x.shape) // size if size else 0
-    resolved = max(accuracy, epsilon(xp, x.dtype))
-    if size > columns or size == 0 or resolved < GRAM_FLOOR:
-        return left_basis(unfold(x, mode))
-    constant = stop_gradient(x)
-    host = host_view(constant)
-    if host is not None:
-        gram, k = _near_one(np, _host_gram(host, mode), epsilon(xp, x.dtype))
-        eigenvalues, eigenvectors = np.linalg.eigh(gram)
-        device = array_api_compat.device(x)
-        vectors = xp.asarray(eigenvectors[:, ::-1].astype(host.dtype), device=device)
-        values = np.sqrt(np.ldexp(np.maximum(eigenvalues[::-1], 0.0), k)).astype(host.real.dtype)
-        values = xp.asarray(values, device=device)
-    elif "64" in str(accumulation_dtype(xp, x)):
-        vectors, values = _device_gram_basis(xp, constant, mode)
+    if not by_gram(xp, x, mode, accuracy):
+        return _first(left_basis(unfold(x, mode)), keep)
+    if _is_long(x, mode):
+        return _long_basis(xp, unfold(x, mode), accuracy, keep)
+    grams = grams or grams_of(x)
+    if grams is None:
+        vectors, values = _device_gram_basis(xp, stop_gradient(x), mode)
     else:
-        return left_basis(unfold(x, mode))
+        vectors, values = _host_gram_basis(xp, x, grams, mode, None if is_differentiated(x) else keep)
     vectors = with_fixed_signs(xp, vectors)
     if is_differentiated(x):
         vectors, values = _with_derivatives(xp, unfold(x, mode), vectors, values)
-    return Basis(vectors, values)
+    return _first(Basis(vectors, values), keep)
 
 
-def mode_values(xp: Namespace, x: Array, mode: int) -> Array:
+def mode_values(xp: Namespace, x: Array, mode: int, grams: Grams | None = None) -> Array:
     """Return only the singular values of an unfolding, as `mode_basis` would, for a fraction of its cost."""
-    size = x.shape[mode]
-    host = host_view(x) if epsilon(xp, x.dtype) >= GRAM_FLOOR and 0 < size <= math.prod(x.shape) // size else None
-    if host is None or is_differentiated(x):
-        return mode_basis(xp, x, mode).values
-    gram, k = _near_one(np, _host_gram(host, mode), epsilon(xp, x.dtype))
-    values = np.sqrt(np.ldexp(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0), k))
-    return xp.asarray(values.astype(host.real.dtype), device=array_api_compat.device(x))
+    grams = grams or grams_of(x)
+    if grams is None or is_differentiated(x) or not by_gram(xp, x, mode, 0.0):
+        return mode_basis(xp, x, mode, 0.0, 0).values
+    if _is_long(x, mode):
+        return mode_values(xp, hermitian(xp, unfold(x, mode)), 0)
+    gram = grams.of(mode)
+    k = settle(gram.T, epsilon(xp, x.dtype) ** 4)
+    return _roots(xp, x, grams, eigenvalues(gram), k)
+
+
+def all_mode_values(xp: Namespace, x: Array) -> list[Array]:
+    """Return the singular values of every unfolding; short modes side by side share a pass over the tensor."""
+    grams = grams_of(x)
+    return [mode_values(xp, x, mode, grams) for mode in range(len(x.shape))]
+
+
+def by_gram(xp: Namespace, x: Array, mode: int, accuracy: float) -> bool:
+    """Tell whether the Gram kernel loses nothing, and is there where the array lives."""
+    if 0 in x.shape or max(accuracy, epsilon(xp, x.dtype)) < GRAM_FLOOR:
+        return False
+    if _is_long(x, mode) and is_differentiated(x):  # QR has no derivative where directions are without content
+        return False
+    return "64" in str(accumulation_dtype(xp, x)) or host_view(stop_gradient(x)) is not None
+
+
+def _is_long(x: Array, mode: int) -> bool:
+    return x.shape[mode] ** 2 > math.prod(x.shape)
+
+
+def grams_of(x: Array) -> Grams | None:
+    """Return the Gram matrices of a tensor that lies in the processor's memory."""
+    host = host_view(stop_gradient(x))
+    return None if host is None else Grams(host)
+
+
+def _host_gram_basis(xp: Namespace, x: Array, grams: Grams, mode: int, keep: Keep) -> tuple[Array, Array]:
+    gram = grams.of(mode)
+    k = settle(gram.T, epsilon(xp, x.dtype) ** 4)
+    count = (lambda found: keep(_roots(xp, x, grams, found, k))) if callable(keep) else keep
+    found, vectors = leading_eigenvectors(gram, len(gram) if count is None else count, grams.x.dtype)
+    return xp.asarray(vectors, device=array_api_compat.device(x)), _roots(xp, x, grams, found, k)
+
+
+def _roots(xp: Namespace, x: Array, grams: Grams, squares: Any, k: int) -> Array:
+    """Return singular values in the type of ``x`` from the eigenvalues, times 2**-k, of a Gram matrix."""
+    values = np.sqrt(np.ldexp(np.maximum(squares, 0.0), k)).astype(grams.x.real.dtype)
+    return xp.asarray(values, device=array_api_compat.device(x))
+
+
+def _long_basis(xp: Namespace, matrix: Array, accuracy: float, keep: Keep) -> Basis:
+    """Find A = U Σ Vᴴ, with more rows than columns, by its short side: the columns of A V = U Σ are orthogonal."""
+    short, values = mode_basis(xp, hermitian(xp, matrix), 0, accuracy, keep)
+    images, lengths = xp.matmul(matrix, short), values[: short.shape[1]]
+    if lengths.shape[0] and 32 * float(lengths[-1]) > float(lengths[0]):
+        # Where none is short, dividing by their lengths is as good as QR and far cheaper.
+        vectors = images / lengths[None, :]
+    else:
+        vectors = orthonormal_columns(xp, images)
+    return Basis(with_fixed_signs(xp, vectors), values)
+
+
+def _first(basis: Basis, keep: Keep) -> Basis:
+    """Leave out the vectors that are not wanted."""
+    if keep is None:
+        return basis
+    return Basis(basis.vectors[:, : keep(basis.values) if callable(keep) else keep], basis.values)
 
 
 def left_basis(matrix: Array) -> Basis:
@@ -138,21 +204,10 @@ def leading_basis(xp: Namespace, x: Array, mode: int, rank: int, size: int) -> A
     All of a wide basis costs little more than its first columns: the Gram matrix of the unfolding's shorter side, and
     QR where that is the right one.
     """
-    n = x.shape[mode]
-    columns = math.prod(x.shape) // n
-    matrix = unfold(x, mode)
-    if columns <= rank:
-        return orthonormal_columns(xp, matrix)
-    basis = mode_basis(xp, x, mode, 1.0) if n <= columns else mode_basis(xp, hermitian(xp, matrix), 0, 1.0)
-    if below_reach(xp, basis, rank):
-        return left_basis(matrix).vectors[:, :size]
-    leading = basis.vectors[:, :size]
-    if n <= columns:
-        return leading
-    images, lengths = xp.matmul(matrix, leading), basis.values[:size]
-    weakest, longest = float(lengths[-1]), float(lengths[0])
-    # The images are orthogonal; where none is short, dividing by their lengths is as good as QR and far cheaper.
-    return images / lengths[None, :] if 32 * weakest > longest else orthonormal_columns(xp, images)
+    if math.prod(x.shape) <= rank * x.shape[mode]:
+        return orthonormal_columns(xp, unfold(x, mode))
+    basis = mode_basis(xp, x, mode, 1.0, size)
+    return left_basis(unfold(x, mode)).vectors[:, :size] if below_reach(xp, basis, rank) else basis.vectors
 
 
 def below_reach(xp: Namespace, basis: Basis, rank: int) -> bool:
@@ -173,23 +228,17 @@ def orthonormal_columns(xp: Namespace, matrix: Array) -> Array:
     return xp.linalg.qr(_near_one(xp, matrix)[0])[0]
 
 
-def _near_one(xp: Namespace, matrix: Array, eps: float = 0.0) -> tuple[Array, int]:
+def _near_one(xp: Namespace, matrix: Array) -> tuple[Array, int]:
     """Return ``matrix · 2**-k`` with entries of at most one, without those that are nothing beside the largest, and k.
-
-    ``eps`` is the rounding of the data that the matrix was computed from, where that is coarser than its own.
 
     Products and reflections of tensors of low rank leave rounding of rounding, smaller by eps from step to step. It
     soon meets the subnormal numbers, whose rounding depends on the scale, and the last vectors are made of it: they
     have the same bits at every scale only if the factorization is given the same bits.
     """
-    floor = max(eps, epsilon(xp, matrix.dtype)) ** 4
+    floor = epsilon(xp, matrix.dtype) ** 4
     if array_api_compat.is_numpy_array(matrix):  # the same in few calls, as most of these matrices are small
         copy = np.array(matrix, order="C")
-        parts = copy.view(np.finfo(copy.dtype).dtype)
-        k = math.frexp(float(np.abs(parts).max(initial=0.0)))[1]
-        np.ldexp(parts, -k, out=parts)
-        parts[np.abs(parts) <= floor] = 0.0
-        return copy, k
+        return copy, settle(copy, floor)
     k = power_of_two(xp, matrix)
     scaled = times_power_of_two(matrix, -k)
 
@@ -220,44 +269,13 @@ def gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.rand
     return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)
 
 
-def column_blocks(xp: Namespace, x: Array, mode: int, width: int) -> Iterator[Array]:
-    """Cut an unfolding into blocks (n, ≤ ``width``) of its columns, in their order, without copying the whole."""
-    n = x.shape[mode]
-    before, after = math.prod(x.shape[:mode]), math.prod(x.shape[mode + 1 :])
-    slabs = xp.reshape(x, (before, n, after))
-    together = max(1, width // max(after, 1))
-    for start in range(0, before, together):
-        stop = min(before, start + together)
-        if stop == start + 1:
-            slab = slabs[start, ...]
-        else:
-            slab = xp.reshape(xp.permute_dims(slabs[start:stop, ...], (1, 0, 2)), (n, (stop - start) * after))
-        for left in range(0, slab.shape[1], width):
-            yield slab[:, left : min(left + width, slab.shape[1])]
-
-
-def _host_gram(x: Any, mode: int) -> Any:
-    """Return A Aᴴ of an unfolding in float64 (complex128), block by block: the tensor is neither copied nor cast whole.
-
-    NumPy recognizes a product of a matrix with its own transpose and computes half of it (syrk).
-    """
-    n = x.shape[mode]
-    dtype = np.complex128 if np.iscomplexobj(x) else np.float64
-    gram = np.zeros((n, n), dtype=dtype)
-    xp = array_api_compat.array_namespace(x)  # NumPy itself has permute_dims since 2.0 only
-    for block in column_blocks(xp, x, mode, max(1, max(_BLOCK, x.size // 8) // n)):
-        part = np.ascontiguousarray(block, dtype=dtype)
-        gram += part @ (part.conj().T if np.iscomplexobj(part) else part.T)
-    return gram
-
-
 def _device_gram_basis(xp: Namespace, x: Array, mode: int) -> tuple[Array, Array]:
     """Do as the Gram kernel does where the array lives: on a device, or under a trace."""
     matrix = unfold(x, mode)
     wide = xp.complex128 if is_complex(xp, x.dtype) else xp.float64
     n, p = matrix.shape
     gram = xp.zeros((n, n), dtype=wide, device=array_api_compat.device(x))
-    width = max(n, _BLOCK * 128 // n)
+    width = max(n, _DEVICE_BLOCK // n)
     for left in range(0, p, width):
         part = xp.astype(matrix[:, left : min(left + width, p)], wide)
         gram = gram + xp.matmul(part, hermitian(xp, part))

@@ -13,7 +13,8 @@ import numpy as np
 
 from flora_tensor._algorithms import Target, Truncation, cheapest_order, st_hosvd_of
 from flora_tensor._arrays import epsilon, hermitian, to_numpy, widest_dtype
-from flora_tensor._bases import column_blocks, complement, gaussian, orthonormal_columns
+from flora_tensor._bases import complement, gaussian, orthonormal_columns
+from flora_tensor._gram import column_blocks
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
 

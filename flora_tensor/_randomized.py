@@ -32,7 +32,7 @@ from flora_tensor._algorithms import (
     st_hosvd_of,
 )
 from flora_tensor._arrays import epsilon, float_squares, hermitian
-from flora_tensor._bases import complement, gaussian, leading_basis, mode_values, orthonormal_columns
+from flora_tensor._bases import all_mode_values, complement, gaussian, leading_basis, orthonormal_columns
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -144,7 +144,7 @@ def randomized_of(
         grown = sides[products % 2]
         sides[products % 2] = _Side.of(x, directions) if grown is None else grown.grown(xp, x, directions, earlier)
         here, there = there, here
-    values = [mode_values(xp, core, mode) for mode in range(len(ranks))]
+    values = all_mode_values(xp, core)
     return Truncation(inner.core, factors, values, "leading"), products
 
 

@@ -18,7 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums, to_numpy
-from flora_tensor._bases import column_blocks, gaussian, orthonormal_columns
+from flora_tensor._bases import gaussian, orthonormal_columns
+from flora_tensor._gram import column_blocks
 from flora_tensor._krylov import KrylovSpace, columns_at_a_time
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
 from flora_tensor._typing import Array, Namespace

@@ -30,6 +30,9 @@ _SMALL_PRODUCT = 8192
 # Entries that are copied so at a time: what the processor's cache holds.
 _TURNED = 1 << 18
 
+# Tensors from this many entries on are multiplied along several modes in so many parts, to save memory.
+_LARGE, _PARTS = 1 << 20, 16
+
 
 def unfold(x: Array, mode: int) -> Array:
     """Lay out a tensor as a matrix whose rows are one mode.
@@ -221,6 +224,8 @@ def multi_mode_dot(
     if len({k for k, _ in steps}) == len(steps):
         order = contraction_order([m.shape[1] for _, m in steps], [m.shape[0] for _, m in steps])
         steps = [steps[i] for i in order]
+        if _holds_much(x, steps):
+            return _multiply_in_parts(xp, x, steps)
     for k, m in steps:
         x, m = promote(xp, x, m)
         x = contract(xp, x, m, k)
@@ -268,6 +273,34 @@ def contraction_order(inner: Sequence[int], outer: Sequence[int]) -> list[int]:
         return (b - a) / (b * (a + _WRITE_COST))
 
     return sorted(range(len(inner)), key=key)
+
+
+def _holds_much(x: Array, steps: Sequence[tuple[int, Array]]) -> bool:
+    """Tell whether the first of several products leaves much of a large tensor, and the last one little."""
+    if len(steps) < 2 or is_torch(x) or not array_api_compat.is_numpy_array(x) or x.size < _LARGE:
+        return False
+    ratios = [m.shape[0] / m.shape[1] for _, m in steps]
+    return 4 * ratios[0] > 1 and 2 * math.prod(ratios) < ratios[0]
+
+
+def _multiply_in_parts(xp: Namespace, x: Any, steps: Sequence[tuple[int, Any]]) -> Any:
+    """Multiply along several modes, of a part of the tensor at a time: no tensor between it and the result is held."""
+    matrices = dict(steps)
+    along = max(range(x.ndim), key=lambda k: (k not in matrices and x.shape[k] >= _PARTS, x.shape[k]))
+    shape = [matrices[k].shape[0] if k in matrices else n for k, n in enumerate(x.shape)]
+    result = np.zeros(shape, np.result_type(x, *matrices.values()))
+    rows = -(-x.shape[along] // _PARTS)
+    for start in range(0, x.shape[along], rows):
+        here = (*(slice(None),) * along, slice(start, start + rows))
+        part = x[here]
+        for k, m in steps:
+            part, m = promote(xp, part, m[:, start : start + rows] if k == along else m)
+            part = contract(xp, part, m, k)
+        if along in matrices:
+            result += part
+        else:
+            result[here] = part
+    return result
 
 
 def contract(xp: Namespace, x: Array, matrix: Array, mode: int, out: Array | None = None) -> Array:

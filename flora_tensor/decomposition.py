@@ -293,7 +293,7 @@ def tucker(
 
     1. Full ranks cut nothing: HOSVD.
     2. Where at least two modes shrink to less than half and five products with thin bases, and the small steps
-       between them, are estimated to cost less than the Gram matrices of ST-HOSVD, and nobody differentiates through
+       between them, are estimated to cost less than ST-HOSVD and two sweeps of HOOI, and nobody differentiates through
        ``x``: the randomized method. It alternates products of ``x`` with bases wider than the ranks and HOOI inside
        the small core these leave. Four products at least, five on spectra that decay; it ends when a product lowers
        the squared error by less than 0.02 %, or all to come are expected to by less than 0.03 %. A matrix is projected

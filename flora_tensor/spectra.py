@@ -30,7 +30,16 @@ from flora_tensor._arrays import (
     to_numpy,
     working_dtype,
 )
-from flora_tensor._bases import Basis, mode_basis, mode_values, orthonormal_columns, safe_inverse, with_fixed_signs
+from flora_tensor._bases import (
+    Basis,
+    all_mode_values,
+    mode_bases,
+    mode_basis,
+    mode_values,
+    orthonormal_columns,
+    safe_inverse,
+    with_fixed_signs,
+)
 from flora_tensor._checks import as_int, check_tensor
 from flora_tensor._frontiers import Choices, Frontier
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid, table_of
@@ -359,7 +368,7 @@ def mode_spectra(x: Array) -> ModeSpectra:
         short = 0 if x.shape[0] <= x.shape[1] else 1
         values = (times_power_of_two(mode_values(xp, scaled, short), k),) * 2
     else:
-        values = tuple(times_power_of_two(mode_values(xp, scaled, mode), k) for mode in range(len(x.shape)))
+        values = tuple(times_power_of_two(v, k) for v in all_mode_values(xp, scaled))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
     norm = math.ldexp(ready.norm(), k)
@@ -452,7 +461,7 @@ def spectrum_of(ready: "Prepared", accuracy: float = 0.0) -> Spectrum:
     if len(x.shape) == 2:
         bases, core = _matrix_bases(xp, x, accuracy)
     else:
-        bases = [mode_basis(xp, x, mode, accuracy) for mode in range(len(x.shape))]
+        bases = mode_bases(xp, x, accuracy)
         core = multi_mode_dot(x, [b.vectors for b in bases], transpose=True)
     return Spectrum(
         values=tuple(times_power_of_two(b.values, k) for b in bases),
