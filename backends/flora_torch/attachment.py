@@ -413,7 +413,7 @@ class UpdateOptions:
 
     def check_used(self, targets: list[Site]) -> None:
         """Refuse options that meant nothing."""
-        names = [name for site in targets for name in site.names]
+        names = dict.fromkeys(name for site in targets for name in site.names)
         for option in (self.ranks, self.scale, self.arrangement):
             option.check_used(targets)
         single = self.arrangement.value if self.arrangement.table is None else None
@@ -445,6 +445,9 @@ def install(
     wrappers: dict[int, FloraLayer] = {}
     steps: list[tuple[FloraLayer, TuckerUpdate, str]] = []
     doors: list[tuple[Place, FloraLayer]] = []
+    adapted: dict[int, list[str]] = {}
+    for holder in (holder for plan in plans for holder in plan.site.holders):
+        adapted.setdefault(id(holder.module), []).append(holder.parameter)
     for plan in plans:
         for holder in plan.site.holders:
             identity = id(holder.module)
@@ -452,7 +455,7 @@ def install(
             refuse_sharded(f"attach: {plan.site.name}", plan.site.weight)
             if wrapper is None:
                 _refuse_compiled(plan.site.name, holder.places)
-                wrapper = _wrap(holder.module, _parameters_of(holder.module, plans), path, memory, plan.site.name)
+                wrapper = _wrap(holder.module, adapted[identity], path, memory, plan.site.name)
                 doors.extend((place, wrapper) for place in holder.places)
             wrappers[identity] = wrapper
             try:
@@ -479,10 +482,6 @@ def _refuse_compiled(name: str, places: Sequence[Place]) -> None:
             f"attach: the module of {name!r} was compiled by itself, and would go on without the adapter; attach first,"
             " or compile it in place (module.compile()), or the whole model"
         )
-
-
-def _parameters_of(module: nn.Module, plans: list[Plan]) -> list[str]:
-    return [h.parameter for plan in plans for h in plan.site.holders if h.module is module]
 
 
 def _wrap(module: nn.Module, parameters: list[str], path: Path, memory: Memory, name: str) -> FloraLayer:
