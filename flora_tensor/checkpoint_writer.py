@@ -159,7 +159,12 @@ class CheckpointWriter:
 
 @contextmanager
 def write_checkpoint(
-    out: str | os.PathLike[str], layout: Layout, *, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+    out: str | os.PathLike[str],
+    layout: Layout,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    beside: Sequence[Path] = (),
 ) -> Generator[CheckpointWriter]:
     """Open a checkpoint for writing; it appears when the block ends, and not at all if the block fails.
 
@@ -174,6 +179,8 @@ def write_checkpoint(
         Text to store in each file.
     overwrite : bool, default False
         Whether an existing file, or a directory that holds nothing but a checkpoint, is replaced.
+    beside : sequence of Path
+        Files to copy into the directory; a directory that is replaced may hold files of their names.
 
     Yields
     ------
@@ -214,9 +221,13 @@ def write_checkpoint(
             yield writer
         return
     with (
-        staged_directory("write_checkpoint", target, overwrite=overwrite, owned=OWNED_NAMES) as stage,
+        staged_directory(
+            "write_checkpoint", target, overwrite=overwrite, owned=(*OWNED_NAMES, *(file.name for file in beside))
+        ) as stage,
         write_files(stage, layout, metadata=metadata) as writer,
     ):
+        for file in beside:
+            write_file(stage / file.name, file.read_bytes())
         yield writer
 
 

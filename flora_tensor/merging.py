@@ -45,6 +45,8 @@ class MergeReport(Report):
         Tensors copied bit for bit.
     files : tuple of str
         The names of the files written.
+    beside : tuple of str
+        The names of the files that were copied from the base's directory.
 
     References
     ----------
@@ -55,6 +57,7 @@ class MergeReport(Report):
     replaced: tuple[str, ...]
     copied: tuple[str, ...]
     files: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""
@@ -63,7 +66,7 @@ class MergeReport(Report):
     def to_table(self) -> str:
         """Return the counts, as one line of text."""
         counts = f"{len(self.merged)} tensors merged, {len(self.replaced)} replaced, {len(self.copied)} copied"
-        return f"{counts}: {', '.join(self.files)}"
+        return f"{counts}: {', '.join(self.files)}{' beside ' if self.beside else ''}{', '.join(self.beside)}"
 
 
 def merge_checkpoint(
@@ -90,7 +93,8 @@ def merge_checkpoint(
     adapter : path or Adapter
         The adapter directory, or what `load_adapter` gave.
     out : path
-        A file, if the name ends in ``.safetensors``, else a directory.
+        A file, if the name ends in ``.safetensors``, else a directory. If the base is a directory too, what lies in it
+        beside the weights (configuration, tokenizer) is copied, so that `from_pretrained` loads the result.
     max_shard_size : int, optional
         The most bytes of data in a file; the base's own division into files by default.
     verify_base : {"warn", "error", "ignore"}
@@ -152,7 +156,8 @@ def merge_checkpoint(
     layout = plan_shards(infos, like=None if single else source, max_shard_size=max_shard_size)
     check_free_space("merge", Path(out), sum(info.n_bytes for info in infos))
     metadata = source.metadata or {"format": "pt"}
-    with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite) as writer:
+    beside = () if single or Path(out).suffix == ".safetensors" else _beside(source.original.path)
+    with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite, beside=beside) as writer:
         for done, info in enumerate(infos):
             if progress:
                 progress("merging", done, len(infos), info.name)
@@ -163,7 +168,17 @@ def merge_checkpoint(
         tuple(i.name for i in infos if i.name in change.whole or (i.name in resized and i.name not in change)),
         tuple(i.name for i in infos if not {i.name, f"{i.name}{NEW_ROWS}"} & {*change, *change.whole}),
         (Path(out).name,) if Path(out).suffix == ".safetensors" else tuple(layout),
+        tuple(file.name for file in beside),
     )
+
+
+def _beside(base: Path) -> tuple[Path, ...]:
+    """List what a model's directory holds beside its weights, and what is needed to use them."""
+    if not base.is_dir():
+        return ()
+    kinds = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
+    found = [file for file in sorted(base.iterdir()) if file.suffix in kinds or file.stem == "LICENSE"]
+    return tuple(file for file in found if file.is_file() and not file.name.endswith(".index.json"))
 
 
 def _info(base: Checkpoint, name: str, resized: Mapping[str, tuple[int, int]]) -> TensorInfo:

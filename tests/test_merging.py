@@ -230,3 +230,25 @@ def test_norms_neither_overflow_nor_vanish(exponent: int, seed: int, tmp_path_fa
     if abs(3 * exponent) < 900:
         assert row.relative_norm == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-12)
         assert row.max_abs == np.ldexp(np.abs(y - x).max(), 3 * exponent)
+
+
+def test_what_a_models_directory_holds_beside_its_weights_is_copied(tmp_path: Path):
+    base = save(tmp_path / "base" / "model.safetensors", {"w": torch.zeros(2, 2)}).parent
+    kept = {"config.json": "{}", "tokenizer.model": "x", "vocab.txt": "a", "modeling.py": "", "LICENSE": "free"}
+    for name, text in {**kept, "model.safetensors.index.json.bak": "", "pytorch_model.bin": "", "notes.md": ""}.items():
+        (base / name).write_text(text)
+    (base / "deeper.json").mkdir()
+    for overwrite in (False, True):
+        report = ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "m", overwrite=overwrite)
+        assert report.beside == tuple(sorted(kept))
+        written = {path.name: path.read_text() for path in (tmp_path / "m").iterdir() if path.suffix != ".safetensors"}
+        assert written == kept
+    assert str(report).endswith(
+        "model.safetensors beside LICENSE, config.json, modeling.py, tokenizer.model, vocab.txt"
+    )
+    # Other files are nobody's to remove.
+    (tmp_path / "m" / "mine.json").write_text("")
+    with pytest.raises(FileExistsError, match=r"mine\.json"):
+        ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "m", overwrite=True)
+    ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "f.safetensors")
+    assert not (tmp_path / "f").exists()

@@ -206,6 +206,8 @@ class TestSelection:
         [
             ({"target_modules": "block.1"}, "target_modules 'block.1' matches no module .* near names: blocks.1"),
             ({"target_modules": "zzz"}, "target_modules 'zzz' matches no module of the model$"),
+            ({"target_modules": "all-linear"}, "matches no module of the model; pass torch.nn.Linear, a class"),
+            ({"target_modules": r".*\.(0|1)"}, r"a regular expression begins with 're:', as 're:.*\\.\(0\|1\)'"),
             ({"target_modules": "norm"}, "no layers of a known kind, such as 'norm', a BatchNorm2d"),
             ({"target_modules": nn.LSTM}, "target_modules LSTM matches no module"),
             ({"target_modules": "re:("}, "the regular expression '\\(' cannot be read"),
@@ -264,6 +266,10 @@ class TestSelection:
         ]:
             with pytest.raises(TypeError, match=message):
                 attach(cnn(), **{"ranks": 2, **options})
+
+    def test_what_is_no_model_is_refused_by_its_kind(self):
+        with pytest.raises(TypeError, match=r"got str for a model; pass an nn\.Module"):
+            attach("model.pt", ranks=2)
 
     def test_models_that_cannot_be_adapted(self):
         with pytest.raises(ValueError, match=r"no layer of the model can be adapted .* it is made of ReLU, Sequential"):

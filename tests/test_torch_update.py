@@ -185,6 +185,9 @@ class TestRanks:
             (1e-9, (1, 1, 1, 1)),
             ((40, 2, 3, 3), (18, 2, 3, 3)),
             ((16, None, 0.5, 3), (16, None, 2, 3)),
+            (np.int64(16), (16, 16, 3, 3)),
+            (np.array([40, 2, 3, 3]), (18, 2, 3, 3)),
+            ([torch.tensor(16), None, np.float32(0.5), np.int32(3)], (16, None, 2, 3)),
         ]:
             assert resolve_ranks(ranks, shape)[1] == given
 

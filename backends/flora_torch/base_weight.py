@@ -84,7 +84,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     >>> own_parameter(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "weight") is None
     True
     """
-    table: dict[str, nn.Parameter | None] = vars(module)["_parameters"]
+    table: dict[str, nn.Parameter | None] = module.__dict__["_parameters"]
     return table.get(name)
 
 
@@ -146,7 +146,7 @@ def check_adaptable(where: str, module: nn.Module, parameter: str) -> BaseWeight
     if weight is None:
         known = ", ".join(weight_names(module)) or "none"
         hint = ""
-        if parameter not in vars(module)["_buffers"] and isinstance(getattr(module, parameter, None), Tensor):
+        if parameter not in module.__dict__["_buffers"] and isinstance(getattr(module, parameter, None), Tensor):
             hint = ", which a hook computes it from; use torch.nn.utils.parametrizations, or make it permanent first"
         raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}{hint}")
     if isinstance(own_parameter(module, parameter), nn.parameter.UninitializedParameter):
@@ -313,7 +313,7 @@ def stand_in(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
     clone: Any = kind.__new__(kind)
     rest = [name for name in _parametrizations(module) if name not in values]
     clone.__dict__.update(vars(module))
-    clone.__dict__["_parameters"] = {k: v for k, v in vars(module)["_parameters"].items() if k not in values}
+    clone.__dict__["_parameters"] = {k: v for k, v in module.__dict__["_parameters"].items() if k not in values}
     # An attribute of the object comes before nn.Module's own look-up, and may be any object.
     clone.__dict__.update({**{name: getattr(module, name) for name in rest}, **values})
     if names := vars(module).get("_flat_weights_names"):
@@ -374,7 +374,7 @@ def _shallow(module: nn.Module) -> Any:
 
 
 def _parametrizations(module: nn.Module) -> Mapping[str, nn.Module]:
-    found: Any = vars(module)["_modules"].get("parametrizations") if parametrize.is_parametrized(module) else None
+    found: Any = module.__dict__["_modules"].get("parametrizations") if parametrize.is_parametrized(module) else None
     return {} if found is None else dict(found.items())
 
 

@@ -340,7 +340,7 @@ class FloraLayer(AdaptedModule):
         """
         for name, tensor in self.base_layer.named_parameters():
             refuse_sharded(f"merge: {name!r} of {type(self.base_layer).__name__}", tensor)
-        if "forward" in vars(self.base_layer):
+        if "forward" in self.base_layer.__dict__:
             raise ValueError(
                 f"merge: the forward of this {type(self.base_layer).__name__} was set on the object itself and would "
                 "go on with the weights of the base; delete that attribute first"

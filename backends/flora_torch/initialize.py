@@ -87,6 +87,7 @@ def resolve_ranks(
     >>> resolve_ranks((0.25, 8, None), (64, 32, 3))
     ((16, 8, None), (16, 8, None))
     """
+    ranks = _plain(ranks)
     if isinstance(ranks, bool | str | bytes) or not isinstance(ranks, int | float | Sequence):
         raise TypeError(f"{where}: ranks is {ranks!r}; pass an integer, a fraction, or one of them a mode")
     wishes = [ranks] * len(shape) if isinstance(ranks, int | float) else list(ranks)
@@ -99,7 +100,13 @@ def resolve_ranks(
     return asked, tuple(None if r is None else f for r, f in zip(asked, feasible))
 
 
+def _plain(value: Any) -> Any:
+    """Return the numbers of an array, a tensor or a scalar of theirs as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _one_rank(where: str, wish: Any, size: int, mode: int) -> int | None:
+    wish = _plain(wish)
     if wish is None:
         return None
     if isinstance(wish, bool) or not isinstance(wish, int | float):

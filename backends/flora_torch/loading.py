@@ -151,6 +151,17 @@ def as_adapter(source: Any) -> Adapter:
     return Adapter(dict(source)) if isinstance(source, Mapping) else ft.load_adapter(source)
 
 
+def _meant(name: str, table: Mapping[str, Site]) -> str:
+    """Return an ending for an error message: the parameter under another prefix, or names that are near."""
+    for other in table:
+        if other.endswith("." + name):
+            return f"; it has {other!r}: put the adapter on that part of the model, {other.removesuffix('.' + name)!r}"
+        if name.endswith("." + other):
+            prefix = name.removesuffix(other)
+            return f"; it has {other!r}: pass the model around it, or a mapping of names without {prefix!r}"
+    return near(name, table)
+
+
 def plan_of(
     where: str,
     adapter: Adapter,
@@ -163,7 +174,7 @@ def plan_of(
     """Build the update of one entry of an adapter."""
     site = table.get(name)
     if site is None:
-        raise ValueError(f"{where}: the model has no parameter {name!r}{near(name, table)}")
+        raise ValueError(f"{where}: the model has no parameter {name!r}{_meant(name, table)}")
     weight = adaptable(f"{where}: {name}", site.holders[0].module, site.holders[0].parameter, values=False)
     if tuple(weight.shape) != adapter.shapes[name]:
         raise ValueError(

@@ -148,6 +148,8 @@ def places(model: nn.Module) -> list[Place]:
     >>> [place.name for place in places(nn.Sequential(FloraLinear(nn.Linear(2, 2), ranks=1)))]
     ['', '0']
     """
+    if not isinstance(model, nn.Module):  # type: ignore[redundant-expr]  # who passes a path is told so
+        raise TypeError(f"got {type(model).__name__} for a model; pass an nn.Module")
     found: list[Place] = []
 
     def walk(module: nn.Module, name: str, parent: nn.Module | None, key: str, internal: bool = False) -> None:

@@ -205,6 +205,15 @@ def _has_values(module: nn.Module, parameter: str) -> bool:
     return own is None or not (own.is_meta or isinstance(own, nn.parameter.UninitializedParameter))
 
 
+def _meant(pattern: str, names: list[str]) -> str:
+    """Return an ending for an error message about a pattern that matches nothing: PEFT reads some in another way."""
+    if pattern == "all-linear":
+        return "; pass torch.nn.Linear, a class, for all of its layers, or 'all' for all weights"
+    if any(sign in pattern for sign in "\\()|^$+"):
+        return f"; a regular expression begins with 're:', as {'re:' + pattern!r}"
+    return near(pattern, names)
+
+
 def _by_module(
     where: str, pattern: Any, everywhere: list[Place], table: Mapping[str, Site], is_excluded: Callable[[Place], bool]
 ) -> dict[str, Site]:
@@ -212,7 +221,7 @@ def _by_module(
     known = [place for place in hits if layer_weights(place.module)]
     if not hits:
         names = [place.name for place in everywhere if place.name]
-        hint = near(pattern, names) if isinstance(pattern, str) else ""
+        hint = _meant(pattern, names) if isinstance(pattern, str) else ""
         raise ValueError(f"{where}: target_modules {shown(pattern)} matches no module of the model{hint}")
     if not known:
         first = hits[0]

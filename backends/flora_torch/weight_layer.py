@@ -393,7 +393,7 @@ def is_read_by_its_parent(module: nn.Module) -> bool:
 
 def _has_known_forward(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
     forward = type(module).forward
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return False
     if is_conv1d_of_transformers(module):
         return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
