@@ -1,8 +1,10 @@
 """Tasks done one after the other, or by an executor; outcomes kept as they come."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
 from flora_tensor._errors import ResourceError
 from flora_tensor._journal import Journal
@@ -11,6 +13,9 @@ from flora_tensor._tasks import Job, Outcome, Task, pack, perform, perform_job, 
 from flora_tensor.checkpoint import Checkpoint
 
 __all__ = ["Run"]
+
+# Bytes of singular vectors that wait in an executor's queue at most; tasks without any are all submitted at once.
+_MOST_HELD = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Run:
         assert self.journal is not None
         return unpack(self.journal.load(*self._key(task)))
 
+    def _equipped(self, task: Task) -> Task:
+        """Return a task with what looking at its tensor found, where that is kept."""
+        if self.journal is None or task.weight is None or not task.weight.has_bases:
+            return task
+        return task.with_bases(self.stored(task.look).parts)
+
     def _key(self, task: Task) -> tuple[str, str, str]:
         return task.kind, task.name, task.options(self.job.settings)
 
@@ -54,16 +65,31 @@ class Run:
                 for name in tasks[done + 1].members or (tasks[done + 1].name,):
                     self.base.prefetch(name)
                     self.tuned.prefetch(name)
-            yield task, perform(self.base, self.tuned, self.job.settings, task)
+            yield task, perform(self.base, self.tuned, self.job.settings, self._equipped(task))
 
     def _all_at_once(self, phase: str, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome | None]]:
         assert self.executor is not None
-        waiting = {self.executor.submit(perform_job, self.job, task): task for task in tasks}
+        left, done, held = deque(tasks), 0, 0
+        waiting: dict[Future[Outcome | None], Task] = {}
+        finished = SimpleQueue[Future[Outcome | None]]()
         broken: BrokenExecutor | None = None
         try:
-            for done, future in enumerate(as_completed(list(waiting))):
+            while waiting or (left and broken is None):
+                while left and broken is None and (held < _MOST_HELD or not waiting):
+                    task = self._equipped(left[0])
+                    try:
+                        future = self.executor.submit(perform_job, self.job, task)
+                    except BrokenExecutor as error:
+                        broken = error
+                        break
+                    held, waiting[future] = held + task.n_bytes, task
+                    future.add_done_callback(finished.put)
+                    left.popleft()
+                future = finished.get()
                 task = waiting.pop(future)
+                held -= task.n_bytes
                 self.progress(phase, done, len(tasks), task.name)
+                done += 1
                 try:
                     outcome = future.result()
                 except BrokenExecutor as error:  # what the others have finished is kept first

@@ -15,6 +15,7 @@ from flora_tensor._algorithms import Target, Truncation, cheapest_order, st_hosv
 from flora_tensor._arrays import epsilon, hermitian, to_numpy, widest_dtype
 from flora_tensor._bases import complement, gaussian, orthonormal_columns
 from flora_tensor._gram import column_blocks
+from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
 
@@ -31,7 +32,7 @@ _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 24
 
 # A block that takes less than this share off the squared error was the last. What more of them would take off falls
 # fast where the spectrum decays, and on white noise is at most three times as much (measured): 0.1 % of the error.
-_WORTHWHILE = 7e-4
+WORTHWHILE, _TO_COME = 7e-4, 3
 
 # Columns this near to orthonormal are so to rounding after one more step; so many steps are made at most, and columns
 # whose lengths, orthogonal to one another, differ more than this are left to reflections.
@@ -123,33 +124,49 @@ def matrix_of(
 ) -> tuple[Truncation, int]:
     """Truncate a matrix within a Krylov space of its shorter side; return the result and how many products it took.
 
-    ``squares`` is ‖X‖². The space ends where another block hardly lowers what the ranks leave: the squared singular
-    values of B are those of X from below (Rayleigh and Ritz), so that their sum tells.
+    ``squares`` is ‖X‖².
     """
     mode = 0 if x.shape[0] <= x.shape[1] else 1
     rank = min(ranks)
     width = max(math.ceil(_SHARE * rank) + _MORE, min(rank, _WHOLE))
     space = KrylovSpace(xp, x, mode, width, generator)
-    most = min(_MOST_BLOCKS * space.block, x.shape[mode])
-    gram, captured, fresh, rounding = _Gram(xp), 0.0, False, epsilon(xp, x.dtype) * squares
-    while space.width + space.block <= most:
-        space.grow(fresh=fresh)
-        gram.add(unfold(space.rows[-1], mode))
-        before, captured = captured, gram.leading(rank)
-        if len(space.rows) < _FEWEST_BLOCKS:
-            continue
-        ended = captured - before <= max(_WORTHWHILE * (squares - captured), rounding)
-        if ended and (fresh or space.block >= rank):
-            break
-        # Of a singular value that comes more often than a block is wide the space never sees the rest.
-        fresh = ended
+    fill(space, rank, squares)
     inside = xp.concat(space.rows, axis=mode)
     inner = st_hosvd_of(xp, inside, Target(ranks), cheapest_order(inside.shape, ranks), quick=True)
     factors = [xp.matmul(space.basis, u) if k == mode else u for k, u in enumerate(inner.factors)]
     return replace(inner, factors=factors, kind="leading"), space.products
 
 
-class _Gram:
+def fill(space: KrylovSpace, rank: int, squares: float, floor: float = 0.0, rival: FloatArray | None = None) -> "Gram":
+    """Grow a space until another block hardly lowers what a rank leaves of a matrix; return B Bᴴ.
+
+    ``squares`` is ‖X‖². The squared singular values of B are those of X from below (Rayleigh and Ritz), so that their
+    sum tells. Directions whose squares do not exceed ``floor`` are not waited for, nor ranks 1, 2, … that will hardly
+    leave less than the squared errors in ``rival``.
+    """
+    gram, fresh, captured = Gram(space.xp), False, np.zeros(0)
+    rounding = epsilon(space.xp, space.x.dtype) * squares
+    most = min(_MOST_BLOCKS * space.block, space.x.shape[space.mode])
+    while space.width + space.block <= most:
+        space.grow(fresh=fresh)
+        gram.add(unfold(space.rows[-1], space.mode))
+        values = gram.values()[:rank]
+        before, captured = captured, np.cumsum(np.where(values > floor, values, 0.0))
+        if len(space.rows) < _FEWEST_BLOCKS or (len(values) < rank and values[-1] > floor):
+            continue
+        before = np.pad(before, (0, len(captured) - len(before)), mode="edge")
+        gains, left = captured - before, squares - captured
+        settled = gains <= np.maximum(WORTHWHILE * left, rounding)
+        if settled[-1] and (fresh or space.block >= rank):
+            break
+        if rival is not None and np.all(settled | (left - _TO_COME * gains > rival[: len(left)])):
+            break
+        # Of a singular value that comes more often than a block is wide the space never sees the rest.
+        fresh = bool(settled[-1])
+    return gram
+
+
+class Gram:
     """B Bᴴ in the widest type, block by block."""
 
     def __init__(self, xp: Namespace) -> None:
@@ -168,9 +185,9 @@ class _Gram:
         total[:old, :old], total[:, old:], total[old:, :] = self.total, new, new.conj().T
         self.total = total
 
-    def leading(self, rank: int) -> float:
-        """Return the sum of the largest eigenvalues."""
-        return float(np.sum(np.linalg.eigvalsh(self.total)[-rank:]))
+    def values(self) -> FloatArray:
+        """Return the eigenvalues, the largest first."""
+        return np.linalg.eigvalsh(self.total)[::-1].astype(np.float64, copy=False)
 
 
 def columns_at_a_time(x: Array, mode: int) -> int:

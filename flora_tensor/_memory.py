@@ -9,6 +9,9 @@ from flora_tensor._errors import ResourceError
 
 __all__ = ["available_memory", "naming_tensor", "require_memory"]
 
+# Less than this is not asked for: the system's tables take longer to read than a small tensor's whole work.
+_LITTLE = 1 << 22
+
 _CACHES = ("active_file", "inactive_file", "total_active_file", "total_inactive_file")
 
 
@@ -22,6 +25,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 def require_memory(where: str, name: str, shape: Sequence[int], need: int, limit: int | None = None) -> None:
     """Refuse work on a tensor that needs more bytes than ``limit``, or than are left, before any of them is taken."""
+    if limit is None and need < _LITTLE:
+        return
     free = limit if limit is not None else available_memory()
     if free is not None and need > free:
         raise ResourceError(

@@ -277,7 +277,7 @@ def output_looks(
         scaled, choices = outputs.norm.scale_(stack.copy()), []
         for listed, arrangement in zip(lists, arrangements):
             x = arrangement.arrange(scaled)
-            reach = reach_of(x.shape, share, widening)
+            reach = reach_of(x.shape, share, widening, is_stack=True)
             choices.append(Choices(x.shape, None if reach is None else reach.most, partial=True))
             table = outputs.output_errors(x, [to_numpy(u) for u in hosvd_spectrum(x).factors], arrangement)
             wholes = (choices[-1].one_whole(table, mode) for mode in range(x.ndim))

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._adapter_config import CONFIG_NAME, config_of, metadata_of, write_config
 from flora_tensor._adapter_keys import tensor_key, whole_key
 from flora_tensor._adapter_shards import tensor_writer
 from flora_tensor._algorithms import Target
-from flora_tensor._arrays import to_numpy
+from flora_tensor._arrays import array_namespace, float_squares, to_numpy
 from flora_tensor._base_notes import SAMPLES, sample_positions, text_of_samples
+from flora_tensor._bases import orthonormal_columns
 from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._driver import Method
@@ -136,12 +138,17 @@ def _layout(
         yield whole_key(name), tuned.info(name).dtype, tuned.info(name).shape
 
 
-def decompose(weight: Weight, delta: np.ndarray, settings: Settings) -> tuple[float, Weight, dict[str, Part]]:
-    """Decompose one change at its ranks; return its scale, the weight with the errors of what is stored, the parts."""
+def decompose(
+    weight: Weight, delta: np.ndarray, settings: Settings, bases: Mapping[int, np.ndarray]
+) -> tuple[float, Weight, dict[str, Part]]:
+    """Decompose one change at its ranks; return its scale, the weight with the errors of what is stored, the parts.
+
+    ``bases`` are leading left singular vectors of some of its unfoldings that are known already.
+    """
     assert weight.arrangement is not None
     name, dtype = weight.row.name, settings.dtype
     arranged = weight.arrangement.arrange(delta)
-    fitted, known, bound, weighting = _fitted(delta, arranged, weight, settings)
+    fitted, known, bound, weighting = _fitted(delta, arranged, weight, settings, bases)
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
     factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
@@ -212,7 +219,11 @@ def _output_error(
 
 
 def _fitted(
-    delta: np.ndarray, arranged: np.ndarray, weight: Weight, settings: Settings
+    delta: np.ndarray,
+    arranged: np.ndarray,
+    weight: Weight,
+    settings: Settings,
+    bases: Mapping[int, np.ndarray],
 ) -> tuple[TuckerTensor, float | None, float | None, Weighting | None]:
     """Decompose a change; return its relative error too, where the decomposition measured it with NumPy, and a bound.
 
@@ -224,15 +235,15 @@ def _fitted(
     if weight.units and weight.ranks != arranged.shape:
         units = StackNorm(weight.units)
         scaled = on_device(units.scale_(arranged.copy()), settings.device)
-        found, _, bound = _fit(scaled, weight, settings, math.sqrt(len(weight.units)))
+        found, _, bound = _fit(scaled, weight, settings, math.sqrt(len(weight.units)), bases)
         return units.unscale(found.map(to_numpy), weight.arrangement), None, bound, None
     if not (weight.is_weighted and settings.calibration) or weight.ranks == arranged.shape:
-        found, *told = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0)
+        found, *told = _fit(on_device(arranged, settings.device), weight, settings, weight.row.delta_norm or 0.0, bases)
         return found.map(to_numpy), told[0] if settings.device is None else None, told[1], None
     weighting = settings.calibration.weighting(weight.row.name, delta.shape)
     assert weighting is not None
     scaled = on_device(weight.arrangement.arrange(weighting.scale(delta)), settings.device)
-    found, _, bound = _fit(scaled, weight, settings, weight.row.weighted_norm or 0.0)
+    found, _, bound = _fit(scaled, weight, settings, weight.row.weighted_norm or 0.0, bases)
     return weighting.unscale(found.map(to_numpy), weight.arrangement), None, bound, weighting
 
 
@@ -265,12 +276,17 @@ def _moments_of(weight: Weight, settings: Settings) -> StackMoments:
     return found
 
 
-def _fit(x: Array, weight: Weight, settings: Settings, norm: float) -> tuple[TuckerTensor, float, float | None]:
+def _fit(
+    x: Array, weight: Weight, settings: Settings, norm: float, bases: Mapping[int, np.ndarray]
+) -> tuple[TuckerTensor, float, float | None]:
     """Decompose at the chosen ranks, at least as well as the spectrum promised.
 
     Returned are the decomposition, its relative error, and what no other of these ranks can go below, where the method
     computed exact singular values.
     """
+    cut = [k for k, (rank, size) in enumerate(zip(weight.ranks, x.shape)) if rank < size]
+    if len(cut) == 1 and (known := _projected(x, cut[0], weight.ranks[cut[0]], norm, bases)) is not None:
+        return *known, None
     must = "rtol" in settings.budget or weight.is_listed
     found = _decomposed(x, weight.ranks, norm, "auto")
     if must and weight.predicted is not None and found[1] > weight.predicted * (1 + 1e-6):
@@ -294,6 +310,30 @@ def _decomposed(
     fit = tucker_of(x, prepare("extract", x, norm * norm), target, whole, method)
     found = _of_matrix(fit.tucker, cut[0], shape) if len(cut) == 1 else fit.tucker
     return found, fit.relative_error, fit.lower_bound or None
+
+
+def _projected(
+    x: Array, mode: int, rank: int, norm: float, bases: Mapping[int, np.ndarray]
+) -> tuple[TuckerTensor, float] | None:
+    """Truncate one unfolding where its leading singular vectors, or a matrix's right ones, are known already."""
+    xp, shape = array_namespace("extract", x), tuple(x.shape)
+    across = 1 - mode if len(shape) == 2 and mode not in bases else mode
+    if across not in bases or bases[across].shape[1] < rank:
+        return None
+    known = xp.astype(
+        xp.asarray(np.ascontiguousarray(bases[across][:, :rank]), device=array_api_compat.device(x)),
+        x.dtype,
+        copy=False,
+    )
+    core = multi_mode_dot(x, [known], modes=[across], transpose=True)
+    if across == mode:
+        factor = known
+    else:  # the left vectors are what the right ones become, and the core takes these
+        factor = orthonormal_columns(xp, unfold(core, mode))
+        core = multi_mode_dot(multi_mode_dot(core, [factor], modes=[mode], transpose=True), [known], modes=[across])
+    left = norm * norm - float_squares("extract", xp, core)
+    factors = tuple(factor if k == mode else None for k in range(len(shape)))
+    return TuckerTensor(core, factors), math.sqrt(max(left, 0.0)) / norm
 
 
 def _of_matrix(matrix: TuckerTensor, mode: int, shape: tuple[int, ...]) -> TuckerTensor:

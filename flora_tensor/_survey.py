@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flora_tensor._arrays import to_numpy
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._frontiers import Frontier, n_parameters_of
@@ -32,6 +33,9 @@ from flora_tensor.noise import worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import hosvd_spectrum
 from flora_tensor.stacking import stacked_arrangement
+
+# Singular vectors are kept for the second pass up to so many times a weight's share of the budget.
+_KEPT = 2
 
 __all__ = ["Weight", "choose", "expected_weights", "predicted_row", "rank_zero_row", "scan", "share_of", "survey"]
 
@@ -56,6 +60,13 @@ class Weight:
     floor: float | None = None  # the noise in an entry, where that bounds the ranks
     bounds: tuple[Sequence[float], ...] = ()  # for each point of each frontier; none where it is an estimate
     bound: float | None = None  # no tensor of the chosen ranks has a smaller error, in the same norm
+    widening: int = 0  # how often it was looked at further
+    price: float = 0.0  # what a number had to take off the squared error to be looked at
+    margin: float = 0.0  # what it takes off, in the weight's units, where the budget ends
+    # For each arrangement the leading left singular vectors of some unfoldings, by their modes; and whether such are
+    # kept beside the weight.
+    bases: list[Mapping[int, np.ndarray]] = field(default_factory=list[Mapping[int, np.ndarray]])
+    has_bases: bool = False
 
     @property
     def is_short(self) -> bool:
@@ -174,11 +185,13 @@ def scan(
     name: str,
     settings: Settings,
     widening: int = 0,
+    price: float = 0.0,
     members: tuple[str, ...] = (),
 ) -> TensorRow | tuple[Weight, np.ndarray]:
     """Look at one tensor in the first pass; one that is to be decomposed comes with its change.
 
-    ``widening`` counts how often the budget reached for more than was listed; ``members`` are those of a stack.
+    ``widening`` counts how often the budget reached for more than was listed; what takes less than ``price`` off the
+    squared error for a number is not worth looking at; ``members`` are those of a stack.
     """
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
@@ -201,7 +214,7 @@ def scan(
     row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
     arrangements = settings.arrangements(members[0] if members else name, a.shape[1:] if members else a.shape)
     arrangements = tuple(map(stacked_arrangement, arrangements)) if members else arrangements
-    weight = Weight(row, arrangements, digest=change.digest, members=members)
+    weight = Weight(row, arrangements, digest=change.digest, members=members, widening=widening, price=price)
     if members and _list_outputs(weight, delta, widening, settings):
         return weight, delta
     floor = change.noise if settings.caps_noise else settings.noise_floor
@@ -214,14 +227,14 @@ def scan(
     if settings.ranks is not None:
         _take_ranks(weight, weighted, settings)
         return weight, delta
-    _list(weight, weighted, floor, widening, settings)
+    _list(weight, weighted, floor, settings)
     weight.floor = floor
     if floor is not None:
         weight.frontiers = worth_storing(weight.frontiers, floor)
     return weight, delta
 
 
-def _list(weight: Weight, weighted: np.ndarray, floor: float | None, widening: int, settings: Settings) -> None:
+def _list(weight: Weight, weighted: np.ndarray, floor: float | None, settings: Settings) -> None:
     """List what the ranks of every arrangement buy, as far as the budget may reach."""
     norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
     norm = math.sqrt(len(weight.units)) if weight.units else norm
@@ -231,21 +244,50 @@ def _list(weight: Weight, weighted: np.ndarray, floor: float | None, widening: i
     for arrangement in sorted(weight.arrangements, key=lambda a: a.n_modes == 2):
         arranged = on_device(arrangement.arrange(weighted), settings.device)
         values = known.get(arrangement.rows(0) or frozenset())
-        reach = reach_of(tuple(arranged.shape), settings.share, widening, 0 if values is None else len(values))
+        reach = reach_of(
+            tuple(arranged.shape),
+            settings.share,
+            weight.widening,
+            0 if values is None else len(values),
+            price=weight.price,
+            is_stack=bool(weight.members),
+        )
         if reach is not None and reach.ranks is not None:
             enough = values is not None and len(values) >= reach.ranks[0]
-            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None)
+            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None, _frontiers(looks))
         else:
             enough = values is not None and len(values) == min(arranged.shape)
-            look = full_look(arranged, floor, None if reach is None else reach.most, values if enough else None)
+            most, kept = (
+                None if reach is None else reach.most,
+                math.ceil(_KEPT * (settings.share or 0.0) * weighted.size),
+            )
+            look = full_look(arranged, floor, most, values if enough else None, kept)
         known |= {rows: v for k, v in look.values.items() if (rows := arrangement.rows(k)) is not None}
         looks[arrangement] = look
     weight.frontiers = [looks[arrangement].frontier for arrangement in weight.arrangements]
     weight.ends = tuple(looks[arrangement].end for arrangement in weight.arrangements)
     weight.bounds = tuple(looks[arrangement].bounds for arrangement in weight.arrangements)
+    weight.bases = _shared_bases(looks, weight.arrangements)
     for arrangement, look in looks.items():
         if look.caps is not None and arrangement.is_native:
             weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(look.caps)))
+
+
+def _frontiers(looks: Mapping[Arrangement, Look]) -> list[Frontier]:
+    return [look.frontier for look in looks.values()]
+
+
+def _shared_bases(
+    looks: Mapping[Arrangement, Look], arrangements: Sequence[Arrangement]
+) -> list[Mapping[int, np.ndarray]]:
+    """Return the bases that were found of each arrangement's unfoldings, those that another one shares included."""
+    own = [(a, k, to_numpy(u)) for a, look in looks.items() for k, u in look.bases.items()]
+    known = {a.right[k]: u for a, k, u in own if all((name,) in a.left for name in a.right[k])}
+    found: list[Mapping[int, np.ndarray]] = []
+    for arrangement in arrangements:
+        shared = {k: known[names] for k, names in enumerate(arrangement.right) if names in known}
+        found.append(shared | {k: u for a, k, u in own if a is arrangement})
+    return found
 
 
 def _scales_beside(side: Checkpoint, name: str) -> list[str]:
@@ -397,6 +439,7 @@ def choose(
         weight.arrangement = weight.arrangements[choice.option]
         weight.ranks = choice.ranks
         total = weight.frontiers[choice.option].norm_squared
+        weight.margin = allocation.price * (total if settings.weights == "uniform" else 1.0)
         weight.predicted = math.sqrt(choice.error_squared / total) if total else 0.0
         if bounds := weight.bounds[choice.option]:
             chosen = (weight.frontiers[choice.option].ranks == choice.ranks).all(axis=1)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from flora_tensor._deltas import read_change, read_digest
 from flora_tensor._errors import InputError
 from flora_tensor._files import canonical_json, parse_json
 from flora_tensor._memory import naming_tensor
+from flora_tensor._safetensors import decode, encode
 from flora_tensor._settings import Settings
 from flora_tensor._storing import Part, decompose
 from flora_tensor._survey import Weight, scan
@@ -29,25 +30,51 @@ __all__ = ["Job", "Outcome", "Task", "pack", "perform", "perform_job", "unpack"]
 class Task:
     """What is to be done with one tensor: look at it, or decompose it as ``weight`` says.
 
-    ``known`` is the digest of the inputs whose outcome is kept already, ``widening`` how often to look further, and
-    ``members`` are the tensors of a stack, whose name is then no tensor's.
+    ``known`` is the digest of the inputs whose outcome is kept already, ``widening`` how often to look further,
+    ``price`` what a number takes off the squared error at least where it is worth storing, and ``members`` are the
+    tensors of a stack, whose name is then no tensor's. ``bases`` are what looking at it found of
+    the chosen arrangement: leading left singular vectors of some unfoldings, by their modes.
     """
 
     name: str
     weight: Weight | None = None
     known: str = ""
     widening: int = 0
+    price: float = 0.0
     members: tuple[str, ...] = ()
+    bases: Mapping[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
 
     @property
     def kind(self) -> str:
         """Which of the two it is."""
         return "look" if self.weight is None else "decompose"
 
+    @property
+    def n_bytes(self) -> int:
+        """How much of ``bases`` there is."""
+        return sum(basis.nbytes for basis in self.bases.values())
+
+    @property
+    def look(self) -> "Task":
+        """The task that found the weight."""
+        weight = self.weight
+        return self if weight is None else Task(self.name, None, "", weight.widening, weight.price, weight.members)
+
+    def with_bases(self, parts: Mapping[str, Part]) -> "Task":
+        """Return the task with what its look kept of the chosen arrangement."""
+        if self.weight is None or self.weight.arrangement is None:
+            return self
+        chosen = self.weight.arrangements.index(self.weight.arrangement)
+        kept = {
+            k: parts[key] for k in range(self.weight.arrangement.n_modes) if (key := _basis_key(chosen, k)) in parts
+        }
+        return replace(self, bases={k: decode(part.data, part.dtype, part.shape) for k, part in kept.items()})
+
     def options(self, settings: Settings) -> str:
         """Return a digest of everything beside the inputs that the outcome depends on."""
         chosen = None if self.weight is None else _weight_fields(self.weight)
-        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen, self.widening, self.members]
+        looked = [self.widening, self.price, self.members]
+        content = [__version__, np.__version__, self.kind, settings.of_a_task(), chosen, *looked]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
 
 
@@ -128,21 +155,33 @@ def _performed(base: Checkpoint, tuned: Checkpoint, settings: Settings, task: Ta
         change = read_change(base, tuned, task.name)
         if change is None or change.digest != task.weight.digest:
             raise InputError(f"{tuned.path}: changed while it was being read; run again when nobody writes to it")
-        return Outcome(*_decomposed(task.weight, change.values, settings))
-    found = scan(base, tuned, task.name, settings, task.widening, task.members)
+        return Outcome(*_decomposed(task.weight, change.values, settings, task.bases))
+    found = scan(base, tuned, task.name, settings, task.widening, task.price, task.members)
     if isinstance(found, TensorRow):
         return Outcome(found)
     weight, delta = found
     if not settings.in_one_pass:
-        return Outcome(weight.row, weight)
-    return Outcome(*_decomposed(weight, delta, settings))
+        kept = {} if settings.dry_run else _kept(weight)
+        return Outcome(weight.row, replace(weight, bases=[], has_bases=bool(kept)), parts=kept)
+    return Outcome(*_decomposed(weight, delta, settings, {}))
 
 
 def _decomposed(
-    weight: Weight, delta: np.ndarray, settings: Settings
+    weight: Weight, delta: np.ndarray, settings: Settings, bases: Mapping[int, np.ndarray]
 ) -> tuple[TensorRow, Weight, float, dict[str, Part]]:
-    scale, done, parts = decompose(weight, delta, settings)
+    scale, done, parts = decompose(weight, delta, settings, bases)
     return done.row, done, scale, parts
+
+
+def _kept(weight: Weight) -> dict[str, Part]:
+    """Return what a look found that decomposing goes on from, as arrays to keep."""
+    found = {_basis_key(n, k): u for n, bases in enumerate(weight.bases) for k, u in bases.items() if u.size}
+    codes = {key: "F64" if u.dtype == np.float64 else "F32" for key, u in found.items()}
+    return {key: Part(codes[key], u.shape, encode(u, codes[key])) for key, u in found.items()}
+
+
+def _basis_key(arrangement: int, mode: int) -> str:
+    return f"basis_{arrangement}_{mode}"
 
 
 # An outcome as bytes: one line of JSON, then the arrays that it lists, one after the other.
@@ -161,7 +200,7 @@ def pack(outcome: Outcome) -> bytes:
 
     frontiers = outcome.weight.frontiers if outcome.weight else ()
     content = {
-        "row": asdict(outcome.row),
+        "row": _plain_fields(outcome.row),
         "weight": None if outcome.weight is None else _weight_fields(outcome.weight),
         "frontiers": [[plain(getattr(frontier, f.name)) for f in fields(Frontier)] for frontier in frontiers],
         "scale": outcome.scale,
@@ -193,13 +232,18 @@ def unpack(payload: np.ndarray) -> Outcome:
 
 
 def _weight_fields(weight: Weight) -> dict[str, Any]:
-    content = {f.name: getattr(weight, f.name) for f in fields(weight) if f.name != "frontiers"}
+    content = {k: v for k, v in _plain_fields(weight).items() if k not in ("frontiers", "bases")}
     chosen = weight.arrangement
     return content | {
-        "row": asdict(weight.row),
+        "row": _plain_fields(weight.row),
         "arrangements": [[a.pattern, dict(a.sizes)] for a in weight.arrangements],
         "arrangement": None if chosen is None else [chosen.pattern, dict(chosen.sizes)],
     }
+
+
+def _plain_fields(value: Weight | TensorRow) -> dict[str, Any]:
+    """Do what `dataclasses.asdict` does for fields that hold no dataclass, without its copies of all they hold."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def _weight(content: dict[str, Any], row: TensorRow, frontiers: list[Frontier]) -> Weight:

@@ -64,6 +64,9 @@ class Allocation:
     gap : float
         How far the choice is from the bound, relative to it: 0.001 means at most 0.1 % above the best. 0 where both are
         0.
+    price : float
+        What one number more takes off the summed weighted squared error at the margin, the multiplier of the
+        relaxation: the weights' curves go on where they are steeper. 0 where nothing is left to be chosen.
     """
 
     choices: dict[str, RankAssignment]
@@ -71,6 +74,7 @@ class Allocation:
     relative_error: float
     lower_bound: float
     gap: float
+    price: float
 
     def __repr__(self) -> str:
         kept = sum(1 for choice in self.choices.values() if any(choice.ranks))
@@ -273,7 +277,7 @@ def _allocated(
     if limit.is_budget:
         bound = math.sqrt(bound / total) if total else 0.0
     reached = error if limit.is_budget else float(stored)
-    return Allocation(choices, stored, error, bound, _gap(reached, bound))
+    return Allocation(choices, stored, error, bound, _gap(reached, bound), price)
 
 
 def _gap(reached: float, bound: float) -> float:

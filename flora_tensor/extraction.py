@@ -209,7 +209,7 @@ def extract(
     Notes
     -----
     Under a budget, modes of 512 entries or more are judged by estimates of their leading singular vectors where that is
-    cheaper, with up to four times a weight's share of the budget, and further where the budget reaches for it. What is
+    cheaper, with up to 1.5 times a weight's share of the budget, and further where the budget reaches for it. What is
     promised can be kept, as it is the error of projections that exist; it exceeds the least one by 0.1 % at most in the
     cases measured. ``lower_bound`` is a bound over the choices that were looked at, and thus as much above the bound of
     exact spectra.
@@ -347,10 +347,10 @@ def _chosen(
 
     Return the bound, what other budgets would buy, and the weights at their ranks: stacks or their members.
     """
-    chosen, widening = choose(weights, run.job.settings, keep_going=keep_going), 0
-    while short := [name for name, weight in weights.items() if weight.is_short]:
-        widening += 1
-        tasks = [Task(name, widening=widening, members=weights[name].members) for name in short]
+    chosen = choose(weights, run.job.settings, keep_going=keep_going)
+    while short := {name: weight for name, weight in weights.items() if weight.is_short}:
+        # What a number buys where the budget ends changes little when there is more to choose from.
+        tasks = [Task(name, None, "", w.widening + 1, 0.75 * w.margin, w.members) for name, w in short.items()]
         for name, outcome in run.do("reading", tasks).items():
             assert outcome.weight is not None
             rows[name], weights[name] = outcome.row, outcome.weight

@@ -125,6 +125,24 @@ def test_a_mix_of_weights_is_allocated_within_half_a_percent_of_the_bound(mix, r
     assert result.gap <= 0.005
 
 
+@pytest.mark.parametrize("ratio", [0.02, 0.05, 0.2])
+def test_the_price_is_the_multiplier_of_the_relaxation(mix, ratio):
+    """With numbers at a price q, Σ min (E + q p) − q B bounds the error for every q, most sharply at the price."""
+    result = ft.allocate_ranks(mix, max_ratio=ratio)
+    budget = math.floor(ratio * sum(math.prod(s.shape) for s in mix.values()))
+    frontiers = [s.frontier() for s in mix.values()]
+
+    def bound(price: float) -> float:
+        return sum(float(np.min(f.error_squared + price * f.n_parameters)) for f in frontiers) - price * budget
+
+    total = sum(s.norm**2 for s in mix.values())
+    assert bound(result.price) <= result.lower_bound**2 * total * SLACK
+    assert bound(result.price) >= (result.lower_bound * 0.995) ** 2 * total
+    for factor in (0.7, 0.98, 1.02, 1.4):
+        assert bound(factor * result.price) <= bound(result.price) * SLACK
+    assert ft.allocate_ranks(mix, max_parameters=10**9).price == 0.0
+
+
 def test_many_equal_weights_are_allocated_near_the_bound():
     """Where every weight offers the same steps the sums are many: the search must end, and not lose what it had."""
     frontier = ft.hosvd_spectrum(decaying(0, (24, 16, 3, 3), 0.7, 1.0)).frontier(partial=True)

@@ -14,6 +14,7 @@ import pytest
 
 import flora_tensor as ft
 from checkpoints import run, save
+from flora_tensor import _execution
 from flora_tensor._workers import WorkerPool, dask_executor
 
 CRITERIA: list[dict[str, Any]] = [{"ranks": 3}, {"max_ratio": 0.3}]
@@ -58,6 +59,25 @@ def assert_same(executor: Executor, pair: tuple[Path, Path], out: Path, alone: l
 def test_threads_give_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, alone: list[dict[str, bytes]]):
     with ThreadPoolExecutor(2) as executor:
         assert_same(executor, pair, tmp_path / "out", alone)
+
+
+def test_few_tasks_wait_with_what_they_go_on_from(
+    pair: tuple[Path, Path], tmp_path: Path, alone: list[dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    waiting: list[int] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            waiting.append(self._work_queue.qsize())
+            return super().submit(fn, *args, **kwargs)
+
+    monkeypatch.setattr(_execution, "_MOST_HELD", 1)
+    with Counting(1) as executor:
+        ft.extract(*pair, tmp_path / "out", executor=executor, **CRITERIA[1])
+    assert content(tmp_path / "out") == alone[1]
+    looks = 11
+    assert max(waiting[:looks]) > 1  # what is looked at holds nothing
+    assert max(waiting[looks:]) <= 1  # the conv alone has nothing to go on from
 
 
 def test_processes_give_the_same_bytes(
