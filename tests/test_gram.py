@@ -150,3 +150,12 @@ def test_a_mode_longer_than_the_others_together_has_an_orthonormal_factor(shape:
     assert distance(t.to_tensor(), x) <= 30 * size * np.finfo(np.float32).eps * frobenius(x)
     exact = np.linalg.svd(unfolded(x.astype(np.float64), mode), compute_uv=False)
     np.testing.assert_allclose(ft.mode_spectra(x).values[mode], exact, atol=tolerance("float32", norm=exact[0]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_products_that_are_copied_for_speed_are_the_products(dtype: str):
+    rng = np.random.default_rng(0)
+    x = normal(rng, (5, 260, 3, 3), dtype).astype(dtype)
+    matrix = normal(rng, (520, 260), dtype).astype(dtype)
+    expected = np.moveaxis(np.tensordot(matrix.astype(complex), x, axes=(1, 1)), 0, 1)
+    assert distance(ft.mode_dot(x, matrix, 1), expected) <= tolerance(dtype, norm=frobenius(expected))
