@@ -161,6 +161,20 @@ def test_options_that_cannot_be_are_refused(options, message):
         FloraConfig(**options)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("first", [False, True])
+def test_what_cannot_be_done_whole_is_not_done_in_part(first):
+    model = inject_adapter_in_model(config(), net()) if first else net()
+    modules = [id(module) for module in model.modules()]
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"head\.weight: rank 0"):
+        get_peft_model(model, config(rank_pattern={"head": 0}), "other")
+    assert [id(module) for module in model.modules()] == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert state.keys() == model.state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,8 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, add, scale
-from flora_torch.base_weight import weight_names
+from flora_torch.base_weight import is_quantized, own_parameter, weight_names
+from flora_torch.freezing import all_or_nothing
 from flora_torch.initialize import default_dtype
 from flora_torch.inventory import check_whole, forget, switch_whole, updates_by_weight, whole_of
 from flora_torch.kinds import layer_weights
@@ -109,16 +110,21 @@ class FloraModel(BaseTuner):
         Raises
         ------
         ValueError
-            If the config cannot be followed.
+            If the config cannot be followed. The model is as it was then.
         """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        if config.is_from_file:
-            missing = sorted(set(config.file_weights) - set(updates_by_weight(model, adapter_name)))
-            if missing:
-                raise ValueError(
-                    f"FloraConfig: the file changes {missing[0]!r}, which target_modules or target_parameters leave out"
-                )
+        before = _layers(model)
+        try:
+            with all_or_nothing(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                config: Any = self.peft_config[adapter_name]
+                if missing := set(config.file_weights) - set(updates_by_weight(model, adapter_name)):
+                    raise ValueError(
+                        f"FloraConfig: the file changes {min(missing)!r}, which target_modules or target_parameters "
+                        "leave out"
+                    )
+        except BaseException:
+            _take_back(model, adapter_name, before)
+            raise
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -204,10 +210,11 @@ class FloraModel(BaseTuner):
         """Give updates 32 bits, as they are made on a 16-bit base; with ``False`` the type of the base."""
         for layer in _layers(self.model):
             for parameter, update in layer.updates(adapter_name).items():
-                dtype = layer.original(parameter).dtype
-                dtype = default_dtype(update.core.dtype) if autocast_adapter_dtype else dtype
-                if dtype.is_floating_point and dtype.itemsize > 1:
-                    update.to(dtype)
+                weight = own_parameter(layer.base_layer, parameter)
+                if autocast_adapter_dtype:
+                    update.to(default_dtype(update.core.dtype))
+                elif weight is not None and not is_quantized(layer.base_layer):
+                    update.to(weight.dtype)
 
     # --- merging and taking off
 
@@ -241,7 +248,9 @@ class FloraModel(BaseTuner):
         if merge:
             names = kwargs.get("adapter_names")
             for layer in _layers(self.model):
-                layer.plain_with([*layer.merged_adapters, *(layer.active_adapters if names is None else names)])
+                # Refused before anything is taken off.
+                asked = layer.active_adapters if names is None else names
+                layer.plain_with(dict.fromkeys([*layer.merged_adapters, *asked]))
         switch_whole(self.model, self.active_adapters if merge else ())
         for place, local, note in whole_of(self.model):
             forget(place.module, local, note.adapter_name)
@@ -393,6 +402,18 @@ def _plain(key: str) -> str:
 
 def _layers(model: nn.Module) -> list[FloraTunerLayer]:
     return [module for module in model.modules() if isinstance(module, FloraTunerLayer)]
+
+
+def _take_back(model: nn.Module, adapter_name: str, before: list[FloraTunerLayer]) -> None:
+    """Take an adapter that could not be put on everything off again, with the layers that were made for it."""
+    layers = [(key, module) for key, module in model.named_modules() if isinstance(module, FloraTunerLayer)]
+    # A layer comes before those inside it.
+    for key, layer in reversed(layers):
+        if adapter_name in layer.tucker_update:
+            layer.remove_adapter(adapter_name)
+        if layer not in before:
+            parent, _, last = key.rpartition(".")
+            model.get_submodule(parent).add_module(last, layer.base_layer)
 
 
 def _weights_of(key: str, base: nn.Module, config: FloraConfig) -> Iterable[str]:
