@@ -1011,3 +1011,16 @@ def test_a_sharded_model_of_peft_names_its_weights_as_any_other(tmp_path):
     model.__class__ = type("FSDPPeftModel", (type(model),), {})
     flora_torch.save_adapter(model, tmp_path / "b")
     assert set(ft.load_adapter(tmp_path / "b")) == expected == {f"{name}.weight" for name in TARGETS}
+
+
+def test_layers_tell_their_sizes():
+    layers = get_peft_model(net(), config()).get_base_model()
+    sizes = [(getattr(layers, name).in_features, getattr(layers, name).out_features) for name in TARGETS]
+    assert sizes == [(4, 8), (8, 6), (6, 5)]
+    attention = get_peft_model(FAMILIES["gpt2"].make(), config(target_modules=["c_attn"])).get_base_model()
+    turned = attention.transformer.h[0].attn.c_attn
+    assert (turned.in_features, turned.out_features) == (16, 48)
+    pair = inject_adapter_in_model(config(target_modules=["pair"]), nn.ModuleDict({"pair": nn.Bilinear(2, 3, 4)}))[
+        "pair"
+    ]
+    assert (hasattr(pair, "in_features"), pair.out_features) == (False, 4)
