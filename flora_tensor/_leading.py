@@ -150,7 +150,7 @@ def full_look(x: Array, noise: float | None, most: int | None, values: FloatArra
     The bases of unfoldings are for choices of at most ``kept`` numbers.
     """
     shape = tuple(x.shape)
-    spectrum, factors = _spectrum(x, values, with_vectors=kept > 0)
+    spectrum, factors = _spectrum(x, values, kept)
     caps = None if noise is None else projected_edge(spectrum, noise)[0]
     if most is None or len(shape) == 2:
         frontier = spectrum.frontier(max_ranks=caps, max_parameters=most, partial=True, one_whole=True)
@@ -164,17 +164,20 @@ def full_look(x: Array, noise: float | None, most: int | None, values: FloatArra
     return look._replace(bounds=bounds, bases=_bases_of_unfoldings(shape, frontier, factors, kept))
 
 
-def _spectrum(x: Array, values: FloatArray | None, *, with_vectors: bool) -> tuple[Spectrum, Mapping[int, Array]]:
-    """Return the exact spectrum and singular vectors of its unfoldings; of a matrix those of its shorter side."""
+def _spectrum(x: Array, values: FloatArray | None, kept: int) -> tuple[Spectrum, Mapping[int, Array]]:
+    """Return the exact spectrum and singular vectors of its unfoldings, for choices of at most ``kept`` numbers.
+
+    Of a matrix those of its shorter side alone.
+    """
     shape = tuple(x.shape)
-    if len(shape) != 2 or (values is None and not with_vectors):
+    if len(shape) != 2 or (values is None and not kept):
         spectrum = cheapest_spectrum("extract", x)
-        return spectrum, dict(enumerate(spectrum.factors)) if with_vectors else {}
+        return spectrum, dict(enumerate(spectrum.factors)) if kept else {}
     if values is not None:
         return Spectrum((values, values), None, (), float(np.linalg.norm(values)), shape), {}
     ready = prepare("extract", x)
     short = 0 if shape[0] <= shape[1] else 1
-    basis = mode_basis(ready.xp, ready.x, short)
+    basis = mode_basis(ready.xp, ready.x, short, 0.0, min(shape[short], kept // sum(shape)))
     values = times_power_of_two(basis.values, ready.exponent)
     norm = math.ldexp(ready.norm(), ready.exponent)
     return Spectrum((values, values), None, (), norm, shape), {short: basis.vectors}
@@ -395,8 +398,8 @@ def _leading(
     assert reach.ranks is not None
     xp, rank = array_namespace("extract", x), reach.ranks[0]
     if rank > _most_by_krylov(x.shape[mode], math.prod(x.shape) // x.shape[mode]):
-        vectors, values = mode_basis(xp, x, mode, 1.0)
-        vectors, squares = vectors[:, :rank], host_squares(values[:rank])
+        vectors, values = mode_basis(xp, x, mode, 1.0, rank)
+        squares = host_squares(values[:rank])
         return _Leading(vectors, squares, multi_mode_dot(x, [vectors], modes=[mode], transpose=True), rank)
     generator = np.random.default_rng(0)  # equal input gives equal bits
     space = KrylovSpace(xp, x, mode, math.ceil(_SHARE * reach.at_a_time * rank) + _MORE, generator)
