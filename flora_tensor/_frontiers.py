@@ -1,7 +1,7 @@
 """Which rank tuples are worth their parameters: the frontier of error against size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ __all__ = ["Choices", "Frontier", "n_parameters_of"]
 
 # More tuples than this are compared with a sample of themselves before they are sorted.
 _MANY = 1 << 12
+
+# Tuples that are compared at a time.
+_PIECE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,10 +111,26 @@ class Choices:
         With `partial` the dense tensor is one of them. ``max_ranks`` bounds the ranks, of which there are as many as
         ``available`` says.
         """
-        ranks, errors = (np.concatenate(part) for part in zip(*found))
+        caps = None if max_ranks is None or tuple(max_ranks) == tuple(available) else max_ranks
         if self.partial:
-            ranks, errors = np.vstack([ranks, self.shape]), np.append(errors, 0.0)
-        if max_ranks is not None and tuple(max_ranks) != tuple(available):
+            found = [*found, (np.asarray([self.shape], dtype=np.int64), np.zeros(1))]
+        # List by list and piece by piece: of the hundreds of thousands of tuples nearly all are beaten at once.
+        kept = [self._best(*part, caps, available, one_whole) for listed in found for part in _pieces(*listed)]
+        ranks, errors, parameters = (np.concatenate(part) for part in zip(*kept))
+        best = _unbeaten(parameters, errors)
+        errors = errors[best] * unit
+        return Frontier(parameters[best], errors, ranks[best], float(errors[0]), math.prod(self.shape))
+
+    def _best(
+        self,
+        ranks: IntArray,
+        errors: FloatArray,
+        max_ranks: Sequence[int] | None,
+        available: Sequence[int],
+        one_whole: bool,
+    ) -> tuple[IntArray, FloatArray, IntArray]:
+        """Return those of some tuples that are allowed and that no other of them beats, and what they store."""
+        if max_ranks is not None:
             allowed = self._within(ranks, max_ranks, available, one_whole)
             ranks, errors = ranks[allowed], errors[allowed]
         counts = n_parameters_of(list(ranks.T), self.shape, partial=self.partial)
@@ -123,8 +142,7 @@ class Choices:
             allowed = _rivals(parameters, errors)
             ranks, errors, parameters = ranks[allowed], errors[allowed], parameters[allowed]
         best = _unbeaten(parameters, errors)
-        errors = errors[best] * unit
-        return Frontier(parameters[best], errors, ranks[best], float(errors[0]), math.prod(self.shape))
+        return ranks[best], errors[best], parameters[best]
 
     def _within(self, ranks: IntArray, max_ranks: Sequence[int], available: Sequence[int], one_whole: bool) -> Any:
         if one_whole:
@@ -135,11 +153,16 @@ class Choices:
         return (ranks <= np.asarray(bounds)).all(axis=1)
 
 
+def _pieces(ranks: IntArray, errors: FloatArray) -> Iterator[tuple[IntArray, FloatArray]]:
+    for start in range(0, len(errors), _PIECE):
+        yield ranks[start : start + _PIECE], errors[start : start + _PIECE]
+
+
 def _unbeaten(parameters: IntArray, errors: FloatArray) -> IntArray:
     """Return, in the order of their parameters, the tuples that no other beats."""
     order = np.lexsort((errors, parameters))
     errors = errors[order]
-    return order[np.concatenate([[True], errors[1:] < np.minimum.accumulate(errors)[:-1]])]
+    return order[np.concatenate([[True], errors[1:] < np.minimum.accumulate(errors)[:-1]])[: len(order)]]
 
 
 def _rivals(parameters: IntArray, errors: FloatArray) -> IntArray:
