@@ -204,7 +204,7 @@ def _edge_of(spectrum: Spectrum, deviation: float | None = None) -> _Edge:
         return _Edge(ranks, unit * math.sqrt(squares / entries if known is None else known), left_over)
     core = _host_core(spectrum)
     # Two directions a mode to begin with: seen through rank 1 in all the others, no mode could ever show more than one.
-    bases = [np.eye(m)[:, : max(r, 2)] for m, r in zip(core.shape, ranks)]
+    bases = [np.eye(m, min(m, max(r, 2))) for m, r in zip(core.shape, ranks)]
     order = sorted(range(len(shape)), key=lambda k: shape[k])  # the same modes first, however they are numbered
     for _ in range(_MOST_ROUNDS):
         before = ranks
@@ -378,7 +378,9 @@ def _host_core(spectrum: Spectrum) -> npt.NDArray[Any]:
     core = to_numpy(spectrum.core)
     core = core.astype(np.complex128 if np.iscomplexobj(core) else np.float64)
     half = spectrum.exponent // 2
-    return core * 2.0**-half * 2.0 ** -(spectrum.exponent - half)
+    core *= 2.0**-half
+    core *= 2.0 ** -(spectrum.exponent - half)
+    return core
 
 
 def _start(
