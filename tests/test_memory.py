@@ -1,5 +1,7 @@
 """What a process may still take, from files as Linux writes them."""
 
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -106,3 +108,71 @@ def test_a_limit_of_the_shell_is_an_error_with_the_tensor_and_its_need(tmp_path:
     assert done.stderr.startswith("error: extract: 'w' of shape (4000, 4000) needs about ")
     assert "exclude it, or use a machine with more memory" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "tuned.safetensors"}
+
+
+_STACK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import flora_tensor as ft
+from flora_tensor.extraction import extract
+
+def size(name):
+    return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+
+base, tuned, out, options = sys.argv[1:5]
+small = np.random.default_rng(0).standard_normal((64, 64, 4)).astype(np.float32)
+ft.tucker(small, (4, 4, 2)), ft.hosvd_spectrum(small)  # imports and what BLAS allocates once
+before = size("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+report = extract(base, tuned, out, stack="layers.*.weight", noise_floor=None, **json.loads(options))
+json.dump([size("VmHWM") - before, [row.name for row in report.stacks], report.relative_error], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Eight layers of 1024 × 1024 that share 24 directions, with noise."""
+    rng, here = np.random.default_rng(0), tmp_path_factory.mktemp("layers")
+    u, v = (rng.standard_normal(shape, dtype=np.float32) for shape in ((1024, 24), (24, 1024)))
+    names = [f"layers.{k}.weight" for k in range(8)]
+    steps = {
+        name: u @ rng.standard_normal((24, 24), dtype=np.float32) @ v
+        + 8 * rng.standard_normal((1024, 1024), dtype=np.float32)
+        for name in names
+    }
+    zeros = {name: np.zeros((1024, 1024), np.float32) for name in names}
+    return save(here / "base.safetensors", zeros), save(here / "tuned.safetensors", steps)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
+@pytest.mark.parametrize(
+    ("options", "copies", "eigenproblems"),
+    [
+        ({"max_ratio": 0.02}, 3, 0),
+        ({"max_ratio": 0.02, "weights": "uniform"}, 3, 0),
+        ({"rtol": 0.35}, 4, 1),  # looked at in full
+    ],
+    ids=["budget", "relative", "tolerance"],
+)
+def test_a_stack_takes_a_few_times_itself_and_an_eigenproblem(
+    options: dict[str, Any], copies: int, eigenproblems: int, layers: tuple[Path, Path], tmp_path: Path
+):
+    """The rule is four times the largest tensor worked on, and 300 MB."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    arguments = [*map(str, layers), str(tmp_path / "out"), json.dumps(options)]
+    done = subprocess.run(
+        [sys.executable, "-c", _STACK, *arguments],
+        env=os.environ | dict.fromkeys(names, "1"),  # each thread of BLAS has buffers of its own
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    grown, stacks, error = json.loads(done.stdout)
+    assert stacks == ["layers.*.weight"]
+    assert 0 < error < 0.4
+    size, mode = 8 * 1024 * 1024 * 4, 1024
+    # Matrix, vectors, LAPACK's own copy, and its workspace of twice that: five float64 matrices of a mode's size. The
+    # half is for the interpreter's own; one more copy of the stack would not fit.
+    assert grown <= (copies + 0.5) * size + eigenproblems * 5 * 8 * mode**2
