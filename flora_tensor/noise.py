@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks
+from flora_tensor._gram import gram_of, leading_eigenvectors
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array
 from flora_tensor.algebra import multi_mode_dot
@@ -416,13 +417,15 @@ def _update(
         if other != mode:
             projected = np.moveaxis(np.tensordot(basis.conj().T, projected, axes=(1, other)), 0, other)
     unfolded = np.moveaxis(projected, mode, 0).reshape(core.shape[mode], -1)
-    if unfolded.shape[0] <= unfolded.shape[1]:
-        squares, vectors = np.linalg.eigh(unfolded @ unfolded.conj().T)
-        squares, vectors = squares[::-1], vectors[:, ::-1]
+    columns = unfolded.shape[1]
+    if unfolded.shape[0] <= columns:
+        gram = gram_of(unfolded, 0)
+        del projected, unfolded  # each may be as large as the core
+        squares, vectors = leading_eigenvectors(gram, len(gram))
     else:
         vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
         squares = values * values
-    edge = max(resolved, variance * edge_squared(shape[mode], unfolded.shape[1]))
+    edge = max(resolved, variance * edge_squared(shape[mode], columns))
     rank = int(np.count_nonzero(squares > edge))
     bases[mode] = vectors[:, : max(rank, 1)]
     return rank
