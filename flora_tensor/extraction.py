@@ -399,7 +399,14 @@ def _totals(
     rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
     decomposed = [row for row in rows if row.delta_norm is not None]
     grown = {n.removesuffix(NEW_ROWS): s for n, s in new_rows(tuned, resized_between(base, tuned)).items()}
+    plain = [(row.delta_norm or 0.0, row.relative_error) for row in decomposed]
     weighted = [(row.weighted_norm or 0.0, row.weighted_error) for row in decomposed]
+    if lower_bound is not None and "rtol" not in settings.budget:
+        # Decompositions may end below what estimates or rounding promised, and are choices like all others.
+        # An error that is not known (NaN) changes nothing.
+        counted = weighted if settings.calibration else plain
+        alone = [(float(norm > 0), error) for norm, error in counted]
+        lower_bound = min(lower_bound, _combined(alone if settings.weights == "uniform" else counted))
     aliases = {**base.aliases, **tuned.aliases}
     return ExtractionReport(
         rows=rows,
@@ -407,7 +414,7 @@ def _totals(
         n_parameters=sum(row.n_parameters for row in rows if row.status == "tucker"),
         whole_parameters=sum(row.n_parameters for row in rows if row.status == "whole")
         + sum(math.prod(shape) for name, shape in grown.items() if found[name].status == "tucker"),
-        relative_error=_combined([(row.delta_norm or 0.0, row.relative_error) for row in decomposed]),
+        relative_error=_combined(plain),
         lower_bound=lower_bound,
         options=settings.options() | ({"aliases": aliases} if aliases else {}),
         dry_run=settings.dry_run,

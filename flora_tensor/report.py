@@ -115,8 +115,8 @@ class ExtractionReport(RowReport[TensorRow]):
         under relative weights.
     lower_bound : float or None
         What no other choice of ranks could beat by truncated HOSVDs: an error for a budget, a number of parameters for
-        a tolerance; ``None`` where the ranks were given. The sweeps that follow may end below an error. With a
-        calibration it bounds the weighted error.
+        a tolerance; ``None`` where the ranks were given. Never above what was reached, where the sweeps that follow
+        end below it. With a calibration it bounds the weighted error.
     options : mapping of str to Any
         The options of the run.
     dry_run : bool

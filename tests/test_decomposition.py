@@ -9,7 +9,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from decompositions import (
+from decomposition_cases import (
     METHODS,
     assert_all_orthogonal,
     assert_orthonormal,

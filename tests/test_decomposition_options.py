@@ -9,7 +9,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from decompositions import FORCED, METHODS, assert_orthonormal, for_all, gap, methods, slack, small
+from decomposition_cases import FORCED, METHODS, assert_orthonormal, for_all, gap, methods, slack, small
 from flora_tensor import TuckerTensor
 from support import (
     EVERY_DTYPE,

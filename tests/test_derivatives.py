@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import flora_tensor as ft
-from decompositions import METHODS, loss
+from decomposition_cases import METHODS, loss
 from support import (
     REAL,
     Sample,

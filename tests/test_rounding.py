@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 import support
-from decompositions import assert_orthonormal, for_all
+from decomposition_cases import assert_orthonormal, for_all
 from flora_tensor import TuckerTensor
 from support import (
     FLOATING,

@@ -7,7 +7,7 @@ import pytest
 
 import flora_tensor as ft
 import support
-from decompositions import FORCED, assert_all_orthogonal, assert_orthonormal
+from decomposition_cases import FORCED, assert_all_orthogonal, assert_orthonormal
 from support import (
     Truth,
     as_array,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from decompositions import FORCED, for_all, slack, small
+from decomposition_cases import FORCED, for_all, slack, small
 from support import (
     EVERY_DTYPE,
     FLOATING,
