@@ -25,6 +25,7 @@ from flora_torch import (
     FloraParameter,
     TuckerUpdate,
 )
+from flora_torch.base_weight import call_with
 from support import tolerance
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -559,3 +560,11 @@ class TestRecurrent(TestBilinear):
 
     def test_compiles_without_a_graph_break(self):
         pytest.skip("torch.compile does not trace recurrent layers of torch itself")
+
+
+def test_a_weight_that_its_module_also_keeps_as_a_view_is_replaced():
+    # So does FullyShardedDataParallel(use_orig_params=True) while a module runs.
+    linear, x = nn.Linear(3, 2), torch.ones(3)
+    vars(linear)["weight"] = linear.weight.view(2, 3)
+    other = torch.full((2, 3), 2.0)
+    assert torch.equal(call_with(linear, {"weight": other}, (x,), {}), other @ x + linear.bias)

@@ -294,7 +294,9 @@ def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...
     """
     own: Any = module
     internals: Any = torch
-    if all(name in own._parameters for name in values) and not internals.jit.is_tracing():
+    # FullyShardedDataParallel also keeps views of its parameters in the object's own table, which come before them.
+    swaps = all(name in own._parameters and name not in vars(module) for name in values)
+    if swaps and not internals.jit.is_tracing():
         # What is tied to a parameter inside the base has updates of its own: it would get them twice.
         return functional_call(module, dict(values), args, kwargs, tie_weights=False)
     return stand_in(module, values)(*args, **kwargs)
