@@ -1,6 +1,5 @@
 """The base of all layers with a Tucker update: how adapters are made, the effective weight and merging."""
 
-import contextlib
 import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from flora_torch.base_weight import adaptable, own_parameter, plain_with
 from flora_torch.chain import MEMORIES, Memory
 from flora_torch.functional import Path
 from flora_torch.initialize import Ranks, needs_values, resolve_ranks, start_update
-from flora_torch.rebuild import rebuilding
+from flora_torch.rebuild import Lent, rebuilding
 from flora_torch.update import TuckerUpdate, widest_float
 
 __all__ = ["FloraLayer"]
@@ -249,9 +248,7 @@ class FloraLayer(AdaptedModule):
             total = total + update.change(weight, drop=self.training)
         return total if total is weight else total.to(weight.dtype)
 
-    def rebuilt(
-        self, parameter: str, updates: Sequence[TuckerUpdate]
-    ) -> contextlib.AbstractContextManager[Tensor, bool | None]:
+    def rebuilt(self, parameter: str, updates: Sequence[TuckerUpdate]) -> Lent:
         """Make the effective parameter for what runs inside the block, which does not store it for the backward pass.
 
         Parameters
@@ -278,7 +275,7 @@ class FloraLayer(AdaptedModule):
         drawn = self.training and any(update.rank_dropout or update.module_dropout for update in updates)
         if weight is None or drawn:
             # A computed weight need not be the same a second time, and what is drawn is not.
-            return contextlib.nullcontext(self.effective(parameter, updates))
+            return Lent(self.effective(parameter, updates))
         sources = [weight, *(p for update in updates for p in update.parameters())]
         return rebuilding(lambda: self._as_used(self.effective(parameter, updates)), sources)
 

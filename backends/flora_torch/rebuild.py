@@ -6,7 +6,7 @@ second copy of W. `rebuilding` puts a recipe in its place wherever autograd is a
 
 import contextlib
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flora_torch.chain import transforming
 
-__all__ = ["rebuilding"]
+__all__ = ["Lent", "rebuilding"]
 
 
 @dataclass
@@ -62,8 +62,38 @@ class _View:
         return self.recipe.again().as_strided(self.size, self.stride, self.offset)
 
 
-@contextlib.contextmanager
-def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Generator[Tensor]:
+class Lent(contextlib.AbstractContextManager[Tensor, None]):
+    """A tensor for what runs inside a block, with hooks on what is stored there; a class, which older compilers trace.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The tensor.
+    hooks : saved_tensors_hooks, optional
+        What is in force inside the block.
+
+    Examples
+    --------
+    >>> with Lent(torch.ones(2)) as tensor:
+    ...     float(tensor.sum())
+    2.0
+    """
+
+    def __init__(self, tensor: Tensor, hooks: torch.autograd.graph.saved_tensors_hooks | None = None):
+        self.tensor = tensor
+        self.hooks = hooks
+
+    def __enter__(self) -> Tensor:
+        if self.hooks is not None:
+            self.hooks.__enter__()
+        return self.tensor
+
+    def __exit__(self, *raised: object) -> None:
+        if self.hooks is not None:
+            self.hooks.__exit__(*raised)
+
+
+def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Lent:
     """Make a tensor that operations inside the block do not store for their backward pass: it is made again.
 
     Any view of it counts as well. Other tensors go to the hooks around the block, if there are any, as if it were not
@@ -77,9 +107,9 @@ def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Generat
     sources : sequence of Tensor
         What it is made from; a change in place is noticed in the backward pass, and refused.
 
-    Yields
-    ------
-    Tensor
+    Returns
+    -------
+    context manager of a Tensor
         The tensor, with its gradient's history.
 
     Raises
@@ -97,8 +127,7 @@ def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Generat
     """
     made = make()
     if not made.requires_grad or transforming():
-        yield made
-        return
+        return Lent(made)
     recipe, home = _Recipe(make, sources), made.untyped_storage().data_ptr()
     outer_pack, outer_unpack = _outer_hooks()
 
@@ -110,8 +139,7 @@ def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Generat
     def unpack(kept: Any) -> Tensor:
         return kept.tensor() if isinstance(kept, _View) else outer_unpack(kept)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield made
+    return Lent(made, torch.autograd.graph.saved_tensors_hooks(pack, unpack))
 
 
 def _outer_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
