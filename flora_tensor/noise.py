@@ -414,15 +414,15 @@ def _update(
     """Renew one mode's basis from the projection on the others; return how many of its directions are signal."""
     projected = core
     for other, basis in enumerate(bases):
-        if other != mode:
+        if other != mode and basis.shape[1] < len(basis):  # a whole basis only turns what the mode is seen through
             projected = np.moveaxis(np.tensordot(basis.conj().T, projected, axes=(1, other)), 0, other)
-    unfolded = np.moveaxis(projected, mode, 0).reshape(core.shape[mode], -1)
-    columns = unfolded.shape[1]
-    if unfolded.shape[0] <= columns:
-        gram = gram_of(unfolded, 0)
-        del projected, unfolded  # each may be as large as the core
+    columns = projected.size // core.shape[mode]
+    if core.shape[mode] <= columns:
+        gram = gram_of(projected, mode)
+        del projected  # it may be as large as the core
         squares, vectors = leading_eigenvectors(gram, len(gram))
     else:
+        unfolded = np.moveaxis(projected, mode, 0).reshape(core.shape[mode], -1)
         vectors, values, _ = np.linalg.svd(unfolded, full_matrices=False)
         squares = values * values
     edge = max(resolved, variance * edge_squared(shape[mode], columns))
