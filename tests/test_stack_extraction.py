@@ -432,7 +432,11 @@ def test_the_command_line_takes_stacks_and_its_other_commands_their_result(pair:
         assert done.exit_code == 0, done.output
     assert sorted(ft.load_adapter(tmp_path / "small").stacks) == [CONV, FC]
     once, twice = ft.load_adapter(out), ft.load_adapter(tmp_path / "sum")
+    lora = ft.from_peft_lora(tmp_path / "lora")
+    assert not lora.stacks
+    assert set(lora) == set(once)
     for name in once:
+        np.testing.assert_allclose(lora.delta(name), once.delta(name), atol=1e-5 * np.abs(once.delta(name)).max())
         np.testing.assert_allclose(twice.delta(name), once.delta(name), atol=1e-5 * np.abs(once.delta(name)).max())
     refused = run("extract", *pair, "-o", tmp_path / "x", "--stack", "nothing.*")
     assert refused.exit_code == 2
