@@ -26,7 +26,7 @@ from torch import nn
 import flora_tensor as ft
 import flora_torch
 import flora_torch.peft
-from families import FAMILIES
+from families import FAMILIES, Transformer
 from flora_tensor.cli import main
 from flora_torch.peft import FloraConfig, FloraModel
 from flora_torch.peft.layers import FloraTunerLayer
@@ -747,6 +747,20 @@ def test_biases_are_trained_and_saved_too(bias, tmp_path):
     other = copy.deepcopy(base)
     flora_torch.load_adapter(other, directory)
     assert torch.equal(other(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("bias", ["all", "flora_only"])
+def test_biases_of_layers_inside_layers_are_taken_and_given(bias):
+    options = {"target_modules": ["self_attn"], "bias": bias, "init_weights": False}
+    model, other = (get_peft_model(Transformer(), config(**options)).eval() for _ in range(2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("out_proj.base_layer.bias"):
+            nn.init.normal_(parameter)
+    state = get_peft_model_state_dict(model)
+    assert not set_peft_model_state_dict(other, state).unexpected_keys
+    biases = [{n: p for n, p in m.named_parameters() if n.endswith("out_proj.base_layer.bias")} for m in (model, other)]
+    assert len(biases[0]) == 3
+    assert all(torch.equal(biases[0][name], biases[1][name]) for name in biases[0])
 
 
 def test_a_copy_of_a_frozen_embedding_does_no_harm(tmp_path):

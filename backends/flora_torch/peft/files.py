@@ -266,13 +266,12 @@ def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: d
     known, left = dict(_tensors(model)), dict[str, Tensor]()
     layers = [module for module in model.modules() if isinstance(module, FloraTunerLayer)]
     active = {name for layer in layers for name in layer.active_adapters}
-    keys = model.state_dict().keys() if rest else ()
+    keys = {key: key for key in (model.state_dict() if rest else ()) if f".{PREFIX}." not in key}
+    keys = {_without_layers(key).removeprefix(_ROOT): key for key in keys} | keys
     for key, tensor in rest.items():
         name = key.removeprefix(_ROOT)
         if name not in config.whole or name not in known:
-            owner, _, last = key.rpartition(".")
-            inner = f"{owner}.base_layer.{last}"
-            left[inner if key not in keys and inner in keys else key] = tensor
+            left[keys.get(key, keys.get(name, key))] = tensor
             continue
         module, local = known[name]
         replace_whole(module, local, tensor, adapter_name, active=adapter_name in active)
