@@ -182,6 +182,7 @@ def same_bits(a: Any, b: Any) -> bool:
 
 def supports(xp: Any, dtype: str) -> bool:
     """Tell whether a library has a data type."""
+    xp = namespace("numpy") if xp is np else xp
     return hasattr(xp, dtype) and not (library(xp) == "numpy" and dtype == "bfloat16")
 
 
@@ -264,9 +265,9 @@ class Sample:
 
     def to(self, xp: Any) -> Any:
         """Return the tensor as an array of ``xp``; the example is passed over where the library lacks the data type."""
+        xp = namespace("numpy") if xp is np else xp  # NumPy itself follows the standard since 2.0
         if not supports(xp, self.dtype):
             reject()
-        xp = namespace("numpy") if xp is np else xp  # NumPy itself follows the standard since 2.0
         make = functools.partial(as_array, xp, dtype=self.dtype)
         values, ndim = self.values, len(self.shape)
         if self.layout in {"F", "permuted"}:

@@ -142,6 +142,7 @@ def test_a_valid_file_reads_as_the_public_reader_reads_it(tmp_path: Path):
 
 
 def test_types_agree_with_the_public_package_on_every_size(tmp_path: Path):
+    pytest.importorskip("safetensors", minversion="0.8", reason="earlier versions know fewer types")
     # The public reader knows sizes; where it accepts a type of ours, it accepts the same number of bytes.
     for code, width in BITS.items():
         path = tmp_path / f"{code}.safetensors"

@@ -380,6 +380,7 @@ def test_autocast_computes_in_16_bits_and_trains():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
 def test_a_compiled_model_gives_the_same_numbers():
     model = get_peft_model(net(), config(memory="low"))
     assert model.get_base_model().head.memory == "low"

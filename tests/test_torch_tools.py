@@ -155,6 +155,7 @@ def test_a_layer_that_is_compiled_by_itself(tmp_path):
         assert close(other(IDS), model(IDS))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
 def test_compiled_once_and_switched():
     model = adapted()
     compiled = torch.compile(model, backend="eager")

