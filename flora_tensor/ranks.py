@@ -246,8 +246,11 @@ def effective_ranks(x: Array | Spectrum) -> EffectiveRanks:
 
 
 def certificate_of(error: float, lower_bound: float) -> float:
-    """Return how far an error is from a bound that no other falls below: their ratio, 1 where both are 0."""
-    return error / lower_bound if lower_bound > 0 else 1.0 if error == 0 else math.inf
+    """Return how far an error is from a bound that no other falls below: their ratio, 1 where both are 0.
+
+    Where both are rounding the error may be below the bound; no error is less than once the best.
+    """
+    return max(1.0, error / lower_bound) if lower_bound > 0 else 1.0 if error == 0 else math.inf
 
 
 def _by_noise_rule(
