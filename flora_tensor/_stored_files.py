@@ -94,6 +94,12 @@ class PickleFile:
             raise ImportError(
                 f"{path}: reading a pickle file needs PyTorch; pip install 'flora-tensor[torch]'"
             ) from None
+        # Before 2.6, tensors alone could be made to run code (CVE-2025-32434).
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+            raise InputError(
+                f"{path}: reading a pickle file is safe from PyTorch 2.6 on, and this is {torch.__version__}; upgrade "
+                "it, or convert the file to safetensors"
+            )
         os.close(open_regular(path))
         identity = _identity(path.stat())
         try:

@@ -192,6 +192,18 @@ def test_pickle_files_are_refused_unless_allowed(name: str, tmp_path: Path):
     assert set(ft.open_checkpoint(tmp_path / name, allow_pickle=True).names()) == {"a", "b", "e"}
 
 
+@pytest.mark.parametrize(("version", "safe"), [("2.5.1+cu121", False), ("2.6.0", True), ("2.10.0.dev1", True)])
+def test_pickles_are_read_only_by_versions_that_read_them_safely(version: str, safe: bool, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.bin")
+    monkeypatch.setattr(torch, "__version__", version)
+    if safe:
+        assert ft.open_checkpoint(tmp_path / "model.bin", allow_pickle=True).names() == ("a",)
+    else:
+        with pytest.raises(ft.InputError, match=r"safe from PyTorch 2\.6 on, and this is 2\.5\.1.*upgrade"):
+            ft.open_checkpoint(tmp_path / "model.bin", allow_pickle=True)
+
+
 def test_a_pickle_with_code_never_runs_it(tmp_path: Path):
     evil = tmp_path / "evil.pt"
     torch.save({"a": torch.ones(2), "b": Payload(tmp_path / "ran")}, evil)

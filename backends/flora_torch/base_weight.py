@@ -120,7 +120,7 @@ def describe(module: nn.Module, name: str) -> BaseWeight | None:
     weight = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(name)
     if weight is None:
         return None
-    shape = () if isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)
+    shape = () if nn.parameter.is_lazy(weight) else tuple(weight.shape)
     return BaseWeight("plain", shape, weight.dtype, weight.device, lambda: weight.detach())
 
 
@@ -149,7 +149,8 @@ def check_adaptable(where: str, module: nn.Module, parameter: str) -> BaseWeight
         if parameter not in module.__dict__["_buffers"] and isinstance(getattr(module, parameter, None), Tensor):
             hint = ", which a hook computes it from; use torch.nn.utils.parametrizations, or make it permanent first"
         raise ValueError(f"{where}: {base} has no parameter {parameter!r} of its own; it has {known}{hint}")
-    if isinstance(own_parameter(module, parameter), nn.parameter.UninitializedParameter):
+    own = own_parameter(module, parameter)
+    if own is not None and nn.parameter.is_lazy(own):
         raise ValueError(f"{where}: {parameter!r} of {base} has no shape yet; run the model once, then adapt it")
     if weight.device.type == "meta":
         raise ValueError(

@@ -202,7 +202,7 @@ def _reason(
 
 def _has_values(module: nn.Module, parameter: str) -> bool:
     own = own_parameter(module, parameter)
-    return own is None or not (own.is_meta or isinstance(own, nn.parameter.UninitializedParameter))
+    return own is None or not (own.is_meta or nn.parameter.is_lazy(own))
 
 
 def _meant(pattern: str, names: list[str]) -> str:
