@@ -54,6 +54,9 @@ class Fit:
 # times as fast on flat ones.
 _SMALL_STEPS = 1e8
 
+# What a pass over the tensor costs, an entry, in multiply-adds of float64 matrix products (measured).
+_PASS = 60.0
+
 
 def fit_to(
     ready: Prepared,
@@ -188,21 +191,25 @@ def _costs(
     The former takes about five products with X, after each of which half the large modes get new directions. The latter
     forms one Gram matrix after the other, and again in each of two sweeps of HOOI.
     """
-    whole = math.prod(shape)
+    whole, core = math.prod(shape), [s if k in large else r for k, (s, r) in enumerate(zip(sizes, ranks))]
 
-    def basis(mode: int, columns: float) -> float:
+    def basis(rows: int, columns: float) -> float:
         """Count a Gram matrix of the shorter side in float64, and its eigenvectors: about 4 n³ (measured)."""
-        short = min(shape[mode], columns)
-        return shape[mode] * columns * short + 4.0 * short**3
+        short = min(rows, columns)
+        return rows * columns * short + 4.0 * short**3
 
-    sketched = _SMALL_STEPS + 5.0 * whole * max(sizes[k] for k in large)
-    sketched += 2.5 * sum(basis(k, math.prod(sizes) / sizes[k]) for k in large)
-    sequential, left = 0.0, float(whole)
+    def rest(kept: Sequence[int], mode: int) -> float:
+        return math.prod(kept) / kept[mode]
+
+    # Five times: a product, directions for half of the modes, and two sweeps inside the core.
+    sketched = _SMALL_STEPS + 5.0 * whole * (max(sizes[k] for k in large) + _PASS)
+    sketched += sum(2.5 * basis(shape[k], rest(core, k)) + 20.0 * basis(core[k], rest(core, k)) for k in large)
+    sequential, left = (1.0 + sum(r < n for r, n in zip(ranks, shape))) * _PASS * whole, float(whole)
     for mode in cheapest_order(shape, ranks):
-        sequential += basis(mode, left / shape[mode])
+        sequential += basis(shape[mode], left / shape[mode])
         left *= ranks[mode] / shape[mode]
     if len(shape) > 2:
-        sequential += 2 * sum(whole * ranks[k] + basis(k, math.prod(ranks) / ranks[k]) for k in large)
+        sequential += 2 * sum(whole * (ranks[k] + _PASS) + basis(shape[k], rest(ranks, k)) for k in large)
     return sketched, sequential
 
 
