@@ -71,6 +71,7 @@ def test_traced_by_jit():
     assert close(traced(IDS), model(IDS))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights")
 @pytest.mark.parametrize("merged", [False, True])
 def test_exported(merged):
@@ -155,7 +156,6 @@ def test_a_layer_that_is_compiled_by_itself(tmp_path):
         assert close(other(IDS), model(IDS))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
 def test_compiled_once_and_switched():
     model = adapted()
     compiled = torch.compile(model, backend="eager")
