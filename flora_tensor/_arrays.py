@@ -6,6 +6,7 @@ imports torch or jax unless the caller has already given us one of their arrays.
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -51,13 +52,36 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
     if torch is not None and given and all(isinstance(a, torch.Tensor) for a in given):
         import array_api_compat.torch as torch_namespace
 
+        _refuse_unfit(where, given)
         return torch_namespace
     try:
-        return array_api_compat.array_namespace(*given)
+        xp = array_api_compat.array_namespace(*given)
     except TypeError as error:
         kinds = ", ".join(sorted({f"{type(a).__module__.split('.')[0]}.{type(a).__name__}" for a in given}))
         message = f"{where}: got {kinds or 'nothing'}; pass arrays of one library (NumPy, PyTorch, JAX, CuPy, …)"
         raise TypeError(message) from error
+    _refuse_unfit(where, given)
+    return xp
+
+
+def _refuse_unfit(where: str, arrays: Sequence[Array]) -> None:
+    """Refuse arrays that the array-API functions take, but without dense numbers that LAPACK could factorize."""
+    for a in arrays:
+        if is_torch(a):
+            if a.layout != sys.modules["torch"].strided:
+                raise TypeError(f"{where}: got a tensor of layout {a.layout}; pass a dense one, as x.to_dense() gives")
+            if a.is_quantized:
+                raise TypeError(f"{where}: got a quantized tensor; pass its numbers, as x.dequantize() gives them")
+        elif isinstance(a, np.ndarray):
+            if isinstance(a, np.ma.MaskedArray):
+                raise TypeError(f"{where}: got a masked array; pass one without gaps, as x.filled(0) gives")
+            if isinstance(a, np.matrix):
+                raise TypeError(f"{where}: got a numpy.matrix; pass numpy.asarray(x)")
+            if a.dtype.kind in "OSUMm" or a.dtype.names or a.dtype.itemsize > (16 if a.dtype.kind == "c" else 8):
+                raise TypeError(
+                    f"{where}: got an array of type {a.dtype}; pass numbers of up to 64 bits, as x.astype('float64') "
+                    "gives ('complex128' for complex ones)"
+                )
 
 
 def is_torch(x: Array) -> bool:

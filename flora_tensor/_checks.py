@@ -23,6 +23,7 @@ __all__ = [
     "printable",
     "size_text",
     "some_names",
+    "type_text",
     "whole_modes",
 ]
 
@@ -35,6 +36,13 @@ def as_int(where: str, name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{where}: {name} is {value!r}; pass an integer") from None
+
+
+def type_text(value: Any) -> str:
+    """Return the name of a value's type, with the package that it comes from."""
+    kind = type(value)
+    package = kind.__module__.split(".")[0]
+    return kind.__qualname__ if package == "builtins" else f"{package}.{kind.__qualname__}"
 
 
 def check_shard_size(where: str, size: Any) -> int | None:
@@ -95,6 +103,7 @@ def check_finite(where: str, x: Array, name: str = "x") -> None:
 
 def check_tensor(where: str, x: Array) -> None:
     """Refuse a zero-dimensional array and entries that are not finite."""
+    array_namespace(where, x)
     if len(x.shape) == 0:
         raise ValueError(f"{where}: x is a scalar; a decomposition needs at least one axis")
     check_finite(where, x)

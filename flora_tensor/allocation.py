@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one
+from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, type_text
 from flora_tensor._knapsack import Curve, Limit, refined, segments
 from flora_tensor._rank_errors import FloatArray, IntArray
 from flora_tensor.noise import worth_storing
@@ -127,7 +127,8 @@ def allocate_ranks(
         If ``spectra`` is empty, a number is out of its range, ``weights`` lacks a name or holds a negative or infinite
         number, or the alternatives of a weight are of different norms.
     TypeError
-        Unless exactly one of ``max_parameters``, ``max_ratio`` and ``rtol`` is given.
+        Unless exactly one of ``max_parameters``, ``max_ratio`` and ``rtol`` is given, or if ``spectra`` is no mapping
+        to spectra or frontiers.
 
     References
     ----------
@@ -245,7 +246,7 @@ def _summed_frontier(several: Mapping[str, Sequence[Frontier]], scales: Mapping[
 
 def _allocated(
     where: str,
-    spectra: Mapping[str, Spectrum | Frontier | Sequence[Spectrum | Frontier]],
+    spectra: Any,
     limits: Mapping[str, Any],
     weights: Mapping[str, float] | str | None,
     *,
@@ -253,6 +254,8 @@ def _allocated(
 ) -> Allocation:
     """Do what `allocate_ranks` says; without ``search`` the bound is that of the relaxation."""
     criterion = exactly_one(where, **limits)
+    if not isinstance(spectra, Mapping):
+        raise TypeError(f"{where}: spectra is {type_text(spectra)}; pass a mapping of names to spectra")
     if not spectra:
         raise ValueError(f"{where}: no weights; pass at least one name with its spectrum")
     options = {name: _frontiers(where, name, given) for name, given in spectra.items()}
@@ -446,8 +449,11 @@ def _summed(curves: Sequence[Curve], at: Sequence[int]) -> float:
     return math.fsum(float(c.errors[i]) for c, i in zip(curves, at))
 
 
-def _frontiers(where: str, name: str, given: Spectrum | Frontier | Sequence[Spectrum | Frontier]) -> list[Frontier]:
-    several = [given] if isinstance(given, Spectrum | Frontier) else list(given)
+def _frontiers(where: str, name: str, given: Any) -> list[Frontier]:
+    several: list[Any] = list(given) if isinstance(given, Sequence) else [given]
+    for item in several:
+        if not isinstance(item, Spectrum | Frontier):
+            raise TypeError(f"{where}: {name!r} holds {type_text(item)}; pass hosvd_spectrum(x), or a list of spectra")
     frontiers = [item.frontier() if isinstance(item, Spectrum) else item for item in several]
     if not frontiers:
         raise ValueError(f"{where}: {name!r} has no spectrum; pass at least one")

@@ -53,7 +53,7 @@ from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.ranks import certificate_of, check_budget
 from flora_tensor.spectra import ModeSpectra, Prepared, prepare
 from flora_tensor.tucker_algebra import orthogonalize
-from flora_tensor.tucker_tensor import TuckerTensor
+from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
 
@@ -483,6 +483,7 @@ def round_tucker(
     >>> add(a, b).ranks, round_tucker(add(a, b), rtol=1e-12).ranks
     ((2, 2), (1, 1))
     """
+    check_tucker("round_tucker", a)
     exactly_one("round_tucker", ranks=ranks, rtol=rtol, max_parameters=max_parameters)
     for part in (a.core, *(u for u in a.factors if u is not None)):  # before any QR sees it
         check_finite("round_tucker", part, "a")

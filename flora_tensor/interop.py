@@ -6,7 +6,7 @@ import array_api_compat
 
 from flora_tensor._arrays import array_namespace
 from flora_tensor._typing import Array
-from flora_tensor.tucker_tensor import TuckerTensor
+from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
 
 __all__ = ["from_tensorly", "to_tensorly"]
 
@@ -50,6 +50,7 @@ def to_tensorly(tucker: TuckerTensor) -> Any:
     except ImportError:
         message = "to_tensorly: TensorLy is not installed; pip install 'flora-tensor[tensorly]'"
         raise ImportError(message) from None
+    check_tucker("to_tensorly", tucker)
     # Their constructor checks shapes through the global backend, which may be one that does not know these arrays.
     result = Theirs.__new__(Theirs)
     result.core, result.factors = tucker.core, [_explicit(tucker, mode) for mode in range(tucker.ndim)]

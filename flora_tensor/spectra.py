@@ -171,11 +171,15 @@ class Spectrum:
         ------
         ValueError
             If a rank is out of range or their number is not the tensor's order.
+        TypeError
+            If ``ranks`` is one number, or a rank no integer.
 
         References
         ----------
         De Lathauwer, De Moor and Vandewalle (2000), property 10, as an identity on the core.
         """
+        if not hasattr(ranks, "__iter__"):
+            raise TypeError(f"Spectrum.error: ranks is {ranks!r}; pass one rank a mode, {len(self.max_ranks)} in all")
         given = tuple(as_int("Spectrum.error", f"ranks[{k}]", r) for k, r in enumerate(ranks))
         if len(given) != len(self.max_ranks):
             raise ValueError(f"Spectrum.error: {len(given)} ranks for {len(self.max_ranks)} modes; pass one a mode")

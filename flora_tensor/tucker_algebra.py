@@ -17,7 +17,7 @@ from flora_tensor._arrays import (
 from flora_tensor._checks import as_int, check_mode
 from flora_tensor._typing import Array, DType, Namespace
 from flora_tensor.algebra import mode_dot, multi_mode_dot
-from flora_tensor.tucker_tensor import TuckerTensor
+from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
 
 __all__ = ["add", "inner", "norm", "orthogonalize", "permute_modes", "scale", "select_slice", "stack"]
 
@@ -74,6 +74,11 @@ def norm(a: TuckerTensor) -> Array:
     array, shape ()
         The norm, real, of the core's (real) data type; 16-bit floats are computed and returned in float32.
 
+    Raises
+    ------
+    TypeError
+        If ``a`` is no Tucker tensor.
+
     Notes
     -----
     Differentiable where every factor has full column rank, as QR is.
@@ -89,6 +94,7 @@ def norm(a: TuckerTensor) -> Array:
     >>> round(float(norm(t)), 12)
     6.0
     """
+    check_tucker("norm", a)
     xp = array_namespace("norm", a.core, *a.factors)
     work = _at_working_precision(xp, a)
     core = _orthogonalized(xp, work).core
@@ -211,6 +217,7 @@ def select_slice(a: TuckerTensor, mode: int, index: int) -> TuckerTensor:
     >>> select_slice(t, 0, 2).to_tensor()
     array([6., 6.])
     """
+    check_tucker("select_slice", a)
     mode = check_mode("select_slice", mode, a.ndim)
     if a.ndim == 1:
         raise ValueError(
@@ -260,6 +267,7 @@ def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
     array([[6., 6.],
            [6., 6.]])
     """
+    check_tucker("scale", a)
     if getattr(c, "shape", ()) != ():
         raise ValueError(f"scale: c has shape {tuple(c.shape)}; pass a number")  # type: ignore[union-attr]
     return TuckerTensor(a.core * c, a.factors)
@@ -279,6 +287,11 @@ def orthogonalize(a: TuckerTensor) -> TuckerTensor:
         The same tensor to rounding, with U_nᴴ U_n = I. Ranks become min(r_n, I_n). ``None`` factors stay. 16-bit floats
         are computed in float32 and cast back, integers are promoted.
 
+    Raises
+    ------
+    TypeError
+        If ``a`` is no Tucker tensor.
+
     Notes
     -----
     Afterwards ‖A‖ = ‖core‖, and compressing the core compresses the tensor with the same error: see `round_tucker`.
@@ -294,6 +307,7 @@ def orthogonalize(a: TuckerTensor) -> TuckerTensor:
     >>> float(abs(orthogonalize(t).core[0, 0]).round(12))
     6.0
     """
+    check_tucker("orthogonalize", a)
     xp = array_namespace("orthogonalize", a.core, *a.factors)
     result = _orthogonalized(xp, _at_working_precision(xp, a))
     dtype = result_dtype(xp, _common_dtype(xp, a))
@@ -331,6 +345,7 @@ def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
     >>> permute_modes(t, (1, 0)).shape
     (5, 2)
     """
+    check_tucker("permute_modes", a)
     order = [check_mode("permute_modes", k, a.ndim) for k in axes]
     if sorted(order) != list(range(a.ndim)):
         raise ValueError(f"permute_modes: axes {tuple(axes)} of a tensor with {a.ndim} modes; pass each mode once")
@@ -339,6 +354,7 @@ def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
 
 
 def _same_shape(where: str, *tensors: TuckerTensor) -> Namespace:
+    check_tucker(where, *tensors)
     first, *others = (t.shape for t in tensors)
     for shape in others:
         if shape != first:

@@ -14,10 +14,11 @@ import array_api_compat
 import numpy as np
 
 from flora_tensor._arrays import array_namespace, is_differentiated, is_torch, promote
+from flora_tensor._checks import type_text
 from flora_tensor._typing import Array, DType
 from flora_tensor.algebra import contract, contraction_order, multi_mode_dot
 
-__all__ = ["TuckerTensor", "reconstruct"]
+__all__ = ["TuckerTensor", "check_tucker", "reconstruct"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,8 +73,8 @@ class TuckerTensor:
     def __post_init__(self) -> None:
         factors = tuple(self.factors)
         object.__setattr__(self, "factors", factors)
-        ranks = tuple(self.core.shape)
         array_namespace("TuckerTensor", self.core, *factors)
+        ranks = tuple(self.core.shape)
         if len(factors) != len(ranks):
             raise ValueError(
                 f"TuckerTensor: {len(factors)} factors for a core of shape {ranks}; pass one factor (or None) a mode"
@@ -133,6 +134,10 @@ class TuckerTensor:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.core, self.factors))
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Refuse to become a NumPy array unasked: it would be dense, or an array of one object."""
+        raise TypeError("TuckerTensor: it is a core and factors, not one array; for the dense tensor use to_tensor()")
+
     def __repr__(self) -> str:
         dtype = str(self.dtype).rsplit(".", maxsplit=1)[-1]
         whole = [mode for mode, u in enumerate(self.factors) if u is None]
@@ -141,6 +146,13 @@ class TuckerTensor:
             f"TuckerTensor(shape={self.shape}, ranks={self.ranks}, n_parameters={self.n_parameters}{partial}, "
             f"dtype={dtype})"
         )
+
+
+def check_tucker(where: str, *tensors: Any) -> None:
+    """Refuse what is no Tucker tensor, such as the dense array or the fit that one was made of."""
+    for tensor in tensors:
+        if not isinstance(tensor, TuckerTensor):
+            raise TypeError(f"{where}: got {type_text(tensor)}; pass a TuckerTensor, such as tucker(x, ranks).tucker")
 
 
 def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
@@ -168,7 +180,7 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     ValueError
         If ``out`` has another shape or data type, cannot be written to, or a gradient is being recorded.
     TypeError
-        If ``out`` belongs to a library whose arrays cannot be written to.
+        If ``tucker`` is no Tucker tensor, or ``out`` belongs to a library whose arrays cannot be written to.
 
     References
     ----------
@@ -185,6 +197,7 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     >>> reconstruct(t, out=buffer) is buffer
     True
     """
+    check_tucker("reconstruct", tucker)
     tucker = tucker.map(_settled)
     if out is None:
         return multi_mode_dot(tucker.core, tucker.factors)

@@ -325,6 +325,11 @@ def test_refusals():
         ft.allocate_ranks(spectra, max_parameters=3, rtol=0.1)
     with pytest.raises(ValueError, match="allocate_ranks: no weights; pass at least one name with its spectrum"):
         ft.allocate_ranks({}, max_parameters=3)
+    with pytest.raises(TypeError, match="allocate_ranks: spectra is list; pass a mapping of names to spectra"):
+        ft.allocate_ranks([x], max_parameters=3)
+    for array in (x, [x]):
+        with pytest.raises(TypeError, match=r"'a' holds numpy.ndarray; pass hosvd_spectrum\(x\), or a list of spectra"):
+            ft.allocate_ranks({"a": array}, max_parameters=3)
     with pytest.raises(ValueError, match="allocate_ranks: 'a' has no spectrum; pass at least one"):
         ft.allocate_ranks({"a": []}, max_parameters=3)
     with pytest.raises(ValueError, match="allocate_ranks: max_parameters is -1; pass 0 or more"):

@@ -3,12 +3,14 @@
 import itertools
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+import flora_tensor as ft
 from flora_tensor import feasible_ranks
 from flora_tensor._checks import (
     as_int,
@@ -89,6 +91,42 @@ def test_an_infinite_imaginary_part_is_refused(xp):
 def test_check_tensor_refuses_a_scalar(xp):
     with pytest.raises(ValueError, match="f: x is a scalar; a decomposition needs at least one axis"):
         check_tensor("f", xp.asarray(1.0))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones((2, 2), object), "array of type object; pass numbers of up to 64 bits, as x.astype"),
+        (np.array([["a", "b"]]), "array of type <U1; pass numbers of up to 64 bits"),
+        (np.zeros((2, 2), "M8[s]"), "array of type datetime64"),
+        (np.ma.masked_array(np.ones((2, 2)), np.eye(2)), "a masked array; pass one without gaps, as x.filled"),
+        (np.eye(2).view(np.matrix), r"a numpy.matrix; pass numpy.asarray\(x\)"),
+        ([[1.0, 2.0]], "builtins.list; pass arrays of one library"),
+    ],
+)
+def test_arrays_without_dense_numbers_are_refused(x, message):
+    for function in (ft.tucker, ft.hosvd, ft.hosvd_spectrum, ft.error_table):
+        with pytest.raises(TypeError, match=f"{function.__name__}: got (an )?{message}"):
+            function(x)
+
+
+@pytest.mark.parametrize("name", ["longdouble", "clongdouble"])
+def test_numbers_longer_than_lapack_takes_are_refused(name):
+    if np.dtype("longdouble") == np.dtype("float64") or np.finfo("longdouble").dtype.itemsize == 8:
+        pytest.skip("a long double is a double here")
+    with pytest.raises(TypeError, match=r"tucker: got an array of type .*; pass numbers of up to 64 bits"):
+        ft.tucker(np.ones((2, 2), name), 1)
+
+
+def test_torch_tensors_without_dense_numbers_are_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"hosvd: got a tensor of layout torch.sparse_coo; pass a dense one, as x.to_d"):
+        ft.hosvd(torch.eye(3).to_sparse())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of PyTorch want others to make these
+        quantized = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"hosvd: got a quantized tensor; pass its numbers, as x.dequantize\(\)"):
+        ft.hosvd(quantized)
 
 
 def test_a_traced_tensor_is_let_through():

@@ -60,6 +60,8 @@ class TestSeveralAdapters:
     def test_models_without_adapters_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="disabled: the model has no adapter; call attach first"), disabled(cnn()):
             pass
+        with pytest.raises(TypeError, match=r"merge: model is str; pass an nn.Module with adapters"):
+            merge("model.safetensors")
         for call in (merge, detach, adapter_parameters, activate):
             with pytest.raises(ValueError, match=f"{call.__name__}: the model has no adapter; call attach first"):
                 call(cnn())

@@ -123,6 +123,37 @@ def test_core_and_factors_of_two_libraries_are_refused():
         TuckerTensor(np.ones((2, 2)), [torch.ones(3, 2), None])
 
 
+def test_lists_are_refused():
+    with pytest.raises(TypeError, match=r"TuckerTensor: got builtins.list; pass arrays of one library"):
+        TuckerTensor([[1.0]], [[[1.0], [1.0]], [[1.0]]])
+
+
+def test_a_numpy_array_is_made_only_on_request():
+    for call in (np.asarray, np.array, lambda t: np.ones(3) * t):
+        with pytest.raises(TypeError, match=r"TuckerTensor: it is a core and factors, .* use to_tensor\(\)"):
+            call(example())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ft.norm,
+        ft.orthogonalize,
+        ft.reconstruct,
+        lambda x: ft.inner(example(), x),
+        lambda x: ft.add(x, x),
+        lambda x: ft.stack([x]),
+        lambda x: ft.scale(x, 2),
+        lambda x: ft.permute_modes(x, (0, 1)),
+        lambda x: ft.select_slice(x, 0, 1),
+        lambda x: ft.round_tucker(x, ranks=1),
+    ],
+)
+def test_what_is_no_tucker_tensor_is_refused(call):
+    with pytest.raises(TypeError, match=r"got numpy.ndarray; pass a TuckerTensor, such as tucker\(x, ranks\).tucker"):
+        call(np.ones((2, 2)))
+
+
 # --- the dense tensor --------------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from flora_tensor._checks import type_text
 from flora_torch.layers import FloraLayer
 from flora_torch.model_weights import Place, places
 from flora_torch.update import TuckerUpdate
@@ -109,8 +111,10 @@ def whole_of(model: nn.Module) -> list[tuple[Place, str, Whole]]:
     return [(p, local, note) for p in seen.values() for (local, _), note in p.module.__dict__.get(WHOLE, {}).items()]
 
 
-def layers_of(model: nn.Module, where: str) -> list[FloraLayer]:
+def layers_of(model: Any, where: str) -> list[FloraLayer]:
     """List the layers with adapters; a model that has no adapter at all is refused."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model is {type_text(model)}; pass an nn.Module with adapters")
     layers = [module for module in model.modules() if isinstance(module, FloraLayer)]
     if not layers and not whole_of(model):
         raise ValueError(f"{where}: the model has no adapter; call attach first")

@@ -334,6 +334,8 @@ def merge(model: nn.Module) -> nn.Module:
     ------
     ValueError
         If the model has no adapter, or an entry of a sum is not finite.
+    TypeError
+        If ``model`` is no module, such as the path of a checkpoint.
 
     References
     ----------
