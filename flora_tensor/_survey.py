@@ -166,9 +166,10 @@ def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> 
 
 
 def _check_globs(settings: Settings, names: Sequence[str]) -> None:
-    for pattern in settings.include:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"extract: include pattern {pattern!r} matches no tensor; {_meant(pattern, names)}")
+    for option, patterns in (("include", settings.include), ("exclude", settings.exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"extract: {option} pattern {pattern!r} matches no tensor; {_meant(pattern, names)}")
 
 
 def _meant(pattern: str, names: Sequence[str]) -> str:

@@ -117,7 +117,8 @@ def extract(
     max_bytes : int, optional
         The same in bytes of ``dtype``, whole tensors and file headers not counted.
     include, exclude : str or sequence of str, optional
-        Globs of names; only what matches ``include`` and does not match ``exclude`` is looked at.
+        Globs of names, each of which must match a tensor; only what matches ``include`` and does not match ``exclude``
+        is looked at.
     arrangements : "auto", pattern or Arrangement
         Which axes form a mode. ``"auto"`` chooses per weight under a budget and takes the weight's own axes with
         ``ranks``. A pattern counts for the weights it fits; the others keep their own axes.

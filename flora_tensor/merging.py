@@ -1,7 +1,7 @@
 """An adapter put into a checkpoint, and two checkpoints compared: both one tensor at a time."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +124,8 @@ def merge_checkpoint(
     Warns
     -----
     FloraWarning
-        If the adapter was made for another base, and ``verify_base="warn"``.
+        If the adapter was made for another base, and ``verify_base="warn"``; if the base's `config.json` is copied
+        though the adapter changes a tensor's number of rows, as that of a vocabulary.
 
     References
     ----------
@@ -157,6 +158,7 @@ def merge_checkpoint(
     check_free_space("merge", Path(out), sum(info.n_bytes for info in infos))
     metadata = source.metadata or {"format": "pt"}
     beside = () if single or Path(out).suffix == ".safetensors" else _beside(source.original.path)
+    _check_sizes_told(beside, resized)
     with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite, beside=beside) as writer:
         for done, info in enumerate(infos):
             if progress:
@@ -179,6 +181,21 @@ def _beside(base: Path) -> tuple[Path, ...]:
     kinds = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
     found = [file for file in sorted(base.iterdir()) if file.suffix in kinds or file.stem == "LICENSE"]
     return tuple(file for file in found if file.is_file() and not file.name.endswith(".index.json"))
+
+
+def _check_sizes_told(beside: Iterable[Path], resized: Mapping[str, tuple[int, int]]) -> None:
+    """Warn where the base's configuration, which is copied, tells other numbers of rows than the result has.
+
+    Which of its entries do so (vocab_size, and others in models of several parts) no adapter records.
+    """
+    changed = [name for name, (before, after) in resized.items() if before != after]
+    configs = [file for file in beside if file.name == "config.json"]
+    if changed and configs:
+        before, after = resized[changed[0]]
+        warn_user(
+            f"merge: {configs[0]} is copied as it is, but {changed[0]!r} has {after} rows now, not {before}; put the "
+            "tuned model's config.json and tokenizer in its place, or mend its sizes, such as vocab_size"
+        )
 
 
 def _info(base: Checkpoint, name: str, resized: Mapping[str, tuple[int, int]]) -> TensorInfo:

@@ -524,6 +524,7 @@ def test_a_torch_device_gives_the_same_adapter(tmp_path: Path):
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'; pass one of"),
         ({"on_mismatch": "pad"}, ValueError, "on_mismatch is 'pad'"),
         ({"include": "conv*"}, ValueError, "include pattern 'conv[*]' matches no tensor; there are w"),
+        ({"exclude": ["w", "conv*"]}, ValueError, "exclude pattern 'conv[*]' matches no tensor; there are w"),
         ({"arrangements": "o ("}, ValueError, "cannot be read"),
         (
             {"max_memory": 1000},

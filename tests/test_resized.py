@@ -87,6 +87,21 @@ def test_a_resized_tensor_is_refused_skipped_or_padded(tmp_path: Path):
         ft.extract(paths[0], other, tmp_path / "a", ranks=1, resized="pad")
 
 
+def test_a_copied_configuration_that_tells_the_old_size_is_warned_of(tmp_path: Path):
+    base, tuned = pair(tmp_path)
+    (tmp_path / "base").mkdir()
+    base = base.rename(tmp_path / "base" / "model.safetensors")
+    (base.parent / "config.json").write_text('{"vocab_size": 9}')
+    ft.extract(base, tuned, tmp_path / "a", ranks=1, resized="pad")
+    with pytest.warns(ft.FloraWarning, match=r"config.json is copied as it is, but 'emb' has 12 rows now, not 9; put"):
+        ft.merge_checkpoint(base.parent, tmp_path / "a", tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == {"vocab_size": 9}
+    # Without the new rows, or as one file, no configuration is copied that could be wrong: warnings are errors here.
+    ft.merge_checkpoint(base.parent, tmp_path / "a", tmp_path / "merged.safetensors")
+    ft.extract(base, tuned, tmp_path / "same", ranks=1, resized="skip")
+    ft.merge_checkpoint(base.parent, tmp_path / "same", tmp_path / "unresized")
+
+
 def test_workers_shards_and_interrupts_see_the_same_rows(tmp_path: Path):
     paths = pair(tmp_path)
     ft.extract(*paths, tmp_path / "alone", ranks=2, resized="pad")
