@@ -4,8 +4,8 @@ One class for each kind of product that is known, and `FloraParameter` for every
 `flora_torch.adapted_module` and `flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
 """
 
-import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -506,7 +506,14 @@ class FloraParameter(FloraLayer):
         """
         if not (self.enabled and self.active_adapters):
             return self.base_layer(*args, **kwargs)
-        with contextlib.ExitStack() as stack:
-            names = self.parameter_names
-            effective = {name: stack.enter_context(self.rebuilt(name, self.running(name))) for name in names}
+        return self._call_with(self.parameter_names, {}, args, kwargs)
+
+    def _call_with(
+        self, names: Sequence[str], effective: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call the base inside one block for each name; compilers do not resume in a stack of blocks."""
+        if not names:
             return call_with(self.base_layer, effective, args, kwargs)
+        first, *rest = names
+        with self.rebuilt(first, self.running(first)) as value:
+            return self._call_with(rest, {**effective, first: value}, args, kwargs)
