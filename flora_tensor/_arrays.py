@@ -225,11 +225,19 @@ def power_of_two(xp: Namespace, x: Array) -> int:
 
 def times_power_of_two(x: Array, k: int) -> Array:
     """Return ``x · 2**k``, in steps that stay inside float32's range so that no intermediate factor overflows."""
+    number = _number_type(x)
     while k != 0:
         step = max(-100, min(100, k))
-        x = x * 2.0**step
+        x = x * number(2.0**step)
         k -= step
     return x
+
+
+def _number_type(x: Array) -> Any:
+    """Return the type of a factor that keeps the type of ``x``: in NumPy 1 a Python float makes a scalar float64."""
+    if isinstance(x, np.ndarray | np.generic) and x.ndim == 0 and x.dtype.kind in "fc":
+        return x.real.dtype.type
+    return float
 
 
 def accumulation_dtype(xp: Namespace, x: Array) -> DType:
