@@ -131,7 +131,7 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
         If ``x`` has no axes or holds NaN or infinity, if a rank is below 1, above its mode's size or above the product
         of the other ranks, or if ``rtol`` is not in [0, 1].
     TypeError
-        If both ``ranks`` and ``rtol`` are given.
+        If both ``ranks`` and ``rtol`` are given, or ``x`` is no dense array of numbers of up to 64 bits.
 
     References
     ----------
@@ -186,7 +186,7 @@ def st_hosvd(
     ValueError
         As for `hosvd`, and if ``mode_order`` is not a permutation.
     TypeError
-        If both ``ranks`` and ``rtol`` are given.
+        If both ``ranks`` and ``rtol`` are given, or ``x`` is no dense array of numbers of up to 64 bits.
 
     References
     ----------
@@ -469,7 +469,7 @@ def round_tucker(
     ValueError
         As for `tucker`.
     TypeError
-        Unless exactly one of ``ranks``, ``rtol`` and ``max_parameters`` is given.
+        If ``a`` is no Tucker tensor, or unless exactly one of ``ranks``, ``rtol`` and ``max_parameters`` is given.
 
     References
     ----------

@@ -32,6 +32,8 @@ def to_tensorly(tucker: TuckerTensor) -> Any:
     ------
     ImportError
         If TensorLy is not installed.
+    TypeError
+        If ``tucker`` is no Tucker tensor.
 
     References
     ----------

@@ -39,6 +39,8 @@ def inner(a: TuckerTensor, b: TuckerTensor) -> Array:
     ------
     ValueError
         If the shapes differ.
+    TypeError
+        If ``a`` or ``b`` is no Tucker tensor.
 
     References
     ----------
@@ -122,6 +124,8 @@ def add(a: TuckerTensor, b: TuckerTensor) -> TuckerTensor:
     ------
     ValueError
         If the shapes differ.
+    TypeError
+        If ``a`` or ``b`` is no Tucker tensor.
 
     References
     ----------
@@ -162,6 +166,8 @@ def stack(tensors: Sequence[TuckerTensor], *, mode: int = 0) -> TuckerTensor:
     ------
     ValueError
         If there are no tensors, their shapes differ, or there is no such mode.
+    TypeError
+        If one of them is no Tucker tensor.
 
     References
     ----------
@@ -177,8 +183,8 @@ def stack(tensors: Sequence[TuckerTensor], *, mode: int = 0) -> TuckerTensor:
     tensors = tuple(tensors)
     if not tensors:
         raise ValueError("stack: got no tensors; pass at least one")
-    place = check_mode("stack", mode, tensors[0].ndim + 1)
     xp = _same_shape("stack", *tensors)
+    place = check_mode("stack", mode, tensors[0].ndim + 1)
     cores, factors = _beside(xp, tensors)
     return TuckerTensor(xp.stack(cores, axis=place), (*factors[:place], None, *factors[place:]))
 
@@ -205,6 +211,8 @@ def select_slice(a: TuckerTensor, mode: int, index: int) -> TuckerTensor:
     ------
     ValueError
         If there is no such mode or index, or ``a`` has a single mode.
+    TypeError
+        If ``a`` is no Tucker tensor.
 
     References
     ----------
@@ -254,6 +262,8 @@ def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
     ------
     ValueError
         If ``c`` is an array with axes.
+    TypeError
+        If ``a`` is no Tucker tensor.
 
     References
     ----------
@@ -333,6 +343,8 @@ def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
     ------
     ValueError
         If ``axes`` is not a permutation.
+    TypeError
+        If ``a`` is no Tucker tensor.
 
     References
     ----------

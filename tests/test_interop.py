@@ -72,6 +72,11 @@ def test_what_is_no_pair_is_refused():
         ft.from_tensorly((np.ones((2, 2)), [np.ones((3, 1)), np.ones((3, 2))]))
 
 
+def test_what_is_no_tucker_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"to_tensorly: got numpy.ndarray; pass a TuckerTensor, such as"):
+        ft.to_tensorly(np.ones((2, 2)))
+
+
 def test_without_tensorly_the_error_names_the_extra():
     code = """
 import sys
