@@ -52,7 +52,7 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
     if torch is not None and given and all(isinstance(a, torch.Tensor) for a in given):
         import array_api_compat.torch as torch_namespace
 
-        _refuse_unfit(where, given)
+        _refuse_unfit_tensors(where, torch, given)
         return torch_namespace
     try:
         xp = array_api_compat.array_namespace(*given)
@@ -64,24 +64,40 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
     return xp
 
 
+# Codes of NumPy's booleans, integers, and real and complex floats that LAPACK or a cast to its types takes.
+_NUMBERS = frozenset("?bBhHiIlLqQefdFD")
+
+
 def _refuse_unfit(where: str, arrays: Sequence[Array]) -> None:
     """Refuse arrays that the array-API functions take, but without dense numbers that LAPACK could factorize."""
     for a in arrays:
+        if type(a) is np.ndarray and a.dtype.char in _NUMBERS:  # most are
+            continue
         if is_torch(a):
-            if a.layout != sys.modules["torch"].strided:
-                raise TypeError(f"{where}: got a tensor of layout {a.layout}; pass a dense one, as x.to_dense() gives")
-            if a.is_quantized:
-                raise TypeError(f"{where}: got a quantized tensor; pass its numbers, as x.dequantize() gives them")
-        elif isinstance(a, np.ndarray):
-            if isinstance(a, np.ma.MaskedArray):
-                raise TypeError(f"{where}: got a masked array; pass one without gaps, as x.filled(0) gives")
-            if isinstance(a, np.matrix):
-                raise TypeError(f"{where}: got a numpy.matrix; pass numpy.asarray(x)")
-            if a.dtype.kind in "OSUMm" or a.dtype.names or a.dtype.itemsize > (16 if a.dtype.kind == "c" else 8):
-                raise TypeError(
-                    f"{where}: got an array of type {a.dtype}; pass numbers of up to 64 bits, as x.astype('float64') "
-                    "gives ('complex128' for complex ones)"
-                )
+            _refuse_unfit_tensors(where, sys.modules["torch"], [a])
+        elif isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"{where}: got a masked array; pass one without gaps, as x.filled(0) gives")
+        elif isinstance(a, np.matrix):
+            raise TypeError(f"{where}: got a numpy.matrix; pass numpy.asarray(x)")
+        elif isinstance(a, np.ndarray) and _is_unfit(a.dtype):
+            raise TypeError(
+                f"{where}: got an array of type {a.dtype}; pass numbers of up to 64 bits, as x.astype('float64') gives "
+                "('complex128' for complex ones)"
+            )
+
+
+def _is_unfit(dtype: Any) -> bool:
+    """Tell whether a NumPy type is none of numbers, or of longer ones than LAPACK takes; ml_dtypes' short ones pass."""
+    most = 16 if dtype.kind == "c" else 8
+    return dtype.kind in "OSUMm" or dtype.names is not None or dtype.itemsize > most
+
+
+def _refuse_unfit_tensors(where: str, torch: Any, tensors: Sequence[Any]) -> None:
+    for a in tensors:
+        if a.layout != torch.strided:
+            raise TypeError(f"{where}: got a tensor of layout {a.layout}; pass a dense one, as x.to_dense() gives")
+        if a.is_quantized:
+            raise TypeError(f"{where}: got a quantized tensor; pass its numbers, as x.dequantize() gives them")
 
 
 def is_torch(x: Array) -> bool:

@@ -335,7 +335,7 @@ def tucker(
         does not hold the smallest Tucker tensor of this shape, ``method`` is unknown, or ``x`` is traced (under ``jit``
         or ``vmap``).
     TypeError
-        If more than one of ``ranks``, ``rtol`` and ``max_parameters`` is given.
+        If more than one of ``ranks``, ``rtol`` and ``max_parameters`` is given, or ``x`` is no dense array of numbers.
 
     References
     ----------
