@@ -85,6 +85,8 @@ def _allocated(
     allocation = allocate_ranks(frontiers, **given, weights=weights)
     if not allocation.n_parameters and not total.whole:
         sizes = [int(f.n_parameters[1]) for options in frontiers.values() for f in options if len(f) > 1]
+        if sizes and "rtol" in limit:
+            raise ValueError(f"{where}: nothing at all keeps rtol {limit['rtol']}; lower it, or leave the adapter out")
         why = f"the smallest tensor takes {min(sizes)} {unit}; raise it" if sizes else "every change is zero"
         raise ValueError(f"{where}: the budget {limit} holds nothing: {why}")
     return allocation

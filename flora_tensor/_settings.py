@@ -1,5 +1,6 @@
 """The options of an extraction, checked, and which tensors and arrangements they mean."""
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -173,6 +174,24 @@ def matches(name: str, include: str | Sequence[str] | None, exclude: str | Seque
 
 def globs(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def check_globs(
+    where: str, names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> None:
+    """Refuse globs that no name fits."""
+    for option, patterns in (("include", globs(include)), ("exclude", globs(exclude))):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"{where}: {option} pattern {pattern!r} matches no tensor; {_meant(pattern, names)}")
+
+
+def _meant(pattern: str, names: Sequence[str]) -> str:
+    """Say what a pattern that matches nothing was probably to be."""
+    part = pattern.strip("*")
+    if part and any(part in name for name in names):
+        return f"it has to match the whole name: pass {f'*{part}*'!r}"
+    return f"there are {', '.join(difflib.get_close_matches(part, names, n=3, cutoff=0.4) or names[:3])}"
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:

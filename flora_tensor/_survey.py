@@ -1,7 +1,5 @@
 """The first pass of an extraction: what changed, what each choice of ranks would buy, and the choice."""
 
-import difflib
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +16,7 @@ from flora_tensor._leading import Look, full_look, leading_look, reach_of
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
-from flora_tensor._settings import Settings
+from flora_tensor._settings import Settings, check_globs
 from flora_tensor._stack_norms import StackMoments, StackNorm, output_looks
 from flora_tensor.allocation import (
     allocate_ranks,
@@ -92,7 +90,7 @@ def survey(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> tuple[dic
     missing: list[str] = []
     mismatched: list[str] = []
     names = tuple(dict.fromkeys((*base.names(), *tuned.names())))
-    _check_globs(settings, names)
+    check_globs("extract", names, settings.include, settings.exclude)
     for name in names:
         sides = [side for side in (base, tuned) if name in side]
         row = TensorRow(name, "left out", shape=sides[0].info(name).shape, dtype=_dtypes(sides, name))
@@ -163,21 +161,6 @@ def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> 
         f"extract: {name!r} has shape {a} in {base.path} and {b} in {tuned.path}{more}; "
         f"{skip} to leave such tensors out"
     )
-
-
-def _check_globs(settings: Settings, names: Sequence[str]) -> None:
-    for option, patterns in (("include", settings.include), ("exclude", settings.exclude)):
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"extract: {option} pattern {pattern!r} matches no tensor; {_meant(pattern, names)}")
-
-
-def _meant(pattern: str, names: Sequence[str]) -> str:
-    """Say what a pattern that matches nothing was probably to be."""
-    part = pattern.strip("*")
-    if part and any(part in name for name in names):
-        return f"it has to match the whole name: pass {f'*{part}*'!r}"
-    return f"there are {', '.join(difflib.get_close_matches(part, names, n=3, cutoff=0.4) or names[:3])}"
 
 
 def scan(

@@ -13,7 +13,7 @@ from flora_tensor._errors import InputError
 from flora_tensor._heads import with_heads
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
-from flora_tensor._settings import globs, heads_option, matches
+from flora_tensor._settings import check_globs, globs, heads_option, matches
 from flora_tensor._stacks import find_stacks
 from flora_tensor._typing import PathLike
 from flora_tensor.allocation import allocate_with_stacks, budget_curve, grouped_frontiers
@@ -220,7 +220,8 @@ def study_ranks(
     InputError
         If a checkpoint is damaged, a number is not finite, or no weight differs.
     ValueError
-        If a budget is out of its range, or a stack's pattern does not match two weights or more of one shape.
+        If a budget is out of its range, a pattern of ``include`` or ``exclude`` matches nothing, or a stack's pattern
+        does not match two weights or more of one shape.
     ResourceError
         If a tensor would need more memory than there is.
 
@@ -241,6 +242,7 @@ def study_ranks(
     """
     shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
+    check_globs("study_ranks", list(dict.fromkeys((*before.names(), *after.names()))), include, exclude)
     names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
     stacks = find_stacks("ranks", before, after, names, tuple(dict.fromkeys(globs(stack))))
     found = heads_option(heads, before, after)

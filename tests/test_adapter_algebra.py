@@ -522,6 +522,7 @@ def test_the_commands_are_the_functions(two: tuple[Path, Path], tmp_path: Path):
     [
         (["round", "{a}", "-o", "{out}"], 2, "pass exactly one of"),
         (["round", "{a}", "-o", "{out}", "--max-parameters", "1"], 2, "holds nothing"),
+        (["round", "{a}", "-o", "{out}", "--rtol", "1"], 2, "nothing at all keeps rtol 1.0; lower it"),
         (["round", "{missing}", "-o", "{out}", "--rtol", ".1"], 4, "No such file"),
         (["round", "{a}", "-o", "{a}", "--rtol", ".1"], 4, "--overwrite"),
         (["add", "{a}", "{b}", "--weights", "x", "-o", "{out}"], 2, "is not a list of numbers"),
