@@ -1,6 +1,9 @@
 """How an adapter's tensors are named in its file: the layout of Hugging Face PEFT (see `flora_tensor.adapter_file`)."""
 
-__all__ = ["PREFIX", "factor_number", "split_key", "tensor_key", "whole_key"]
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["PREFIX", "factor_number", "split_key", "tensor_key", "tensor_parts", "whole_key"]
 
 PREFIX = "base_model.model."
 _MARK = "tucker_update"
@@ -21,6 +24,17 @@ def tensor_key(name: str, part: str) -> str:
         raise ValueError(f"save_adapter: the weight's name {name!r} cannot be stored; rename it")
     middle = [_MARK] if parameter == "weight" else [_MARK, parameter]
     return PREFIX + ".".join([*([module] if module else []), *middle, part])
+
+
+def tensor_parts(core: Any, factors: Sequence[Any]) -> dict[str, Any]:
+    """Return the arrays of a Tucker tensor by what they are called; a mode that is left whole has none.
+
+    Examples
+    --------
+    >>> list(tensor_parts(0, [1, None, 2]))
+    ['core', 'factor_0', 'factor_2']
+    """
+    return {"core": core, **{f"factor_{mode}": u for mode, u in enumerate(factors) if u is not None}}
 
 
 def whole_key(name: str) -> str:

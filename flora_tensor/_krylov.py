@@ -22,8 +22,9 @@ from flora_tensor.algebra import multi_mode_dot, unfold
 # Columns of the unfolding that are worked on at a time, in numbers: at least this many, or a 16th of the tensor.
 _AT_A_TIME = 1 << 17
 
-# A block of a matrix's space holds this share of the wanted rank and so many directions more, but all of ranks up to
-# `_WHOLE`: a product with so many columns costs hardly more than reading the matrix.
+# A block holds this share of the wanted ranks and so many directions more: wider ones need fewer of them, but more
+# arithmetic (measured). One of a matrix's space holds all of ranks up to `_WHOLE`: a product with so many columns costs
+# hardly more than reading the matrix.
 _SHARE, _MORE, _WHOLE = 1 / 4, 8, 16
 
 # Blocks of a matrix's space: at least, as what rounding hides of a very small error is found by doing, not by
@@ -119,6 +120,11 @@ def _normalized(matrix: Any) -> tuple[Any | None, float]:
     return matrix @ np.linalg.inv(triangle).conj().T.astype(matrix.dtype), deviation
 
 
+def block_width(rank: float) -> int:
+    """Return how many directions a block holds where so many in all are sought."""
+    return math.ceil(_SHARE * rank) + _MORE
+
+
 def matrix_of(
     xp: Namespace, x: Array, ranks: tuple[int, ...], generator: np.random.Generator, squares: float
 ) -> tuple[Truncation, int]:
@@ -128,7 +134,7 @@ def matrix_of(
     """
     mode = 0 if x.shape[0] <= x.shape[1] else 1
     rank = min(ranks)
-    width = max(math.ceil(_SHARE * rank) + _MORE, min(rank, _WHOLE))
+    width = max(block_width(rank), min(rank, _WHOLE))
     space = KrylovSpace(xp, x, mode, width, generator)
     fill(space, rank, squares)
     inside = xp.concat(space.rows, axis=mode)

@@ -16,7 +16,7 @@ import numpy as np
 from flora_tensor._arrays import array_namespace, host_squares, times_power_of_two, to_numpy
 from flora_tensor._bases import mode_basis
 from flora_tensor._frontiers import Choices, Frontier, n_parameters_of
-from flora_tensor._krylov import WORTHWHILE, KrylovSpace, fill
+from flora_tensor._krylov import WORTHWHILE, KrylovSpace, block_width, fill
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid
 from flora_tensor._typing import Array
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
@@ -32,10 +32,9 @@ _LARGE = 512
 # time that this is not enough, so much farther, and after so many times in full.
 _MARGINS, _FURTHER, _MOST_WIDENINGS = (1.5, 4), 4, 2
 
-# A block of the Krylov space holds this share of the ranks looked at and so many directions more. It grows until this
-# share of the ranks has settled: such errors exceed the least ones by what `WORTHWHILE` says. Wider blocks need fewer
-# of them, but more arithmetic (measured).
-_SHARE, _MORE, _SETTLED = 1 / 4, 8, 5 / 6
+# A Krylov space grows until this share of the ranks looked at has settled: such errors exceed the least ones by what
+# `WORTHWHILE` says.
+_SETTLED = 5 / 6
 
 # Rank tuples of a tensor that are compared at most, before those that store too much are left out.
 _MOST_TUPLES = 1 << 20
@@ -188,7 +187,8 @@ def _bases_of_unfoldings(
 ) -> dict[int, Array]:
     """Return the singular vectors that choices with one mode cut need; of a matrix those of either side will do."""
     ranks = frontier.ranks[(frontier.n_parameters > 0) & (frontier.n_parameters <= kept)]
-    alone = (ranks < np.asarray(shape)) & ((ranks < np.asarray(shape)).sum(axis=1, keepdims=True) == 1)
+    cut = ranks < np.asarray(shape)
+    alone = cut & (cut.sum(axis=1, keepdims=True) == 1)
     most = [int(ranks[rows, k].max(initial=0)) for k, rows in enumerate(alone.T)]
     most = [max(most)] * 2 if len(shape) == 2 else most
     return {k: factor[:, : most[k]] for k, factor in factors.items() if most[k]}
@@ -402,7 +402,7 @@ def _leading(
         squares = host_squares(values[:rank])
         return _Leading(vectors, squares, multi_mode_dot(x, [vectors], modes=[mode], transpose=True), rank)
     generator = np.random.default_rng(0)  # equal input gives equal bits
-    space = KrylovSpace(xp, x, mode, math.ceil(_SHARE * reach.at_a_time * rank) + _MORE, generator)
+    space = KrylovSpace(xp, x, mode, block_width(reach.at_a_time * rank), generator)
     gram = fill(space, math.ceil(_SETTLED * rank), total, floor, rival).total
     squares, vectors = np.linalg.eigh(gram)
     rank = min(rank, int(np.count_nonzero(squares > floor)) + 1)

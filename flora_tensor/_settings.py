@@ -191,6 +191,11 @@ def _meant(pattern: str, names: Sequence[str]) -> str:
     part = pattern.strip("*")
     if part and any(part in name for name in names):
         return f"it has to match the whole name: pass {f'*{part}*'!r}"
+    return nearest(part, names)
+
+
+def nearest(part: str, names: Sequence[str]) -> str:
+    """Say which names there are, those most like ``part``."""
     return f"there are {', '.join(difflib.get_close_matches(part, names, n=3, cutoff=0.4) or names[:3])}"
 
 

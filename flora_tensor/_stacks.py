@@ -4,7 +4,6 @@ The members of a stack are looked at one by one like all others, then once more 
 The budget decides between the two. A stack is read as a whole: the memory rule counts it as the one tensor that it is.
 """
 
-import difflib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from flora_tensor._adapter_keys import tensor_key
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._execution import Run
 from flora_tensor._layer_grid import natural_key
-from flora_tensor._settings import Settings
+from flora_tensor._settings import Settings, nearest
 from flora_tensor._survey import Weight
 from flora_tensor._tasks import Outcome, Task
 from flora_tensor.checkpoint import Checkpoint, is_float
@@ -44,8 +43,7 @@ def find_stacks(
         if pattern in base or pattern in tuned:
             raise ValueError(f"{where} is a tensor's own name; pass a pattern, as 'layers.*.weight'")
         if not members:
-            near = difflib.get_close_matches(pattern.replace("*", ""), candidates, n=3, cutoff=0.4) or candidates[:3]
-            raise ValueError(f"{where} matches no tensor to compare; there are {', '.join(near)}")
+            raise ValueError(f"{where} matches no tensor to compare; {nearest(pattern.replace('*', ''), candidates)}")
         if len(members) < 2:
             raise ValueError(f"{where} matches only {members[0]!r}; pass a pattern that matches two tensors or more")
         _check_alike(where, base, tuned, members)

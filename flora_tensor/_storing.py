@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from flora_tensor._adapter_config import CONFIG_NAME, config_of, metadata_of, write_config
-from flora_tensor._adapter_keys import tensor_key, whole_key
+from flora_tensor._adapter_keys import tensor_key, tensor_parts, whole_key
 from flora_tensor._adapter_shards import tensor_writer
 from flora_tensor._algorithms import Target
 from flora_tensor._arrays import array_namespace, float_squares, to_numpy
@@ -151,8 +151,8 @@ def decompose(
     fitted, known, bound, weighting = _fitted(delta, arranged, weight, settings, bases)
     core, exponent = fitting_core("extract", name, fitted.core, dtype)
     scale = math.ldexp(1.0, exponent)
-    factors = [(f"factor_{k}", u) for k, u in enumerate(fitted.factors) if u is not None]
-    parts = {k: Part(dtype, a.shape, encode(to_numpy(a), dtype)) for k, a in [("core", core), *factors]}
+    arrays = tensor_parts(core, fitted.factors)
+    parts = {part: Part(dtype, a.shape, encode(to_numpy(a), dtype)) for part, a in arrays.items()}
     # What `load_adapter` gives and `merge_checkpoint` adds: its distance from the change is the error and nothing else.
     stored = TuckerTensor(core, fitted.factors).map(lambda array: round_to(array, dtype))
     if exponent:
@@ -284,7 +284,7 @@ def _fit(
     Returned are the decomposition, its relative error, and what no other of these ranks can go below, where the method
     computed exact singular values.
     """
-    cut = [k for k, (rank, size) in enumerate(zip(weight.ranks, x.shape)) if rank < size]
+    cut = _cut_modes(weight.ranks, x.shape)
     if len(cut) == 1 and (known := _projected(x, cut[0], weight.ranks[cut[0]], norm, bases)) is not None:
         return *known, None
     must = "rtol" in settings.budget or weight.is_listed
@@ -296,11 +296,15 @@ def _fit(
     return found
 
 
+def _cut_modes(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
+    return [k for k, (rank, size) in enumerate(zip(ranks, shape)) if rank < size]
+
+
 def _decomposed(
     x: Array, ranks: tuple[int, ...], norm: float, method: Method
 ) -> tuple[TuckerTensor, float, float | None]:
     shape = tuple(x.shape)
-    cut = [k for k, (rank, size) in enumerate(zip(ranks, shape)) if rank < size]
+    cut = _cut_modes(ranks, shape)
     if not cut:  # all modes whole: the change itself
         return TuckerTensor(x, (None,) * len(shape)), 0.0, 0.0
     if len(cut) == 1:  # both bases of a matrix, for the leading directions, cost less than all of one side's

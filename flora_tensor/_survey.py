@@ -238,27 +238,27 @@ def _list(weight: Weight, weighted: np.ndarray, floor: float | None, settings: S
         )
         if reach is not None and reach.ranks is not None:
             enough = values is not None and len(values) >= reach.ranks[0]
-            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None, _frontiers(looks))
+            rivals = [other.frontier for other in looks.values()]
+            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None, rivals)
         else:
             enough = values is not None and len(values) == min(arranged.shape)
-            most, kept = (
-                None if reach is None else reach.most,
-                math.ceil(_KEPT * (settings.share or 0.0) * weighted.size),
-            )
+            most = None if reach is None else reach.most
+            kept = math.ceil(_KEPT * (settings.share or 0.0) * weighted.size)
             look = full_look(arranged, floor, most, values if enough else None, kept)
         known |= {rows: v for k, v in look.values.items() if (rows := arrangement.rows(k)) is not None}
         looks[arrangement] = look
-    weight.frontiers = [looks[arrangement].frontier for arrangement in weight.arrangements]
-    weight.ends = tuple(looks[arrangement].end for arrangement in weight.arrangements)
-    weight.bounds = tuple(looks[arrangement].bounds for arrangement in weight.arrangements)
+    _note(weight, [looks[arrangement] for arrangement in weight.arrangements])
     weight.bases = _shared_bases(looks, weight.arrangements)
     for arrangement, look in looks.items():
         if look.caps is not None and arrangement.is_native:
             weight.row = replace(weight.row, notes=(*weight.row.notes, _noise_note(look.caps)))
 
 
-def _frontiers(looks: Mapping[Arrangement, Look]) -> list[Frontier]:
-    return [look.frontier for look in looks.values()]
+def _note(weight: Weight, looks: Sequence[Look]) -> None:
+    """Note what was found of each arrangement."""
+    weight.frontiers = [look.frontier for look in looks]
+    weight.ends = tuple(look.end for look in looks)
+    weight.bounds = tuple(look.bounds for look in looks)
 
 
 def _shared_bases(
@@ -312,10 +312,7 @@ def _list_outputs(weight: Weight, delta: np.ndarray, widening: int, settings: Se
     weight.row = replace(weight.row, weighted_norm=math.hypot(*lengths))
     weight.units = lengths if settings.weights == "uniform" else ()
     units = weight.units or (1.0,) * len(lengths)
-    looks = output_looks(delta, fitting, moments, units, settings.share, widening)
-    weight.frontiers = [look.frontier for look in looks]
-    weight.ends = tuple(look.end for look in looks)
-    weight.bounds = tuple(look.bounds for look in looks)
+    _note(weight, output_looks(delta, fitting, moments, units, settings.share, widening))
     return True
 
 

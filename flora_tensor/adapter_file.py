@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flora_tensor._adapter_config import CONFIG_NAME, WeightTables, check_format, config_of, metadata_of, write_config
-from flora_tensor._adapter_keys import PREFIX, factor_number, split_key, tensor_key, whole_key
+from flora_tensor._adapter_keys import PREFIX, factor_number, split_key, tensor_key, tensor_parts, whole_key
 from flora_tensor._adapter_shards import TENSOR_FILES, open_tensors, tensor_writer
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import check_shard_size, some_names
@@ -356,9 +356,8 @@ def save_adapter(
 def _stored_arrays(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Give the key, array and stored type of everything in the adapter."""
     for name, tensor in adapter.items():
-        for part, array in [("core", tensor.core), *((f"factor_{k}", u) for k, u in enumerate(tensor.factors))]:
-            if array is not None:
-                yield tensor_key(name, part), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
+        for part, array in tensor_parts(tensor.core, tensor.factors).items():
+            yield tensor_key(name, part), (array, adapter.dtypes.get(name) or dtype_code(array.dtype))
     for name, array in adapter.magnitudes.items():
         # In their own type: they change by little, which the type of the core and the factors may be too narrow for.
         yield tensor_key(name, "magnitude"), (array, dtype_code(array.dtype))

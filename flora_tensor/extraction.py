@@ -318,8 +318,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     if target is None:
         told = rows | {name: predicted_row(weight) for name, weight in chosen.items()}
         rows, told_stacks = with_stacks(told, chosen, weights)
-        report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
-        return replace(report, stacks=told_stacks)
+        return _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve, told_stacks)
     if not settings.in_one_pass:
         check_space(target, tuned, [weight for weight in chosen.values() if any(weight.ranks)], whole, settings.dtype)
         chosen, found = _decomposed(run, chosen, weights, rows)
@@ -328,8 +327,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
         rows |= {name: outcome.row for name, outcome in found.items()}
         done = {name: outcome.weight for name, outcome in found.items() if outcome.weight}
         rows, told_stacks = with_stacks(rows, done, weights)
-    report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve)
-    report = replace(report, stacks=told_stacks)
+    report = _totals(with_resized(rows, tuned, resized), base, tuned, settings, lower_bound, curve, told_stacks)
     stored = {task.name: _stored(run, task, outcome) for task in tasks if (outcome := found[task.name]).weight}
     if not (stored or whole or new_rows(tuned, resized)):
         raise InputError("extract: nothing to extract: no tensor that changed can be stored; see a dry run for why")
@@ -396,6 +394,7 @@ def _totals(
     settings: Settings,
     lower_bound: float | None,
     curve: tuple[tuple[int, float], ...],
+    stacks: tuple[TensorRow, ...],
 ) -> ExtractionReport:
     rows = tuple(found[name] for name in dict.fromkeys((*base.names(), *tuned.names())))
     decomposed = [row for row in rows if row.delta_norm is not None]
@@ -421,6 +420,7 @@ def _totals(
         dry_run=settings.dry_run,
         weighted_error=_combined(weighted) if settings.calibration else None,
         curve=curve,
+        stacks=stacks,
     )
 
 

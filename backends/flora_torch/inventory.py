@@ -24,6 +24,7 @@ __all__ = [
     "replace_whole",
     "swap",
     "switch_whole",
+    "tensors_by_name",
     "updates_by_weight",
     "whole_of",
 ]
@@ -101,6 +102,15 @@ def swap(owner: nn.Module, local: str, value: Tensor) -> Tensor:
     old = owner.get_buffer(local)
     setattr(owner, local, value.to(old))
     return old
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Return every parameter and buffer, its module and its name there, by the names without any adapter."""
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for place in places(model):
+        named = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
+        found |= {place.name_of(local): (place.module, local, tensor) for local, tensor in named}
+    return found
 
 
 def whole_of(model: nn.Module) -> list[tuple[Place, str, Whole]]:

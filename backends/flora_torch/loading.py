@@ -34,11 +34,12 @@ from flora_torch.inventory import (
     layers_by_weight,
     layers_of,
     replace_whole,
+    tensors_by_name,
     updates_by_weight,
     whole_of,
 )
 from flora_torch.kinds import drops_input
-from flora_torch.model_weights import Site, places, sites
+from flora_torch.model_weights import Site, sites
 from flora_torch.patterns import near
 from flora_torch.stacks import check_shared, share_factors
 from flora_torch.update import DROPOUTS, TuckerUpdate
@@ -264,10 +265,7 @@ def _distinct(where: str, table: Mapping[str, Site], whole: Mapping[str, Any]) -
 
 def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Find the parameters and buffers that stored tensors replace, and bring the values to their types and devices."""
-    known: dict[str, tuple[nn.Module, str, Tensor]] = {}
-    for place in places(model) if arrays else ():
-        named = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
-        known |= {place.name_of(local): (place.module, local, tensor) for local, tensor in named}
+    known = tensors_by_name(model) if arrays else {}
     active = [(place.module, local) for place, local, note in whole_of(model) if note.active]
     taken = {id(getattr(owner, local)) for owner, local in active}
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}

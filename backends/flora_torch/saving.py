@@ -1,6 +1,7 @@
 """Adapters of a model to files."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from flora_torch.base_check import describe_bases, dtype_codes
 from flora_torch.inventory import adapters_of, check_known, updates_by_weight, whole_of
 from flora_torch.model_weights import sites
 from flora_torch.stacks import joined_stacks
-from flora_torch.update import DROPOUTS
+from flora_torch.update import DROPOUTS, TuckerUpdate
 
-__all__ = ["adapter_of", "save_adapter"]
+__all__ = ["adapter_of", "notes_of", "save_adapter"]
 
 
 def save_adapter(
@@ -97,14 +98,6 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
         if note.adapter_name == name
     }
     dtypes = {weight: update.core.dtype for weight, update in updates.items()}
-    config: dict[str, Any] = {
-        "adapter_dtypes": {weight: str(dtype).removeprefix("torch.") for weight, dtype in dtypes.items()},
-        "start_pattern": {weight: True for weight, update in updates.items() if update.start is not None},
-    }
-    for key in DROPOUTS:
-        chances = {weight: getattr(update, key) for weight, update in updates.items()}
-        config[f"{key}_pattern"] = {weight: chance for weight, chance in chances.items() if chance}
-    config |= describe_bases(sites(model), updates)
     magnitudes = {weight: u.magnitude for weight, u in updates.items() if u.magnitude is not None}
     stored = {weight: dtype_codes[dtype] for weight, dtype in dtypes.items() if dtype in dtype_codes}
     stored |= {weight: dtype_codes[value.dtype] for weight, value in whole.items() if value.dtype in dtype_codes}
@@ -117,12 +110,24 @@ def adapter_of(model: nn.Module, adapter_name: str | None, where: str) -> Adapte
         scales={weight: update.scale for weight, update in updates.items()},
         shapes={weight: update.shape for weight, update in updates.items()},
         whole={weight: _as_numpy(value) for weight, value in whole.items()},
-        config=config,
+        config=notes_of(model, updates),
         dtypes=stored,
         magnitudes={weight: _as_numpy(magnitude) for weight, magnitude in magnitudes.items()},
         channels={weight: updates[weight].channels for weight in magnitudes},
         stacks=stacks,
     )
+
+
+def notes_of(model: nn.Module, updates: Mapping[str, TuckerUpdate]) -> dict[str, Any]:
+    """Return what the config of a file notes for this backend alone: types, starts, dropouts, and the bases."""
+    notes: dict[str, Any] = {
+        "adapter_dtypes": {weight: str(u.core.dtype).removeprefix("torch.") for weight, u in updates.items()},
+        "start_pattern": {weight: True for weight, u in updates.items() if u.start is not None},
+    }
+    for key in DROPOUTS:
+        chances = {weight: getattr(update, key) for weight, update in updates.items()}
+        notes[f"{key}_pattern"] = {weight: chance for weight, chance in chances.items() if chance}
+    return notes | describe_bases(sites(model), updates)
 
 
 def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:

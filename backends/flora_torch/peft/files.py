@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from flora_tensor import Adapter, Arrangement, TuckerTensor, select_slice
 from flora_tensor._adapter_config import config_of
-from flora_tensor._adapter_keys import split_key
+from flora_tensor._adapter_keys import PREFIX as ROOT
+from flora_tensor._adapter_keys import split_key, tensor_parts
 from flora_tensor.magnitudes import channel_count
 from flora_tensor.stacking import member_arrangement
-from flora_torch.base_check import check_layer, check_samples, describe_bases
+from flora_torch.base_check import check_layer, check_samples
 from flora_torch.base_weight import adaptable
 from flora_torch.initialize import default_dtype, random_start
-from flora_torch.inventory import WHOLE, replace_whole, updates_by_weight
+from flora_torch.inventory import WHOLE, replace_whole, tensors_by_name, updates_by_weight
 from flora_torch.kinds import drops_input
 from flora_torch.layers import FloraParameter
 from flora_torch.model_weights import Site, places, sites
@@ -27,6 +28,7 @@ from flora_torch.patterns import near
 from flora_torch.peft.config import FloraConfig
 from flora_torch.peft.layers import FloraTunerLayer
 from flora_torch.peft.registration import PREFIX
+from flora_torch.saving import notes_of
 from flora_torch.update import DROPOUTS, TuckerUpdate
 
 __all__ = [
@@ -38,8 +40,6 @@ __all__ = [
     "fitted_state",
     "stored_state",
 ]
-
-_ROOT = "base_model.model."
 
 
 def checkpoint_key(key: str, adapter_name: str) -> str:
@@ -101,7 +101,7 @@ def check_file(config: FloraConfig, model: nn.Module) -> None:
             f"FloraConfig: the file gives {min(config.resized)!r} more rows, which PEFT cannot; merge it with "
             "flora_tensor.merge_checkpoint"
         )
-    known = {name for name, _ in _tensors(model)}
+    known = tensors_by_name(model)
     for name in config.whole:
         # Those of modules that PEFT saves whole itself have a copy for each adapter.
         if name not in known and not config.modules_to_save:
@@ -126,14 +126,6 @@ def check_injectable(config: FloraConfig) -> None:
             f"FloraConfig: the file {what}, which PeftModel.from_pretrained and flora_torch.load_adapter can load, and "
             "load_adapter of a transformers model or inject_adapter_in_model cannot"
         )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Give every tensor of a model under the name that it has without any adapter, and where it is."""
-    for place in places(model):
-        own = [*place.module.named_parameters(recurse=False), *place.module.named_buffers(recurse=False)]
-        for local, _ in own:
-            yield place.name_of(local), (place.module, local)
 
 
 def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
@@ -201,7 +193,7 @@ def _sorted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
     parts: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        name, part = split_key(key if key.startswith(_ROOT) else _ROOT + key) or (key, None)
+        name, part = split_key(key if key.startswith(ROOT) else ROOT + key) or (key, None)
         if part is None:
             rest[key] = tensor
         elif not bool(torch.isfinite(tensor).all()):
@@ -230,8 +222,7 @@ def _tucker(parts: Mapping[str, Tensor], prefix: str = "") -> TuckerTensor:
 
 
 def _parts(tucker: TuckerTensor, prefix: str = "") -> dict[str, Tensor]:
-    factors = {f"{prefix}factor_{mode}": u for mode, u in enumerate(tucker.factors) if u is not None}
-    return {f"{prefix}core": tucker.core, **factors}
+    return {f"{prefix}{part}": tensor for part, tensor in tensor_parts(tucker.core, tucker.factors).items()}
 
 
 def _fit(layer: FloraTunerLayer, adapter_name: str, parameter: str, given: dict[str, Tensor], *, split: bool) -> None:
@@ -263,17 +254,17 @@ def _doubled(tucker: TuckerTensor) -> tuple[int, ...]:
 
 def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace what a file has whole, and return the other tensors under the names that they have in the model."""
-    known, left = dict(_tensors(model)), dict[str, Tensor]()
+    known, left = tensors_by_name(model), dict[str, Tensor]()
     layers = [module for module in model.modules() if isinstance(module, FloraTunerLayer)]
     active = {name for layer in layers for name in layer.active_adapters}
     keys = {key: key for key in (model.state_dict() if rest else ()) if f".{PREFIX}." not in key}
-    keys = {_without_layers(key).removeprefix(_ROOT): key for key in keys} | keys
+    keys = {_without_layers(key).removeprefix(ROOT): key for key in keys} | keys
     for key, tensor in rest.items():
-        name = key.removeprefix(_ROOT)
+        name = key.removeprefix(ROOT)
         if name not in config.whole or name not in known:
             left[keys.get(key, keys.get(name, key))] = tensor
             continue
-        module, local = known[name]
+        module, local, _ = known[name]
         replace_whole(module, local, tensor, adapter_name, active=adapter_name in active)
     return left
 
@@ -310,25 +301,18 @@ def describe(config: FloraConfig, model: nn.Module, adapter_name: str, stored: M
     updates = updates_by_weight(model, adapter_name)
     keys = {checkpoint_key(key, adapter_name): tensor for key, tensor in stored.items()}
     parts, rest = _sorted(keys)
-    whole = [key.removeprefix(_ROOT) for key in rest if ".base_layer." not in key]
+    whole = [key.removeprefix(ROOT) for key in rest if ".base_layer." not in key]
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             saved = module.adapter_state_dict_load_map(adapter_name)
-            whole += [f"{name}.{key}".removeprefix(_ROOT) for key in saved]
-    notes: dict[str, Any] = {
-        "adapter_dtypes": {name: str(u.core.dtype).removeprefix("torch.") for name, u in updates.items()},
-        "start_pattern": {name: True for name, u in updates.items() if u.start is not None},
-        "scale": config.scale,
-        **{f"{key}_pattern": {n: getattr(u, key) for n, u in updates.items() if getattr(u, key)} for key in DROPOUTS},
-        **describe_bases(sites(model), updates),
-    }
+            whole += [f"{name}.{key}".removeprefix(ROOT) for key in saved]
     table = config_of(
         ranks={name: tuple(given["core"].shape) for name, given in parts.items() if "core" in given},
         scales={name: update.scale for name, update in updates.items()},
         arrangements={name: update.arrangement for name, update in updates.items()},
         shapes={name: update.shape for name, update in updates.items()},
         whole=whole,
-        extra=notes,
+        extra=notes_of(model, updates) | {"scale": config.scale},
         channels={name: u.channels for name, u in updates.items() if u.magnitude is not None},
     )
     ours = ("task_type", "inference_mode", "base_model_name_or_path", "peft_type", "target_modules")
