@@ -1,6 +1,6 @@
 """The algorithms behind the public decompositions: HOSVD, ST-HOSVD, HOOI.
 
-They take tensors that `spectra.prepare` has checked and scaled, and hand each other a `Truncation`.
+They take tensors that `_prepared.prepare` has checked and scaled, and hand each other a `Truncation`.
 """
 
 import math

@@ -23,12 +23,14 @@ from flora_tensor._algorithms import (
 from flora_tensor._arrays import epsilon, float_squares, host_view, is_differentiated, stop_gradient, widest_dtype
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._krylov import matrix_of
+from flora_tensor._prepared import Prepared
 from flora_tensor._randomized import large_modes, randomized_of, range_sizes
 from flora_tensor._range_finder import Found, find_range
 from flora_tensor._residual import residual_norm as host_residual_norm
+from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.ranks import partial_ranks
-from flora_tensor.spectra import Prepared, Spectrum, spectrum_of
+from flora_tensor.spectra import spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
 
 Method = Literal["auto", "hosvd", "st_hosvd", "hooi", "randomized"]

@@ -17,11 +17,13 @@ from flora_tensor._arrays import array_namespace, host_squares, times_power_of_t
 from flora_tensor._bases import mode_basis
 from flora_tensor._frontiers import Choices, Frontier, n_parameters_of
 from flora_tensor._krylov import WORTHWHILE, KrylovSpace, block_width, fill
+from flora_tensor._prepared import prepare
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid
+from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.noise import edge_squared, projected_edge
-from flora_tensor.spectra import Spectrum, cheapest_spectrum, prepare
+from flora_tensor.spectra import cheapest_spectrum
 
 __all__ = ["Look", "Reach", "full_look", "leading_look", "reach_of"]
 

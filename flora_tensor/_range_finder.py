@@ -21,10 +21,12 @@ from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums,
 from flora_tensor._bases import gaussian, orthonormal_columns
 from flora_tensor._gram import column_blocks
 from flora_tensor._krylov import KrylovSpace, columns_at_a_time
+from flora_tensor._prepared import Prepared
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
+from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
-from flora_tensor.spectra import Prepared, Spectrum, spectrum_of
+from flora_tensor.spectra import spectrum_of
 
 # Directions that are added at a time: this many, or the mode's 32nd part where that is more.
 _BLOCK = 16

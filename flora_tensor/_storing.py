@@ -20,6 +20,8 @@ from flora_tensor._checks import printable
 from flora_tensor._deltas import check_finite, frobenius_norm, on_device
 from flora_tensor._driver import Method
 from flora_tensor._files import check_free_space
+from flora_tensor._fits import tucker_of
+from flora_tensor._prepared import prepare
 from flora_tensor._residual import PLAIN, residual_norm
 from flora_tensor._resized import NEW_ROWS, new_rows
 from flora_tensor._safetensors import BITS, decode, encode, round_to
@@ -31,8 +33,6 @@ from flora_tensor._weighting import Weighting
 from flora_tensor.adapter_file import fitting_core
 from flora_tensor.algebra import fold, multi_mode_dot, unfold
 from flora_tensor.checkpoint import Checkpoint
-from flora_tensor.decomposition import tucker_of
-from flora_tensor.spectra import prepare
 from flora_tensor.stacking import member_arrangement
 from flora_tensor.tucker_algebra import select_slice
 from flora_tensor.tucker_tensor import TuckerTensor

@@ -4,13 +4,8 @@ All of them scale the tensor by a power of two first (nothing overflows or vanis
 2**k`` agree bit for bit), work in float32 for 16-bit input, return the input's type, and never change the input.
 """
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
-
-import array_api_compat
-import numpy as np
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from flora_tensor._algorithms import (
     ENOUGH,
@@ -26,16 +21,9 @@ from flora_tensor._algorithms import (
 )
 from flora_tensor._arrays import (
     array_namespace,
-    epsilon,
-    float_squares,
-    host_view,
-    is_differentiated,
-    largest_magnitude,
     result_dtype,
-    stop_gradient,
     times_power_of_two,
     widest_dtype,
-    working_dtype,
 )
 from flora_tensor._checks import (
     as_int,
@@ -47,60 +35,16 @@ from flora_tensor._checks import (
     feasible_ranks,
     whole_modes,
 )
-from flora_tensor._driver import RELIABLE, Fit, Method, Random, fit_to, residual_norm
+from flora_tensor._driver import Method, Random, fit_to
+from flora_tensor._fits import TuckerFit, finished, tucker_of
+from flora_tensor._prepared import Prepared, like, on_host, prepare
 from flora_tensor._typing import Array, Ranks
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.ranks import certificate_of, check_budget
-from flora_tensor.spectra import ModeSpectra, Prepared, prepare
+from flora_tensor.ranks import check_budget
 from flora_tensor.tucker_algebra import orthogonalize
 from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
 
 __all__ = ["TuckerFit", "hooi", "hosvd", "round_tucker", "st_hosvd", "tucker"]
-
-
-@dataclass(frozen=True, eq=False)
-class TuckerFit:
-    """A Tucker decomposition and how good it is; made by `tucker`.
-
-    Attributes
-    ----------
-    tucker : TuckerTensor
-        The decomposition: orthonormal factors, all-orthogonal core, in the input's data type.
-    relative_error : float
-        ‖X − X̂‖ / ‖X‖ of the tensor as returned, the rounding to its data type included; 0 for a zero tensor.
-    error_bound : float
-        An upper bound on ``relative_error``. For HOSVD and ST-HOSVD, and HOOI started from them, √(Σ_n Σ_{i≥r_n} σ_i²)
-        / ‖X‖ over the singular values that were truncated, which is at most √N times the error of the best tensor of
-        these ranks. For the randomized method, ``relative_error`` itself.
-    lower_bound : float
-        No tensor of these ranks has a smaller relative error: √(max_n Σ_{i≥r_n} σ_i²) / ‖X‖ over the modes whose exact
-        singular values are known, 0 where none are (the randomized method).
-    certificate : float
-        ``relative_error / lower_bound``: how many times the error of the best tensor of these ranks this is at most. At
-        most √N for HOSVD; 1 where both are 0, infinite where no bound is known.
-    spectra : ModeSpectra
-        The singular values that the method computed; ``spectra.kind`` tells of which tensor.
-    method : str
-        What ran, and why, as in ``"randomized, 5 products with x: the ranks are small beside the sizes"``.
-    """
-
-    tucker: TuckerTensor
-    relative_error: float
-    error_bound: float
-    lower_bound: float
-    spectra: ModeSpectra
-    method: str
-
-    @property
-    def certificate(self) -> float:
-        """How many times the error of the best tensor of these ranks this one is at most."""
-        return certificate_of(self.relative_error, self.lower_bound)
-
-    def __repr__(self) -> str:
-        return (
-            f"TuckerFit({self.tucker!r}, relative_error={self.relative_error:.4g}, "
-            f"error_bound={self.error_bound:.4g}, method={self.method!r})"
-        )
 
 
 def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) -> TuckerTensor:
@@ -146,10 +90,10 @@ def hosvd(x: Array, ranks: Ranks | None = None, *, rtol: float | None = None) ->
     >>> hosvd(x, (3, 3, 2)).ranks
     (3, 3, 2)
     """
-    ready = _on_host(prepare("hosvd", x))
+    ready = on_host(prepare("hosvd", x))
     target = _target("hosvd", tuple(x.shape), ranks, rtol)
     result = left_whole(ready.xp, hosvd_of(ready.xp, ready.x, target, ready.squares), whole_modes(ranks))
-    return _finished("hosvd", x, result, ready.exponent)
+    return finished("hosvd", x, result, ready.exponent)
 
 
 def st_hosvd(
@@ -200,12 +144,12 @@ def st_hosvd(
     >>> st_hosvd(x, 2)
     TuckerTensor(shape=(6, 5, 4), ranks=(2, 2, 2), n_parameters=38, dtype=float64)
     """
-    ready = _on_host(prepare("st_hosvd", x))
+    ready = on_host(prepare("st_hosvd", x))
     target = _target("st_hosvd", tuple(x.shape), ranks, rtol)
     shape = tuple(x.shape)
     order = cheapest_order(shape, target.ranks) if mode_order is None else _checked_order(mode_order, len(shape))
     result = st_hosvd_of(ready.xp, ready.x, target, order, squares=ready.squares)
-    return _finished("st_hosvd", x, left_whole(ready.xp, result, whole_modes(ranks)), ready.exponent)
+    return finished("st_hosvd", x, left_whole(ready.xp, result, whole_modes(ranks)), ready.exponent)
 
 
 def hooi(
@@ -259,7 +203,7 @@ def hooi(
     >>> bool(error(hooi(x, 2)) <= error(st_hosvd(x, 2)))
     True
     """
-    ready = _on_host(prepare("hooi", x))
+    ready = on_host(prepare("hooi", x))
     wanted = check_ranks("hooi", ranks, tuple(x.shape))
     most = as_int("hooi", "max_sweeps", max_sweeps)
     if most < 0:
@@ -267,7 +211,7 @@ def hooi(
     start = _start(ready, wanted, init)
     result, _ = hooi_of(ready.xp, ready.x, start, most, float(tolerance), ready.squares)
     result = left_whole(ready.xp, all_orthogonal(ready.xp, result), whole_modes(ranks))
-    return _finished("hooi", x, result, ready.exponent)
+    return finished("hooi", x, result, ready.exponent)
 
 
 def tucker(
@@ -360,78 +304,6 @@ def tucker(
     if target.max_parameters is not None:
         check_budget("tucker", tuple(x.shape), target.max_parameters)
     return tucker_of(x, ready, target, whole_modes(ranks), method, rng)
-
-
-def tucker_of(
-    x: Array,
-    ready: Prepared,
-    target: Target,
-    whole: Iterable[int] = (),
-    method: Method = "auto",
-    rng: Random = None,
-) -> TuckerFit:
-    """Do what `tucker` does with a prepared tensor and a checked target; ``whole`` modes get no factor."""
-    ready = _on_host(ready)
-    if ready.squares is None:
-        raise ValueError(
-            "tucker: x is traced by jit or vmap, and a TuckerFit holds numbers; call hosvd, st_hosvd or hooi"
-        )
-    found = _measured(ready, x, target, method, rng, whole)
-    # Ranks are chosen by sums that rounding blurs, and rounds core and factors. Where that breaks the promise, less is
-    # asked for, and if it breaks again, all.
-    for share in (0.99, 0.0):
-        if not _breaks(x, target, found.error, found.decomposed):
-            break
-        asked = share * math.sqrt(max(2 * target.rtol**2 - found.error**2, 0.0))
-        found = _measured(ready, x, replace(target, rtol=asked), method, rng, ())
-    return _told(ready, x, found)
-
-
-class _Measured(NamedTuple):
-    """What ran, its result, that in the type of the input, and its relative error."""
-
-    fit: Fit
-    result: Truncation
-    decomposed: TuckerTensor
-    error: float
-
-
-def _measured(
-    ready: Prepared, x: Array, target: Target, method: Method, rng: Random, whole: Iterable[int]
-) -> _Measured:
-    fit = fit_to(ready, tuple(x.shape), target, method, rng)
-    result = left_whole(ready.xp, all_orthogonal(ready.xp, fit.result), whole)
-    decomposed = _finished("tucker", x, result, ready.exponent)
-    return _Measured(fit, result, decomposed, _relative_error(ready, result, decomposed, target.rtol))
-
-
-def _breaks(x: Array, target: Target, error: float, decomposed: TuckerTensor) -> bool:
-    """Tell whether a tolerance is not kept though higher ranks would; what rounding to a short type adds is allowed."""
-    if target.ranks is not None or target.max_parameters is not None or error <= target.rtol:
-        return False
-    xp, shape = array_namespace("tucker", x), tuple(x.shape)
-    return working_dtype(xp, x.dtype) == result_dtype(xp, x.dtype) and decomposed.ranks != feasible_ranks(shape, shape)
-
-
-def _told(ready: Prepared, x: Array, found: _Measured) -> TuckerFit:
-    """Put together what `tucker` returns."""
-    norm, k = ready.norm(), ready.exponent
-    fit, result, decomposed, error = found
-    return TuckerFit(
-        tucker=decomposed,
-        relative_error=error,
-        # Bounds are sums and differences of squares, which rounding blurs where errors are small: what was measured
-        # stands.
-        error_bound=max(fit.upper / norm, error) if norm else 0.0,
-        lower_bound=min(fit.lower / norm, error) if norm else 0.0,
-        spectra=ModeSpectra(
-            tuple(times_power_of_two(_like(x, v), k) for v in result.values),
-            math.ldexp(norm, k),
-            tuple(x.shape),
-            result.kind,
-        ),
-        method=fit.ran,
-    )
 
 
 def round_tucker(
@@ -536,7 +408,7 @@ def _start(ready: Prepared, ranks: tuple[int, ...], init: str | TuckerTensor) ->
             )
         check_finite("hooi", init.core, "init's core")
         given = [u for u in orthogonalize(init).factors if u is not None]
-        factors = [xp.astype(_like(x, u), x.dtype, copy=False) for u in given]
+        factors = [xp.astype(like(x, u), x.dtype, copy=False) for u in given]
         if len(factors) != len(ranks):
             raise ValueError("hooi: init leaves a mode whole (a factor is None); pass a factor for every mode")
         return Truncation(multi_mode_dot(x, factors, transpose=True), factors, [], "exact")
@@ -545,67 +417,3 @@ def _start(ready: Prepared, ranks: tuple[int, ...], init: str | TuckerTensor) ->
     if init == "st_hosvd":
         return st_hosvd_of(xp, x, Target(ranks), cheapest_order(x.shape, ranks))
     raise ValueError(f"hooi: init is {init!r}; pass 'st_hosvd', 'hosvd' or a TuckerTensor")
-
-
-def _on_host(ready: Prepared) -> Prepared:
-    """Hand tensors of PyTorch and JAX that lie in the processor's memory to NumPy, which shares it.
-
-    NumPy's products of thin matrices are faster there, and the bits are the same for all libraries.
-    """
-    known = array_api_compat.is_torch_array(ready.x) or array_api_compat.is_jax_array(ready.x)
-    host = host_view(ready.x) if known and not is_differentiated(ready.x) and ready.squares is not None else None
-    return ready if host is None else ready._replace(xp=array_namespace("tucker", host), x=host)
-
-
-def _like(x: Array, result: Array) -> Array:
-    """Return an array as one of the library and the device of ``x``."""
-    if not array_api_compat.is_numpy_array(result) or array_api_compat.is_numpy_array(x):
-        if array_api_compat.is_numpy_array(x) and not array_api_compat.is_numpy_array(result):
-            return host_view(result)
-        return result
-    xp = array_namespace("tucker", x)
-    return xp.asarray(result, device=array_api_compat.device(x))
-
-
-def _working(array: Array) -> Array:
-    """Return an array as a constant in a type that every library has."""
-    xp = array_namespace("tucker", array)
-    return xp.astype(stop_gradient(array), working_dtype(xp, array.dtype), copy=False)
-
-
-def _finished(where: str, x: Array, result: Truncation, k: int) -> TuckerTensor:
-    """Undo the scaling and return to the input's library and data type."""
-    xp = array_namespace(where, x)
-    dtype = result_dtype(xp, x.dtype)
-    core = _like(x, result.core)
-    with np.errstate(over="ignore"):  # NumPy would warn of what is refused in the next lines
-        core = xp.astype(times_power_of_two(core, k), dtype, copy=False)
-    largest = largest_magnitude(xp, core)
-    if largest is not None and not math.isfinite(largest):
-        raise ValueError(
-            f"{where}: the core's largest entry, about 2**{k}, is beyond the range of {dtype}; "
-            "pass x in a wider type, or scaled"
-        )
-    factors = tuple(None if u is None else xp.astype(_like(x, u), dtype, copy=False) for u in result.factors)
-    return TuckerTensor(core, factors)
-
-
-def _relative_error(ready: Prepared, result: Truncation, fit: TuckerTensor, rtol: float) -> float:
-    """Measure ‖X − X̂‖ / ‖X‖ for a prepared tensor, its decomposition, and that in its final data type.
-
-    ‖X‖² − ‖G‖² is the squared error while it stands well above the rounding of the two norms; below, where the
-    result was rounded to a shorter type, and close to a tolerance, the residual itself is summed.
-    """
-    norm = ready.norm()
-    if norm == 0.0:
-        return 0.0
-    xp, x = ready.xp, stop_gradient(ready.x)
-    lost = norm**2 - float_squares("tucker", xp, result.core)
-    same = str(fit.dtype).rsplit(".", maxsplit=1)[-1] == str(x.dtype).rsplit(".", maxsplit=1)[-1]
-    if same and lost > RELIABLE * epsilon(xp, x.dtype) * norm**2:
-        error = math.sqrt(lost) / norm
-        if not 0 < abs(error - rtol) < error / RELIABLE:
-            return error
-    rounded = fit.map(lambda array: xp.astype(_like(x, _working(array)), x.dtype, copy=False))
-    core = times_power_of_two(rounded.core, -ready.exponent)
-    return residual_norm(xp, x, TuckerTensor(core, rounded.factors), norm) / norm

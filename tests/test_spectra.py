@@ -287,7 +287,7 @@ def test_a_coarse_frontier_has_true_errors_and_hardly_loses(monkeypatch):
     x = Sample((12, 10, 9), kind="graded", seed=2).values
     spectrum = ft.hosvd_spectrum(x)
     full = spectrum.frontier()
-    monkeypatch.setattr("flora_tensor.spectra._MAX_FRONTIER", 300)
+    monkeypatch.setattr("flora_tensor._spectrum._MAX_FRONTIER", 300)
     spectrum = ft.hosvd_spectrum(Sample((40, 30, 20), kind="graded", seed=2).values)
     thinned = spectrum.frontier()
     assert len(full) > 10
