@@ -272,3 +272,23 @@ class TestKnownTensors:
         attach_adapter(model, {"0.weight": change}, dtype=torch.bfloat16, path="factored")
         assert {p.dtype for p in adapter_parameters(model)} == {torch.bfloat16}
         assert model[0].path == "factored"
+
+    def test_loading_in_another_type(self, tmp_path):
+        model, other = cnn().double(), cnn().double()
+        other.load_state_dict(model.state_dict())
+        attach(model, ranks=2, dropout=0.1, target_modules="head")
+        directory = save_adapter(model, tmp_path / "adapter")
+        exact = next(iter(flora_tensor.load_adapter(directory).values()))
+        load_adapter(other, directory, dtype=torch.float32, dropout=0.3)
+        update = other.head.tucker_update["default"]
+        assert (update.core.dtype, update.dropout) == (torch.float32, 0.3)
+        core = update.core
+        assert torch.equal(core, torch.from_numpy(exact.core).float())
+        # Filled, the parameters stay as they are: in the file's type or in the one that is asked for.
+        with pytest.raises(ValueError, match="in the file; pass its dtype if no more than that differs"):
+            load_adapter(other, directory)
+        nn.init.zeros_(core)
+        load_adapter(other, directory, dtype=torch.float32)
+        assert update.core is core
+        assert update.dropout == 0.1
+        assert torch.equal(core, torch.from_numpy(exact.core).float())

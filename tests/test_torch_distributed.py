@@ -33,6 +33,7 @@ from flora_torch import (
     disabled,
     load_adapter,
     merge,
+    merge_,
     parameter_groups,
     retract_,
     save_adapter,
@@ -242,6 +243,67 @@ def fsdp_files(rank, mesh, directory):
         torch.testing.assert_close(again(IDS), fresh(IDS), rtol=1e-12, atol=1e-12)
 
 
+def fsdp_after_evaluation(rank, mesh, directory):
+    """A forward pass leaves the root's parameters whole in every process, as copies that are dropped later."""
+    moved = adapted()
+    with torch.no_grad():
+        for parameter in adapter_parameters(moved):
+            parameter.mul_(2.0)
+    paths = [directory / "one", directory / "moved"]
+    if rank == 0:
+        for path, model in zip(paths, (adapted(), moved)):
+            save_adapter(model, path)
+    dist.barrier()
+
+    def evaluated():
+        model = sharded(mesh, adapted(), layers=False)
+        with torch.no_grad():
+            model(IDS)
+        assert type(model.up.tucker_update["default"].core) is nn.Parameter
+        return model
+
+    assert same_files(saved(evaluated(), rank, directory / "sharded"), paths[0])
+    model = evaluated()
+    load_adapter(model, paths[1])
+    torch.testing.assert_close(model(IDS), moved(IDS), rtol=1e-12, atol=1e-12)
+    for list_parameters in (adapter_parameters, lambda model: parameter_groups(model, 0.1)[0]["params"]):
+        assert {type(p).__name__ for p in list_parameters(evaluated())} == {"DTensor"}
+    model = evaluated()
+    retract_(model)
+    factor = model.up.tucker_update["default"].factor_0.full_tensor()
+    torch.testing.assert_close(factor.mT @ factor, torch.eye(3).double(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match=r"attach: embed\.weight is spread over processes"):
+        attach(evaluated(), ranks=2, adapter_name="second")
+    for call in (merge, merge_):
+        with pytest.raises(ValueError, match="is spread over processes"):
+            call(evaluated())
+
+
+def fsdp_of_one_vector(rank, mesh, directory):
+    """FullyShardedDataParallel flattens parameters, and gives them back for as long as it is asked to."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
+    loss(model, half(rank)).backward()
+    path, message = directory / "adapter", "the model is spread over processes by FullyShardedDataParallel.*summon"
+    for call in (retract_, merge, lambda model: save_adapter(model, path), lambda model: load_adapter(model, path)):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        if rank == 0:
+            save_adapter(model, path)
+        for parameter in adapter_parameters(model):
+            parameter.data.mul_(2.0)
+    dist.barrier()
+    if rank == 0:
+        assert same_files(path, save_adapter(adapted(), directory / "whole"))
+    assert float((model(IDS) - adapted()(IDS)).detach().norm()) > 0.1
+    with FullyShardedDataParallel.summon_full_params(model):
+        load_adapter(model, path)
+    torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-12, atol=1e-12)
+
+
 def fsdp_training(rank, mesh, directory):
     results = []
     for model, batch in ((sharded(mesh, adapted()), half(rank)), (adapted(), IDS)):
@@ -417,6 +479,8 @@ SCENARIOS = {
         fsdp_of_a_stack,
         fsdp_gradients,
         fsdp_files,
+        fsdp_after_evaluation,
+        fsdp_of_one_vector,
         fsdp_training,
         fsdp_state,
         moments,

@@ -364,6 +364,24 @@ def test_memory_is_an_option_of_models_and_layers():
     assert copy.deepcopy(model)[0].memory == "low"
 
 
+def test_memory_is_an_option_of_loading(tmp_path):
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4))
+
+    made, plain, attached, loaded = net(), net(), net(), net()
+    flora_torch.attach(made, ranks=2)
+    directory = flora_torch.save_adapter(made, tmp_path / "adapter")
+    flora_torch.load_adapter(plain, directory, verify_base="ignore")
+    flora_torch.attach_adapter(attached, directory, memory="low", verify_base="ignore")
+    flora_torch.load_adapter(loaded, directory, memory="low", verify_base="ignore")
+    assert [model[0].memory for model in (plain, attached, loaded)] == ["normal", "low", "low"]
+    # It is the layer's: another adapter does not change it.
+    flora_torch.attach(loaded, ranks=1, adapter_name="second")
+    assert loaded[0].memory == "low"
+    with pytest.raises(ValueError, match="FloraLinear: memory is 'tiny'"):
+        flora_torch.load_adapter(net(), directory, memory="tiny", verify_base="ignore")
+
+
 def test_pure_functions_take_the_option():
     core, u, v = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((2, 3), (5, 2), (4, 3)))
     x, ids = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, 2])

@@ -3,9 +3,10 @@
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    "as_parts",
     "assign_",
     "gathered",
     "in_several_processes",
@@ -13,6 +14,7 @@ __all__ = [
     "is_sharded",
     "refuse_part",
     "refuse_sharded",
+    "reshard",
     "summed",
 ]
 
@@ -38,6 +40,47 @@ def assign_(parameter: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     with torch.no_grad():
         target.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a model that `fully_shard` spread hold its parts again.
+
+    After a forward pass the root, and every group that is not resharded then, holds whole parameters. These are copies:
+    what is written to them is lost when they are dropped, and nothing tells that other processes hold them too.
+    """
+    for module in _modules(model):
+        if _is_a(module, "FSDPModule"):
+            module.reshard()
+
+
+def as_parts(where: str, model: nn.Module) -> None:
+    """Bring a model that is spread over processes to where its parameters can be read and written, or refuse it.
+
+    Raises
+    ------
+    ValueError
+        If it is wrapped in FullyShardedDataParallel, whose parameters are pieces of one long vector.
+    """
+    reshard(model)
+    for module in _modules(model):
+        if not _is_a(module, "FullyShardedDataParallel"):
+            continue
+        if module.process_group.size() > 1 and module.training_state.name != "SUMMON_FULL_PARAMS":
+            raise ValueError(
+                f"{where}: the model is spread over processes by FullyShardedDataParallel, which flattens parameters; "
+                "attach or load adapters before it wraps the model, and read or fill them within "
+                "FullyShardedDataParallel.summon_full_params(model); or use fully_shard"
+            )
+
+
+def _modules(model: Any) -> list[Any]:
+    """List the modules of a model; what is none is refused by whoever looks at it next."""
+    return [*model.modules()] if isinstance(model, nn.Module) else []
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """Tell whether a module is of a class of this name, without loading what torch loads only for such models."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
 def is_first_process() -> bool:

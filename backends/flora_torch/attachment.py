@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_tensor._reporting import Tabled
-from flora_torch._sharding import refuse_sharded
+from flora_torch._sharding import as_parts, refuse_sharded
 from flora_torch.base_weight import adaptable
 from flora_torch.chain import Memory
 from flora_torch.freezing import all_or_nothing, freeze
@@ -256,7 +256,7 @@ def attach(
         How layers compute their output; see `flora_torch.layers`.
     memory : {"normal", "low"}
         What layers keep for the backward pass beside input and parameters: the thin results of factored products, or
-        nothing.
+        nothing. Like ``path`` it is the layer's and not the adapter's: one that has an adapter already keeps its own.
     freeze_model : bool
         Whether all of the model's own parameters stop requiring gradients, or only those of the wrapped layers.
     generator : torch.Generator, optional
@@ -284,6 +284,7 @@ def attach(
     >>> [(layer.name, layer.ranks) for layer in report.layers]
     [('0.weight', (4, 3, 3, 3)), ('2.weight', (8, 2, 2, 2))]
     """
+    as_parts("attach", model)
     targets, skipped = choose(model, target_modules, exclude_modules, target_parameters)
     chances = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
     options = UpdateOptions(ranks, scale, alpha, init, init_tensors or {}, arrangement, dtype, generator)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import Arrangement, TuckerTensor, feasible_ranks
-from flora_torch._sharding import in_several_processes, refuse_sharded, summed
+from flora_torch._sharding import as_parts, in_several_processes, refuse_sharded, summed
 from flora_torch.base_weight import adaptable
 from flora_torch.calibration import evaluating
 from flora_torch.initialize import Ranks, default_dtype, resolve_ranks
@@ -114,6 +114,7 @@ def collect_gradients(
     >>> gradients["0.weight"].shape, report.layers[0].ranks
     ((4, 8), (2, 2))
     """
+    as_parts("collect_gradients", model)
     targets = select(model, target_modules, exclude_modules, target_parameters, where="collect_gradients")
     plans = _plans(targets, ranks, arrangement, oversampling)
     gradients = Gradients()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, mode_dot
 from flora_tensor.adapter import Adapter
-from flora_torch._sharding import is_sharded
+from flora_torch._sharding import as_parts, is_sharded
 from flora_torch.in_place import refuse_merged
 from flora_torch.inventory import Whole, layers_by_weight, layers_of, updates_by_weight, whole_of
 from flora_torch.loading import as_adapter, as_torch, plan_of
@@ -62,6 +62,7 @@ def hotswap_adapter(
     >>> model[0].tucker_update["default"].core is core, model[0].weight.shape
     (True, torch.Size([2, 3]))
     """
+    as_parts("hotswap_adapter", model)
     present = updates_by_weight(model, adapter_name)
     replaced = [(place, local, note) for place, local, note in whole_of(model) if note.adapter_name == adapter_name]
     layers = layers_of(model, "hotswap_adapter")

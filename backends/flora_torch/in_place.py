@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from flora_torch._sharding import refuse_sharded
+from flora_torch._sharding import as_parts, refuse_sharded
 from flora_torch.base_weight import is_quantized, own_parameter
 from flora_torch.inventory import check_known, layers_of
 from flora_torch.layers import FloraLayer
@@ -64,6 +64,7 @@ def merge_(
     >>> unmerge_(model)[0].merged_adapters
     ()
     """
+    as_parts("merge_", model)
     layers = layers_of(model, "merge_")
     asked = _asked(model, layers, adapters)
     wanted = {id(layer): _wanted(layer, asked) for layer in layers}

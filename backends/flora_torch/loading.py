@@ -6,7 +6,7 @@ What a file names is looked up in a table of the model's own names and nowhere e
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
 from flora_tensor.adapter import Adapter
-from flora_torch._sharding import assign_, is_sharded
+from flora_torch._sharding import as_parts, assign_, is_sharded
 from flora_torch.attachment import AttachReport, Plan, install, n_model_parameters, report_of
 from flora_torch.base_check import (
     VerifyBase,
@@ -25,6 +25,7 @@ from flora_torch.base_check import (
     dtype_codes,
 )
 from flora_torch.base_weight import adaptable
+from flora_torch.chain import Memory
 from flora_torch.freezing import all_or_nothing
 from flora_torch.functional import Path
 from flora_torch.in_place import refuse_merged
@@ -57,6 +58,7 @@ def attach_adapter(
     dtype: torch.dtype | None = None,
     dropout: float | None = None,
     path: Path = "auto",
+    memory: Memory = "normal",
     freeze_model: bool = True,
     verify_base: VerifyBase = "warn",
 ) -> AttachReport:
@@ -79,7 +81,7 @@ def attach_adapter(
         weight's own for others.
     dropout : float, optional
         As for `attach`; by default as it was trained.
-    path, freeze_model
+    path, memory, freeze_model
         As for `attach`.
     verify_base : {"warn", "error", "ignore"}
         What is done if the model's weights are not the numbers that the adapter's config notes; weights that are
@@ -115,8 +117,18 @@ def attach_adapter(
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
     check_option("attach_adapter", verify_base)
+    as_parts("attach_adapter", model)
     given = as_adapter(source)
-    return _attached("attach_adapter", model, given, adapter_name, dtype, dropout, path, freeze_model, verify_base)
+    settings: _Settings = {"dtype": dtype, "dropout": dropout, "verify_base": verify_base}
+    return _attached("attach_adapter", model, given, adapter_name, settings, freeze_model, memory, path)
+
+
+class _Settings(TypedDict):
+    """What is asked for beside what the adapter says of itself."""
+
+    dtype: torch.dtype | None
+    dropout: float | None
+    verify_base: VerifyBase
 
 
 def _attached(
@@ -124,22 +136,21 @@ def _attached(
     model: nn.Module,
     adapter: Adapter,
     adapter_name: str,
-    dtype: torch.dtype | None,
-    dropout: float | None,
-    path: Path,
+    settings: _Settings,
     freeze_model: bool,
-    verify_base: VerifyBase,
+    memory: Memory,
+    path: Path = "auto",
 ) -> AttachReport:
     table = sites(model)
     whole = _whole_targets(where, model, _distinct(where, table, adapter.whole))
     with all_or_nothing(model):
-        plans = [plan_of(where, adapter, name, table, dtype, dropout, verify_base) for name in adapter]
+        plans = [plan_of(where, adapter, name, table, **settings) for name in adapter]
         if len({plan.site.name for plan in plans}) < len(plans):
             raise ValueError(f"{where}: two entries of the adapter are for one tied weight; keep one of them")
         share_factors({name: plan.update for name, plan in zip(adapter, plans)}, adapter.stacks)
-        if verify_base != "ignore":
-            check_samples(where, adapter, table, verify_base)
-        report = install(model, plans, adapter_name, path, freeze_model, tuple(whole))
+        if settings["verify_base"] != "ignore":
+            check_samples(where, adapter, table, settings["verify_base"])
+        report = install(model, plans, adapter_name, path, freeze_model, tuple(whole), memory)
         for owner, local, value in whole.values():
             replace_whole(owner, local, value, adapter_name)
     return report
@@ -295,6 +306,9 @@ def load_adapter(
     path: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+    dropout: float | None = None,
+    memory: Memory = "normal",
     freeze_model: bool = True,
     strict: bool = True,
     verify_base: VerifyBase = "warn",
@@ -312,7 +326,9 @@ def load_adapter(
         The directory.
     adapter_name : str
         The adapter's name in the model.
-    freeze_model : bool
+    dtype, dropout
+        As for `attach_adapter`. An adapter that is filled must have this type, or that of the file.
+    memory, freeze_model
         As for `attach`.
     strict : bool
         Whether a key of the tensor file that is unknown, or one that the config promises and the file lacks, is an
@@ -355,18 +371,19 @@ def load_adapter(
     3.0
     """
     check_option("load_adapter", verify_base)
+    as_parts("load_adapter", model)
     adapter = ft.load_adapter(path, strict=strict)
     keys = {"missing_keys": adapter.missing_keys, "unexpected_keys": adapter.unexpected_keys}
+    settings: _Settings = {"dtype": dtype, "dropout": dropout, "verify_base": verify_base}
     present = updates_by_weight(model, adapter_name)
     if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
-        given = (adapter_name, None, None, "auto", freeze_model, verify_base)
-        report = _attached("load_adapter", model, adapter, *given)
+        report = _attached("load_adapter", model, adapter, adapter_name, settings, freeze_model, memory)
         return replace(report, **keys)
-    return replace(_filled(model, adapter, adapter_name, present, verify_base), **keys)
+    return replace(_filled(model, adapter, adapter_name, present, settings), **keys)
 
 
 def _filled(
-    model: nn.Module, adapter: Adapter, adapter_name: str, present: Mapping[str, TuckerUpdate], verify_base: VerifyBase
+    model: nn.Module, adapter: Adapter, adapter_name: str, present: Mapping[str, TuckerUpdate], settings: _Settings
 ) -> AttachReport:
     """Fill an adapter that the model has with another one of the same form, everything checked before."""
     refuse_merged("load_adapter", layers_of(model, "load_adapter"))
@@ -376,14 +393,14 @@ def _filled(
             "load under another adapter_name"
         )
     table = sites(model)
-    plans = [plan_of("load_adapter", adapter, name, table, verify_base=verify_base) for name in adapter]
+    plans = [plan_of("load_adapter", adapter, name, table, **settings) for name in adapter]
     distinct = _distinct("load_adapter", table, adapter.whole)
     first, again = _whole_again(model, distinct, adapter_name)
     for name, plan in zip(adapter, plans):
         _check_same_form(name, present[name], plan.update)
     check_shared("load_adapter", present, {name: plan.update for name, plan in zip(adapter, plans)})
-    if verify_base != "ignore":
-        check_samples("load_adapter", adapter, table, verify_base)
+    if settings["verify_base"] != "ignore":
+        check_samples("load_adapter", adapter, table, settings["verify_base"])
     for name, plan in zip(adapter, plans):
         _fill(present[name], plan.update)
     for owner, local, value in (first | again).values():
@@ -420,7 +437,8 @@ def _check_same_form(name: str, there: TuckerUpdate, given: TuckerUpdate) -> Non
     if mine != theirs:
         raise ValueError(
             f"load_adapter: {name!r} has core, factors, type, start and magnitude {mine} in the model and {theirs} in "
-            "the file; detach the adapter first, or load under another adapter_name"
+            "the file; pass its dtype if no more than that differs, detach the adapter first, or load under another "
+            "adapter_name"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from flora_torch._sharding import as_parts, reshard
 from flora_torch.adapted_module import check_adapter_name
 from flora_torch.attachment import AttachReport, LayerReport, attach
 from flora_torch.base_weight import identity, own_parameter
@@ -75,6 +76,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
     >>> [tuple(p.shape) for p in adapter_parameters(model)]
     [(2, 2), (8, 2), (8, 2)]
     """
+    reshard(model)
     check_known(model, "adapter_parameters", [] if adapter_name is None else [adapter_name])
     found: dict[int, nn.Parameter] = {}
     for layer in layers_of(model, "adapter_parameters"):
@@ -348,6 +350,7 @@ def merge(model: nn.Module) -> nn.Module:
     >>> type(merge(model)[0]).__name__
     'Linear'
     """
+    as_parts("merge", model)
     for layer in layers_of(model, "merge"):
         layer.plain_with(layer.active_adapters)  # refuses what is not finite, before anything is replaced
     tied: dict[tuple[Any, ...], nn.Parameter] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor.adapter import Adapter
-from flora_torch._sharding import gathered, is_first_process, is_sharded
+from flora_torch._sharding import as_parts, gathered, is_first_process, is_sharded
 from flora_torch.base_check import describe_bases, dtype_codes
 from flora_torch.inventory import adapters_of, check_known, updates_by_weight, whole_of
 from flora_torch.model_weights import sites
@@ -37,7 +37,8 @@ def save_adapter(
     update as the difference of its two tensors, of twice the ranks, which any reader can merge.
 
     Where the parameters are spread over processes (``fully_shard``), all of them must call this, and the first writes
-    the file; it is the one that a single process would have written.
+    the file; it is the one that a single process would have written. Where each process has them whole (DDP, or within
+    FullyShardedDataParallel's ``summon_full_params``), one process calls it.
 
     Parameters
     ----------
@@ -60,8 +61,8 @@ def save_adapter(
     Raises
     ------
     ValueError
-        If there is no such adapter, or several and none was named, a number is not finite, or ``max_shard_size`` is
-        below 1.
+        If there is no such adapter, or several and none was named, a number is not finite, ``max_shard_size`` is below
+        1, or FullyShardedDataParallel has flattened the parameters.
     FileExistsError, OSError
         As for `flora_tensor.save_adapter`.
 
@@ -79,6 +80,7 @@ def save_adapter(
     >>> ft.load_adapter(directory)
     Adapter(1 weight, 0 tensors whole, n_parameters=36)
     """
+    as_parts("save_adapter", model)
     adapter = adapter_of(model, adapter_name, "save_adapter")
     note = {"base_model_name_or_path": base_model_name_or_path}
     adapter = replace(adapter, config={**adapter.config, **note})
@@ -143,5 +145,6 @@ def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:
 
 
 def _as_numpy(tensor: Tensor) -> Any:
-    tensor = gathered(tensor.detach()).cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    # A copy: an array of a parameter's own memory would change as it is trained, and torch could not free that memory.
+    tensor = gathered(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

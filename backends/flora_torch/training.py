@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 import flora_tensor as ft
-from flora_torch._sharding import assign_, gathered
+from flora_torch._sharding import as_parts, assign_, gathered, reshard
 from flora_torch.initialize import default_dtype
 from flora_torch.layers import FloraLayer
 from flora_torch.update import TuckerUpdate
@@ -88,6 +88,7 @@ def parameter_groups(
         }
         if min(options[kind].values()) < 0.0:
             raise ValueError(f"parameter_groups: {options[kind]} for the {kind}; pass numbers of 0 or more")
+    reshard(model)
     owners = {id(p): owner for *owner, p in _owned(model)}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -171,6 +172,7 @@ def retract_(model: nn.Module, adapter_name: str | None = None) -> None:
     >>> bool(torch.allclose(update.delta(), before, atol=1e-6))
     True
     """
+    as_parts("retract_", model)
     found = {id(update): (name, update) for name, update in _updates(model) if adapter_name in (None, name)}
     if not found:
         what = "no adapter" if adapter_name is None else f"no adapter {adapter_name!r}"
