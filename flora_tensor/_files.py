@@ -35,6 +35,7 @@ __all__ = [
     "read_json",
     "staged_directory",
     "staged_file",
+    "sync_directory",
     "write_at",
     "write_file",
 ]

@@ -6,7 +6,7 @@ Both kinds hand out a tensor's bytes by name, and prove at every read that the f
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,6 +50,10 @@ class SafetensorsFile:
         finally:
             os.close(fd)
 
+    def under(self, folder: str) -> "SafetensorsFile":
+        """Name the tensors as parts of what holds them."""
+        return replace(self, tensors=_renamed(self.tensors, folder), metadata=_aliases(self, folder))
+
     def raw(self, name: str) -> np.ndarray:
         info = self.tensors[name]
         with self.opened() as fd:
@@ -70,6 +74,16 @@ class SafetensorsFile:
     def check_unchanged(self) -> None:
         with self.opened():
             pass
+
+
+def _renamed(tensors: Mapping[str, TensorInfo], folder: str) -> dict[str, TensorInfo]:
+    return {f"{folder}.{name}": replace(info, name=f"{folder}.{name}") for name, info in tensors.items()}
+
+
+def _aliases(file: SafetensorsFile, folder: str) -> dict[str, str]:
+    """Return a file's metadata with the names of tensors in it, those that stand for one another, renamed too."""
+    own = file.tensors
+    return {f"{folder}.{k}" if v in own else k: f"{folder}.{v}" if v in own else v for k, v in file.metadata.items()}
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -116,6 +130,11 @@ class PickleFile:
         ):
             raise InputError(f"{path}: not a table of tensors by name; save the model's state_dict()")
         return cls(path, {n: _torch_info(path, n, v) for n, v in values.items()}, {}, dict(values), identity)
+
+    def under(self, folder: str) -> "PickleFile":
+        """Name the tensors as parts of what holds them."""
+        values = {f"{folder}.{name}": value for name, value in self.values.items()}
+        return replace(self, tensors=_renamed(self.tensors, folder), values=values)
 
     def raw(self, name: str) -> np.ndarray:
         import torch

@@ -22,8 +22,12 @@ from flora_tensor._stored_files import PICKLE_SUFFIXES, SafetensorsFile, Stacked
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
+# What transformers and diffusers call a model's weights; both look for the single file first.
+STEMS = ("model", "diffusion_pytorch_model")
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# The table of contents of a diffusers pipeline: several models, each in a folder of its own.
+PIPELINE_NAME = "model_index.json"
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +43,8 @@ class Checkpoint:
     aliases : mapping of str to str
         Names that stand for a stored tensor: tied weights, as safetensors' ``save_model`` records them. They are read
         like stored ones; `names` does not list them.
+    folders : tuple of str
+        The folders of a pipeline's models, which the names of their tensors begin with; empty for a single model.
 
     Notes
     -----
@@ -54,10 +60,11 @@ class Checkpoint:
     files: "tuple[StoredFile, ...]"
     aliases: Mapping[str, str]
     _home: Mapping[str, StoredFile | StackedFile] = field(repr=False)
+    folders: tuple[str, ...] = ()
     _original: "Checkpoint | None" = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, path: Path, files: Sequence[StoredFile]) -> "Checkpoint":
+    def of(cls, path: Path, files: Sequence[StoredFile], folders: Sequence[str] = ()) -> "Checkpoint":
         """Put files together.
 
         Parameters
@@ -66,6 +73,8 @@ class Checkpoint:
             What the user named: the name of the whole.
         files : sequence of open files
             The shards, each with its tensors and metadata.
+        folders : sequence of str
+            The folders of a pipeline's models.
 
         Returns
         -------
@@ -89,7 +98,7 @@ class Checkpoint:
             for alias, name in file.metadata.items()
             if name in file.tensors and alias not in home
         }
-        return cls(path, tuple(files), aliases, home)
+        return cls(path, tuple(files), aliases, home, tuple(folders))
 
     @property
     def original(self) -> "Checkpoint":
@@ -119,7 +128,7 @@ class Checkpoint:
         files = [
             replace(file, tensors={n: _cropped(i, rows.get(n)) for n, i in file.tensors.items()}) for file in self.files
         ]
-        return replace(Checkpoint.of(self.path, files), _original=self.original)
+        return replace(Checkpoint.of(self.path, files, self.folders), _original=self.original)
 
     def stacked(self, name: str, members: Sequence[str]) -> "Checkpoint":
         """Add a tensor that is several others of one type and shape side by side; nothing is read for it yet.
@@ -164,8 +173,9 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The text metadata of the first file, which for shards is the same in all."""
-        return dict(self.files[0].metadata) if self.files else {}
+        """The text metadata that is the same in all files."""
+        first = self.files[0].metadata if self.files else {}
+        return {key: text for key, text in first.items() if all(file.metadata.get(key) == text for file in self.files)}
 
     def info(self, name: str) -> TensorInfo:
         """Look up a tensor's type and shape.
@@ -293,6 +303,21 @@ class Checkpoint:
         """
         return self._file(self.aliases.get(name, name)).path
 
+    def folder_of(self, name: str) -> str:
+        """Return the folder of a pipeline that a tensor lies in; empty for a single model.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name.
+
+        Returns
+        -------
+        str
+            The folder's name, which the tensor's begins with.
+        """
+        return name.partition(".")[0] if self.folders else ""
+
     def check_unchanged(self) -> None:
         """Refuse with an InputError if a file was replaced, written to or removed since it was opened."""
         for file in self.files:
@@ -346,7 +371,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
     Parameters
     ----------
     path : path
-        A safetensors file, a ``*.safetensors.index.json`` file, or a directory that holds one of them.
+        A safetensors file, a ``*.safetensors.index.json`` file, or a directory that holds one of them; or the directory
+        of a diffusers pipeline, whose models' tensors are named by their folders: ``unet.conv_in.weight``.
     allow_pickle : bool, default False
         Whether files of ``torch.save`` are read, with ``weights_only=True`` and only so. The default refuses them:
         a pickle can run any code, and its reader is no match for a strict format's.
@@ -379,21 +405,31 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
     array([1., 2.], dtype=float32)
     """
     given = Path(path)
-    file = _find(given) if given.is_dir() else given
+    if not given.is_dir():
+        return Checkpoint.of(given, _opened(given, allow_pickle))
+    file = _find(given)
+    if file is not None:
+        return Checkpoint.of(given, _opened(file, allow_pickle))
+    models = _pipeline(given)
+    files = [file.under(folder) for folder, path in models.items() for file in _opened(path, allow_pickle)]
+    return Checkpoint.of(given, files, tuple(models))
+
+
+def _opened(file: Path, allow_pickle: bool) -> list[StoredFile]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; pass a safetensors file, its index, or a model's directory")
     if file.name.endswith(".json"):
-        return Checkpoint.of(given, open_shards(file, allow_pickle))
-    return Checkpoint.of(given, [open_stored_file(file, allow_pickle)])
+        return open_shards(file, allow_pickle)
+    return [open_stored_file(file, allow_pickle)]
 
 
-def _find(directory: Path) -> Path:
-    """Return the file or index that a model's directory means, in the order in which transformers looks."""
-    for name in (SINGLE_NAME, INDEX_NAME):
+def _find(directory: Path) -> Path | None:
+    """Return the file or index that a model's directory means, in the order in which transformers looks, if any."""
+    for name in (f"{stem}{ending}" for stem in STEMS for ending in (".safetensors", ".safetensors.index.json")):
         if (directory / name).exists():
             return directory / name
     for pattern in (
-        "*.safetensors.index.json",
+        "*.safetensors.index*.json",  # diffusers writes a variant's name before the last dot
         "*.safetensors",
         "*.bin.index.json",
         *(f"*{s}" for s in PICKLE_SUFFIXES),
@@ -403,7 +439,31 @@ def _find(directory: Path) -> Path:
             return found[0]
         if found:
             raise InputError(f"{directory}: holds {len(found)} files {pattern} and no index; pass one of them")
-    raise InputError(f"{directory}: holds no {SINGLE_NAME} and no {INDEX_NAME}; pass a model's directory or file")
+    return None
+
+
+def _pipeline(directory: Path) -> dict[str, Path]:
+    """Return the folders of a pipeline that hold weights, each with the file or index that it means."""
+    if not (directory / PIPELINE_NAME).exists():
+        raise InputError(
+            f"{directory}: holds no {SINGLE_NAME} and no {INDEX_NAME}; pass a model's directory or file"
+            f"{_weights_below(directory)}"
+        )
+    listed = read_json(directory / PIPELINE_NAME)
+    # A folder's name is the first word of its tensors' names.
+    folders = [name for name in listed if name.isidentifier() and (directory / name).is_dir()]
+    found = {name: file for name in folders if (file := _find(directory / name)) is not None}
+    if not found:
+        raise InputError(
+            f"{directory}: no folder of those in {PIPELINE_NAME} holds weights; download the pipeline again"
+        )
+    return found
+
+
+def _weights_below(directory: Path) -> str:
+    """Return an ending for an error message: the folders inside that hold weights."""
+    holding = {file.parent.name for pattern in ("*/*.safetensors", "*/*.bin") for file in directory.glob(pattern)}
+    return f", such as its folder {some_names(sorted(holding))}" if holding else ""
 
 
 def open_shards(index: Path, allow_pickle: bool | None) -> list[StoredFile]:

@@ -5,14 +5,15 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 
 from flora_tensor._checks import check_shard_size, some_names
-from flora_tensor._files import staged_directory, staged_file, write_file
+from flora_tensor._files import staged_directory, staged_file, sync_directory, write_file
 from flora_tensor._safetensors import SafetensorsWriter, TensorInfo
-from flora_tensor.checkpoint import Checkpoint
+from flora_tensor.checkpoint import STEMS, Checkpoint
 
 __all__ = ["CheckpointWriter", "plan_shards", "write_checkpoint", "write_files"]
 
@@ -31,7 +32,8 @@ def plan_shards(
     tensors : iterable of TensorInfo
         The tensors, in the order to write.
     like : Checkpoint, optional
-        A checkpoint whose shards, and their names, are kept where no size is given.
+        A checkpoint whose shards, and their names, are kept where no size is given. Of a pipeline, the folders are kept
+        in any case.
     max_shard_size : int, optional
         The most bytes of data in a file; a larger tensor has a file of its own.
     stem : str, default "model"
@@ -40,7 +42,7 @@ def plan_shards(
     Returns
     -------
     dict of str to list of TensorInfo
-        The tensors of each file.
+        The tensors of each file, ``FOLDER/FILE`` in a pipeline.
 
     Raises
     ------
@@ -49,7 +51,7 @@ def plan_shards(
 
     References
     ----------
-    The file names are those of Hugging Face transformers.
+    The file names are those of Hugging Face transformers and diffusers.
 
     Examples
     --------
@@ -59,12 +61,29 @@ def plan_shards(
     """
     infos = list(tensors)
     check_shard_size("plan_shards", max_shard_size)
+    if like is None or not like.folders:
+        return _plan_model(infos, like, max_shard_size, stem)
+    planned: dict[str, list[TensorInfo]] = {}
+    for folder in like.folders:
+        own = [info for info in infos if like.folder_of(info.name) == folder]
+        plan = _plan_model(own, like, max_shard_size, stem)
+        planned |= {f"{folder}/{file}": group for file, group in plan.items()}
+    return planned
+
+
+def _plan_model(
+    infos: list[TensorInfo], like: Checkpoint | None, max_shard_size: int | None, stem: str
+) -> dict[str, list[TensorInfo]]:
+    """Spread the tensors of one model; its files begin with what `from_pretrained` looks for in one like it."""
+    if like is not None and infos:
+        known = like.shard_of(infos[0].name).name
+        stem = next((own for own in STEMS if known.startswith(own)), stem)
     if max_shard_size is None:
-        if like is None or len(like.files) < 2:
-            return _numbered([infos], stem)
         groups: dict[str, list[TensorInfo]] = {}
         for info in infos:
-            groups.setdefault(str(like.shard_of(info.name)), []).append(info)
+            groups.setdefault("" if like is None else str(like.shard_of(info.name)), []).append(info)
+        if len(groups) < 2:
+            return _numbered([infos], stem)
         names = [Path(path).name for path in groups]
         if len(set(names)) == len(names) and all(name.endswith(".safetensors") for name in names):
             return dict(zip(names, groups.values()))
@@ -90,7 +109,7 @@ class CheckpointWriter:
     """Write a checkpoint tensor by tensor, in any order; made by `write_checkpoint`.
 
     A shard is flushed, read back and compared as soon as its last tensor is written, so that few files are open at
-    once.
+    once. In a folder's file, names lack the folder's, as `open_checkpoint` puts it there.
 
     Parameters
     ----------
@@ -132,7 +151,7 @@ class CheckpointWriter:
         file = self._home[name]
         if name not in self._waiting[file]:
             raise ValueError(f"CheckpointWriter: {name!r} was written before; write each tensor once")
-        self._writer(file).write(name, data)
+        self._writer(file).write(_name_in(file, name), data)
         self._waiting[file].discard(name)
         if not self._waiting[file]:
             self._open.pop(file).finish()
@@ -152,9 +171,15 @@ class CheckpointWriter:
 
     def _writer(self, file: str) -> SafetensorsWriter:
         if file not in self._open:
-            layout = [(info.name, info.dtype, info.shape) for info in self._layout[file]]
+            layout = [(_name_in(file, info.name), info.dtype, info.shape) for info in self._layout[file]]
             self._open[file] = SafetensorsWriter(self._paths[file], layout, self._metadata)
         return self._open[file]
+
+
+def _name_in(file: str, name: str) -> str:
+    """Return the name that a tensor has in its file, which may lie in a pipeline's folder."""
+    folder, slash, _ = file.rpartition("/")
+    return name.removeprefix(f"{folder}.") if slash else name
 
 
 @contextmanager
@@ -164,7 +189,7 @@ def write_checkpoint(
     *,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    beside: Sequence[Path] = (),
+    beside: Mapping[str, Path] = MappingProxyType({}),
 ) -> Generator[CheckpointWriter]:
     """Open a checkpoint for writing; it appears when the block ends, and not at all if the block fails.
 
@@ -179,8 +204,8 @@ def write_checkpoint(
         Text to store in each file.
     overwrite : bool, default False
         Whether an existing file, or a directory that holds nothing but a checkpoint, is replaced.
-    beside : sequence of Path
-        Files to copy into the directory; a directory that is replaced may hold files of their names.
+    beside : mapping of str to Path
+        Files to copy into the directory, by what they are called there; a directory that is replaced may hold them.
 
     Yields
     ------
@@ -221,13 +246,12 @@ def write_checkpoint(
             yield writer
         return
     with (
-        staged_directory(
-            "write_checkpoint", target, overwrite=overwrite, owned=(*OWNED_NAMES, *(file.name for file in beside))
-        ) as stage,
+        staged_directory("write_checkpoint", target, overwrite=overwrite, owned=(*OWNED_NAMES, *beside)) as stage,
         write_files(stage, layout, metadata=metadata) as writer,
     ):
-        for file in beside:
-            write_file(stage / file.name, file.read_bytes())
+        for name, file in beside.items():
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(stage / name, file.read_bytes())
         yield writer
 
 
@@ -275,10 +299,19 @@ def write_files(
     >>> sorted(file.name for file in here.iterdir())
     ['part-a.safetensors', 'part-b.safetensors', 'part.safetensors.index.json']
     """
+    folders: dict[Path, dict[str, Sequence[TensorInfo]]] = {}
+    for file, infos in layout.items():
+        folders.setdefault((directory / file).parent, {})[file] = infos
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     with _finished({file: directory / file for file in layout}, layout, metadata) as writer:
         yield writer
-    if len(layout) > 1:
-        write_file(directory / f"{stem}.safetensors.index.json", _index(layout))
+    for folder, files in folders.items():
+        if len(files) > 1:
+            known = Path(next(iter(files))).name
+            own = next((own for own in STEMS if known.startswith(own)), stem)
+            write_file(folder / f"{own}.safetensors.index.json", _index(files))
+        sync_directory(folder)
 
 
 @contextmanager
@@ -295,6 +328,6 @@ def _finished(
 
 def _index(layout: Layout) -> bytes:
     total = sum(info.n_bytes for infos in layout.values() for info in infos)
-    weight_map = {info.name: file for file, infos in layout.items() for info in infos}
+    weight_map = {_name_in(file, info.name): Path(file).name for file, infos in layout.items() for info in infos}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,7 +1,7 @@
 """An adapter put into a checkpoint, and two checkpoints compared: both one tensor at a time."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,7 @@ class MergeReport(Report):
     copied : tuple of str
         Tensors copied bit for bit.
     files : tuple of str
-        The names of the files written.
+        The names of the files written, ``FOLDER/FILE`` in a pipeline.
     beside : tuple of str
         The names of the files that were copied from the base's directory.
 
@@ -94,7 +94,8 @@ def merge_checkpoint(
         The adapter directory, or what `load_adapter` gave.
     out : path
         A file, if the name ends in ``.safetensors``, else a directory. If the base is a directory too, what lies in it
-        beside the weights (configuration, tokenizer) is copied, so that `from_pretrained` loads the result.
+        beside the weights (configuration, tokenizer) is copied, so that `from_pretrained` loads the result; of a
+        pipeline, with its folders.
     max_shard_size : int, optional
         The most bytes of data in a file; the base's own division into files by default.
     verify_base : {"warn", "error", "ignore"}
@@ -153,12 +154,16 @@ def merge_checkpoint(
     _check_fit(source, change, resized)
     _check_base(source.original, change, verify_base)
     infos = [_info(source, name, resized) for name in source.names()]
-    single = Path(out).suffix == ".safetensors" and max_shard_size is None
-    layout = plan_shards(infos, like=None if single else source, max_shard_size=max_shard_size)
+    is_file = Path(out).suffix == ".safetensors"
+    if is_file and source.folders:
+        raise ValueError(f"merge: {base} is a pipeline of {', '.join(source.folders)}; pass a directory to write it to")
+    layout = plan_shards(
+        infos, like=None if is_file and max_shard_size is None else source, max_shard_size=max_shard_size
+    )
     check_free_space("merge", Path(out), sum(info.n_bytes for info in infos))
     metadata = source.metadata or {"format": "pt"}
-    beside = () if single or Path(out).suffix == ".safetensors" else _beside(source.original.path)
-    _check_sizes_told(beside, resized)
+    beside = {} if is_file else _beside(source.original)
+    _check_sizes_told(source, beside, resized)
     with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite, beside=beside) as writer:
         for done, info in enumerate(infos):
             if progress:
@@ -169,31 +174,39 @@ def merge_checkpoint(
         tuple(i.name for i in infos if i.name in change),
         tuple(i.name for i in infos if i.name in change.whole or (i.name in resized and i.name not in change)),
         tuple(i.name for i in infos if not {i.name, f"{i.name}{NEW_ROWS}"} & {*change, *change.whole}),
-        (Path(out).name,) if Path(out).suffix == ".safetensors" else tuple(layout),
-        tuple(file.name for file in beside),
+        (Path(out).name,) if is_file else tuple(layout),
+        tuple(beside),
     )
 
 
-def _beside(base: Path) -> tuple[Path, ...]:
-    """List what a model's directory holds beside its weights, and what is needed to use them."""
-    if not base.is_dir():
-        return ()
+def _beside(base: Checkpoint) -> dict[str, Path]:
+    """List what a model's directory holds beside its weights, and what is needed to use them.
+
+    Of a pipeline it is what lies in its folders too, those without weights (tokenizers, the scheduler) included.
+    """
+    if not base.path.is_dir():
+        return {}
     kinds = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
-    found = [file for file in sorted(base.iterdir()) if file.suffix in kinds or file.stem == "LICENSE"]
-    return tuple(file for file in found if file.is_file() and not file.name.endswith(".index.json"))
+    inside = [base.path, *(entry for entry in base.path.iterdir() if base.folders and entry.is_dir())]
+    found = [file for folder in inside for file in folder.iterdir() if file.suffix in kinds or file.stem == "LICENSE"]
+    return {
+        file.relative_to(base.path).as_posix(): file
+        for file in sorted(found)
+        if file.is_file() and not file.match("*.index*.json")
+    }
 
 
-def _check_sizes_told(beside: Iterable[Path], resized: Mapping[str, tuple[int, int]]) -> None:
+def _check_sizes_told(base: Checkpoint, beside: Mapping[str, Path], resized: Mapping[str, tuple[int, int]]) -> None:
     """Warn where the base's configuration, which is copied, tells other numbers of rows than the result has.
 
     Which of its entries do so (vocab_size, and others in models of several parts) no adapter records.
     """
     changed = [name for name, (before, after) in resized.items() if before != after]
-    configs = [file for file in beside if file.name == "config.json"]
-    if changed and configs:
+    config = beside.get(f"{base.folder_of(changed[0])}/config.json".removeprefix("/")) if changed else None
+    if config is not None:
         before, after = resized[changed[0]]
         warn_user(
-            f"merge: {configs[0]} is copied as it is, but {changed[0]!r} has {after} rows now, not {before}; put the "
+            f"merge: {config} is copied as it is, but {changed[0]!r} has {after} rows now, not {before}; put the "
             "tuned model's config.json and tokenizer in its place, or mend its sizes, such as vocab_size"
         )
 

@@ -47,6 +47,21 @@ def save_sharded(directory: Path, shards: Mapping[str, Mapping[str, Any]], **ind
     return directory
 
 
+def save_pipeline(directory: Path, unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> Path:
+    """Write a pipeline as diffusers lays it out: a model in two files, one in one, a folder without weights."""
+    stem, names = "diffusion_pytorch_model", list(unet)
+    shards = {f"{stem}-0000{k + 1}-of-00002.safetensors": {n: unet[n] for n in names[k::2]} for k in (0, 1)}
+    save_sharded(directory / "unet", shards)
+    (directory / "unet" / "model.safetensors.index.json").rename(directory / "unet" / f"{stem}.safetensors.index.json")
+    save(directory / "text_encoder" / "model.safetensors", text_encoder, {"format": "pt"})
+    parts = {name: ["library", "Class"] for name in ("unet", "text_encoder", "scheduler", "safety_checker")}
+    (directory / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    (directory / "scheduler").mkdir()
+    for name in ("unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        (directory / name).write_text(json.dumps({"of": name}))
+    return directory
+
+
 def raw(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
     """Put a safetensors file together by hand, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

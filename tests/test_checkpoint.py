@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from checkpoints import bits, load, run, save, save_sharded
+from checkpoints import bits, load, run, save, save_pipeline, save_sharded
 from flora_tensor.checkpoint import TensorInfo
 from flora_tensor.checkpoint_writer import plan_shards, write_checkpoint
 from support import optional
@@ -158,6 +158,54 @@ def test_a_fingerprint_tells_checkpoints_apart(tmp_path: Path):
 def test_aliases_are_those_that_the_metadata_records(tmp_path: Path):
     path = save(tmp_path / "m.safetensors", {"emb": np.ones(2)}, {"head": "emb", "format": "pt", "other": "gone"})
     assert ft.open_checkpoint(path).aliases == {"head": "emb"}
+
+
+# Pipelines ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_one_checkpoint_whose_names_begin_with_its_folders(tmp_path: Path):
+    unet = {"conv.weight": np.arange(4.0, dtype=np.float32), "conv.bias": np.ones(2)}
+    pipeline = ft.open_checkpoint(save_pipeline(tmp_path / "p", unet, {"embed": np.full(3, 7.0)}))
+    assert set(pipeline.names()) == {"unet.conv.weight", "unet.conv.bias", "text_encoder.embed"}
+    assert pipeline.folders == ("unet", "text_encoder")
+    np.testing.assert_array_equal(pipeline.read("unet.conv.weight"), unet["conv.weight"])
+    assert pipeline.info("text_encoder.embed").name == "text_encoder.embed"
+    assert set(ft.open_checkpoint(tmp_path / "p" / "unet").names()) == set(unet)
+    # A cropped one knows its folders too, and tied weights are named as the others.
+    save(
+        tmp_path / "p" / "text_encoder" / "model.safetensors", {"embed": np.ones(3)}, {"head": "embed", "format": "pt"}
+    )
+    pipeline = ft.open_checkpoint(tmp_path / "p").cropped({"unet.conv.weight": 2})
+    assert pipeline.folder_of("unet.conv.weight") == "unet"
+    assert pipeline.aliases == {"text_encoder.head": "text_encoder.embed"}
+
+
+def test_a_pipeline_of_pickles_is_refused_unless_allowed(tmp_path: Path):
+    directory = save_pipeline(tmp_path / "p", {"w": np.ones(2)}, {"embed": np.ones(3)})
+    (directory / "text_encoder" / "model.safetensors").unlink()
+    torch.save({"embed": torch.ones(3)}, directory / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(ft.InputError, match=r"pytorch_model\.bin: a pickle file"):
+        ft.open_checkpoint(directory)
+    assert ft.open_checkpoint(directory, allow_pickle=True).read("text_encoder.embed").tolist() == [1, 1, 1]
+
+
+def test_directories_of_models_that_are_no_pipeline_are_named(tmp_path: Path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"], "../up": 1, "a.b": 1}))
+    with pytest.raises(ft.InputError, match=r"no folder of those in model_index\.json holds weights"):
+        ft.open_checkpoint(tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    save(tmp_path / "unet" / "model.safetensors", {"a": np.ones(1)})
+    with pytest.raises(ft.InputError, match="pass a model's directory or file, such as its folder 'unet'"):
+        ft.open_checkpoint(tmp_path)
+
+
+def test_diffusers_own_file_comes_before_variants_and_its_index_is_known(tmp_path: Path):
+    for name, value in (("diffusion_pytorch_model", 1.0), ("diffusion_pytorch_model.fp16", 2.0)):
+        save(tmp_path / f"{name}.safetensors", {"a": np.array([value])})
+    assert ft.open_checkpoint(tmp_path).read("a").tolist() == [1.0]
+    variant = save_sharded(tmp_path / "v", {ONE: {"a": np.ones(1)}, TWO: {"b": np.ones(1)}})
+    (variant / INDEX).rename(variant / "diffusion_pytorch_model.safetensors.index.fp16.json")
+    assert ft.open_checkpoint(variant).names() == ("a", "b")
 
 
 # Pickle ---------------------------------------------------------------------------------------------------------------

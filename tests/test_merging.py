@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
-from checkpoints import bits, load, save, save_sharded
+from checkpoints import bits, load, save, save_pipeline, save_sharded
 from flora_tensor.adapter import Adapter
+from support import tolerance
+
+INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 
 
 def rank_one(shape: tuple[int, ...], value: float = 1.0, dtype: Any = np.float32) -> ft.TuckerTensor:
@@ -252,3 +255,45 @@ def test_what_a_models_directory_holds_beside_its_weights_is_copied(tmp_path: Pa
         ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "m", overwrite=True)
     ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "f.safetensors")
     assert not (tmp_path / "f").exists()
+
+
+def test_a_pipeline_is_extracted_and_merged_folder_by_folder(tmp_path: Path):
+    g = torch.Generator().manual_seed(0)
+    unet = {f"conv{k}.weight": torch.randn(6, 5, generator=g, dtype=torch.float64) for k in range(3)}
+    text = {"fc.weight": torch.randn(4, 3, generator=g), "n": torch.arange(3)}
+    base = save_pipeline(tmp_path / "base", unet, text)
+    delta = torch.outer(torch.arange(6.0), torch.arange(5.0))
+    tuned = save_pipeline(tmp_path / "tuned", {**unet, "conv1.weight": unet["conv1.weight"] + delta}, text)
+    report = ft.extract(base, tuned, tmp_path / "adapter", ranks=1)
+    assert [row.name for row in report.rows if row.status == "tucker"] == ["unet.conv1.weight"]
+
+    def tree(directory: Path) -> set[str]:
+        return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+    merged = ft.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    assert tree(tmp_path / "merged") == tree(base) == {*merged.files, *merged.beside, INDEX}
+    for name in merged.beside:
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    assert set(load(tmp_path / "merged" / "unet")) == set(unet)
+    # Factors are stored in float32.
+    found, atol = load(tmp_path / "merged" / "unet")["conv1.weight"], tolerance("float32", 30, norm=delta.norm())
+    np.testing.assert_allclose(found, unet["conv1.weight"] + delta, atol=atol)
+    shared = json.loads((base / INDEX).read_text())["weight_map"]
+    assert json.loads((tmp_path / "merged" / INDEX).read_text())["weight_map"] == shared
+    # By size, every folder is divided for itself.
+    small = ft.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "small", max_shard_size=300)
+    assert {f"unet/diffusion_pytorch_model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)} < set(small.files)
+    assert ft.diff_checkpoints(tmp_path / "merged", tmp_path / "small").is_equal
+    with pytest.raises(ValueError, match="a pipeline of unet, text_encoder; pass a directory to write it to"):
+        ft.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "m.safetensors")
+
+
+def test_files_keep_the_name_that_diffusers_looks_for(tmp_path: Path):
+    base = save(
+        tmp_path / "base" / "diffusion_pytorch_model.safetensors", {"w": torch.zeros(2, 2), "v": torch.zeros(3)}
+    )
+    for source in (base, base.parent):
+        ft.merge_checkpoint(source, {"w": rank_one((2, 2))}, tmp_path / "m", overwrite=True)
+        assert load(tmp_path / "m" / base.name)["w"].tolist() == [[1, 1], [1, 1]]
+    ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "s", max_shard_size=1)
+    assert (tmp_path / "s" / "diffusion_pytorch_model.safetensors.index.json").exists()
