@@ -276,7 +276,7 @@ class TestInPlace:
     def test_a_computed_weight_cannot_be_written(self):
         model = nn.Sequential(weight_norm(nn.Linear(4, 4)))
         attach(model, ranks=2)
-        with pytest.raises(ValueError, match=r"'0.weight' is computed or quantized, .* use merge"):
+        with pytest.raises(ValueError, match=r"'0.weight' is computed by .*Linear from other parameters.* use merge"):
             merge_(model)
 
     def test_magnitudes_merge_and_go_back(self):

@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -79,6 +80,33 @@ def test_exported(merged):
     expected = model(IDS)
     exported = torch.export.export(merge(model) if merged else model, (IDS,))
     assert close(exported.module()(IDS), expected)
+
+
+class Product(Net):
+    """Beside these layers, a bilinear form and a bag."""
+
+    def __init__(self):
+        super().__init__()
+        self.form, self.bag = nn.Bilinear(11, 11, 5), nn.EmbeddingBag(11, 5)
+
+    def forward(self, ids):
+        y = self.head(self.conv(self.embed(ids).mT).mT)
+        return self.form(y, y).sum(1) + self.bag(ids)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_batches_of_any_size(strict):
+    """The cost rule would prefer either way for some of these, and a program has one."""
+    torch.manual_seed(0)
+    model = Product().eval()
+    attach(model, ranks=2, target_modules=["embed", "conv", "head", "form", "bag"])
+    randomize(model)
+    sizes = {k: torch.export.Dim(name, min=2, max=64) for k, name in enumerate(("batch", "length"))}
+    exported = torch.export.export(model, (IDS,), dynamic_shapes=(sizes,), strict=strict).module()
+    for shape in ((2, 3), (64, 64)):
+        ids = torch.randint(0, 11, shape)
+        assert close(exported(ids), model(ids))
 
 
 def test_shapes_on_the_meta_device():
@@ -220,10 +248,14 @@ def test_everything_is_frozen_thawed_and_taken_off():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_merged_transformers_are_saved_and_loaded(tmp_path):
+def gpt2():
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=12, tie_word_embeddings=True)
-    model = GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_merged_transformers_are_saved_and_loaded(tmp_path):
+    model = gpt2()
     attach(model, ranks=2)
     randomize(model)
     expected = model(IDS).logits
@@ -232,6 +264,41 @@ def test_merged_transformers_are_saved_and_loaded(tmp_path):
     again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert close(again(IDS).logits, expected)
     assert torch.equal(again.generate(IDS[:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0), text)
+
+
+def test_transformers_with_adapted_tied_embeddings_are_saved_as_they_are(tmp_path):
+    """As transformers' Trainer saves and resumes them."""
+    model, again = gpt2(), gpt2()
+    attach(model, ranks=2)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    attach(again, ranks=2)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    left_out = set(again.state_dict()) - set(state)
+    assert {name.partition(".")[0] for name in left_out} <= {"lm_head", "transformer"}
+    assert len(left_out) == 4  # the base's weight, the core and two factors have another name too
+    missing, unexpected = again.load_state_dict(state, strict=False)
+    assert (set(missing), unexpected) == (left_out, [])
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_what_transformers_does_to_embeddings_is_done_before_or_after():
+    model = gpt2()
+    model.resize_token_embeddings(15)
+    attach(model, ranks=2)
+    randomize(model)
+    expected = model(IDS).logits
+    with pytest.raises(AttributeError, match=r"wte\.weight` is neither a parameter"):
+        model.tie_weights()
+    with pytest.raises(TypeError, match=r"Old embeddings are of type .*FloraEmbedding"):
+        model.resize_token_embeddings(17)
+    for layer, name in ((model.lm_head, "weight"), (model.transformer.h[0].mlp.c_fc, "bias")):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be set on a layer with an adapter.*before the adapter"):
+            setattr(layer, name, nn.Parameter(torch.zeros(8)))
+    assert torch.equal(model(IDS).logits, expected)
+    merge(model).tie_weights()
+    model.resize_token_embeddings(17)
+    assert close(model(IDS).logits[..., :15], expected)
 
 
 def test_weights_that_accelerate_keeps_elsewhere():

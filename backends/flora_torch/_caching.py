@@ -6,7 +6,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["cached"]
+__all__ = ["cached", "is_exporting"]
+
+# Older versions of torch do not tell exporting from compiling.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -58,6 +58,34 @@ class AdaptedModule(nn.Module):
                 raise
             return getattr(self.base_layer, name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a parameter, as assigning one does: those of a layer are its base's, which would not be changed.
+
+        Parameters
+        ----------
+        name : str
+            The name.
+        param : nn.Parameter, of any shape, or None
+            The parameter.
+
+        Raises
+        ------
+        ValueError
+            Always.
+        """
+        del param
+        raise ValueError(
+            f"{type(self).__name__}: {name!r} cannot be set on a layer with an adapter, whose parameters are those of "
+            f"its base_layer, a {type(self.base_layer).__name__}; set it there, or tie, resize and replace weights "
+            "before the adapter is attached or after it is merged or detached"
+        )
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        # Asked by transformers, which writes no file with a tensor in two places unless both say that it may leave one
+        # out: tied weights have one update, and stay tied in the model that the file is loaded into.
+        return {name: name for name, _ in self.named_parameters()}
+
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that take part, in the order in which they are added up."""

@@ -206,7 +206,8 @@ def attach(
 
     The model's output does not change: every start but ``"from_delta"`` is exactly zero. Nothing is changed if
     anything is refused. A weight that several modules hold (a shared module, or tied weights such as embedding and
-    output layer) gets one update, which all of them use.
+    output layer) gets one update, which all of them use. What rewrites weights, as ``tie_weights`` and
+    ``resize_token_embeddings`` of transformers do, comes before, or after `flora_torch.merge` or `flora_torch.detach`.
 
     Parameters
     ----------

@@ -21,6 +21,7 @@ __all__ = [
     "adaptable",
     "call_with",
     "check_adaptable",
+    "check_writable",
     "dense_value",
     "describe",
     "identity",
@@ -219,6 +220,33 @@ def adaptable(where: str, module: nn.Module, parameter: str, *, values: bool = T
         return weight.form()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def check_writable(where: str, module: nn.Module, parameter: str, *, instead: str) -> nn.Parameter:
+    """Return a parameter that holds the weight as it is used, so that another one can be written there.
+
+    Raises
+    ------
+    ValueError
+        If the weight is quantized, or computed from other parameters; the message names what to call ``instead``.
+
+    Examples
+    --------
+    >>> check_writable("here", nn.Linear(3, 2), "weight", instead="merge").shape
+    torch.Size([2, 3])
+    """
+    if is_quantized(module):
+        raise ValueError(
+            f"{where} is quantized, and the sum would be rounded to its few values; keep the adapter beside it, or use "
+            f"{instead}, which makes a float layer"
+        )
+    own = own_parameter(module, parameter)
+    if own is None:
+        raise ValueError(
+            f"{where} is computed by {type(module).__name__} from other parameters, and nothing can be added to it "
+            f"where it is; use {instead}, or torch.nn.utils.parametrize.remove_parametrizations before attaching"
+        )
+    return own
 
 
 def dense_value(module: nn.Module, name: str) -> Tensor:

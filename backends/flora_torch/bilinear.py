@@ -1,6 +1,5 @@
 """Layers with products of further kinds: bilinear forms and bags of embeddings."""
 
-import math
 from typing import Any
 
 import torch.nn.functional as nnf
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_torch.chain import autocasts
+from flora_torch.cost import n_rows
 from flora_torch.update import TuckerUpdate
 from flora_torch.weight_layer import WeightLayer
 
@@ -108,7 +108,7 @@ class FloraBilinear(WeightLayer):
             return self.path != "factored"
         out, first, second = update.shape
         r0, r1, r2 = update.core.shape
-        rows = math.prod(input.shape[:-1])
+        rows = n_rows(input.shape[:-1])
         thin = r0 * r1 * r2 + first * r1 + second * r2 + out * r0
         # Forming takes one product a mode, the last of them as large as the weight times a rank.
         return rows * thin > out * first * second * min(r0, r1, r2)

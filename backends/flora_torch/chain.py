@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flora_tensor.algebra import contraction_order
-from flora_torch._caching import cached
+from flora_torch._caching import cached, is_exporting
 from flora_torch.steps import Convolve, Step
 
 __all__ = [
@@ -358,7 +358,7 @@ _WORTH_A_COPY = 2**15
 
 def _laid_out(weights: list[Tensor], x: Tensor) -> list[Tensor]:
     """Lay thin matrices out along their long axis: along the other, BLAS on a CPU takes up to three times as long."""
-    if x.device.type != "cpu" or x.numel() < _WORTH_A_COPY:
+    if x.device.type != "cpu" or is_exporting() or x.numel() < _WORTH_A_COPY:
         return weights
     return [w if w.dim() != 2 else w.contiguous() if w.shape[0] < w.shape[1] else w.mT.contiguous().mT for w in weights]
 

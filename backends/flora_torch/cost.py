@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from flora_tensor.algebra import contraction_order
-from flora_torch._caching import cached
+from flora_torch._caching import cached, is_exporting
 from flora_torch.geometry import ConvGeometry
 from flora_torch.plans import Shapes, Sides, Split
 
@@ -17,12 +19,17 @@ __all__ = [
     "forming_work",
     "linear_rule",
     "linear_work",
+    "n_rows",
     "prefers_dense",
+    "sizes_of",
 ]
 
 # What writing one element of a fresh tensor costs, in multiply-adds of a large product: the same figure as in
 # flora_tensor.algebra, where it orders the mode products.
 _WRITE_COST = 32
+
+# The size of an image along each axis for which exported programs decide.
+_ANY_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,33 @@ def prefers_dense(factored: Work, forming: Work, base: float, size: int, trainin
     if not training:
         return (forming + Work(0, size)).cost < factored.cost
     return (forming * 3 + Work(base, 3 * size)).cost < (factored * 3).cost
+
+
+def n_rows(shape: Sequence[int]) -> int:
+    """Return the number of an input's rows to decide by.
+
+    An exported program is for batches of any size, and a decision by theirs would bind it to one side. There it is made
+    for one row, beside which forming ΔW costs most.
+
+    Examples
+    --------
+    >>> n_rows((2, 5))
+    10
+    """
+    return 1 if is_exporting() else math.prod(shape)
+
+
+def sizes_of(images: Tensor, n_axes: int) -> tuple[int, ...]:
+    """Return the shape to decide by of images with spatial axes: as `n_rows`, an export is for one of any size.
+
+    Examples
+    --------
+    >>> import torch
+    >>> sizes_of(torch.ones(4, 3, 8, 8), 2)
+    (4, 3, 8, 8)
+    """
+    any_size = (*[1] * (images.dim() - n_axes), *[_ANY_SIZE] * n_axes)
+    return any_size if is_exporting() else tuple(images.shape)
 
 
 @cached

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_torch._sharding import as_parts, refuse_sharded
-from flora_torch.base_weight import is_quantized, own_parameter
+from flora_torch.base_weight import check_writable
 from flora_torch.inventory import check_known, layers_of
 from flora_torch.layers import FloraLayer
 from flora_torch.model_weights import Holder, Site, sites
@@ -139,11 +139,7 @@ def _merge_site(
         return []
     parameter = site.holders[0].parameter
     refuse_sharded(f"merge_: {site.name!r}", site.weight)
-    if own_parameter(layer.base_layer, parameter) is None or is_quantized(layer.base_layer):
-        raise ValueError(
-            f"merge_: {site.name!r} is computed or quantized, and nothing can be added to it where it is; use merge, "
-            "which makes a layer of its own for the sum"
-        )
+    check_writable(f"merge_: {site.name!r}", layer.base_layer, parameter, instead="merge")
     if set(wanted[id(layer)]) == set(layer.merged_adapters) and parameter in layer.originals:
         return []
     value = layer.merged_value(parameter, wanted[id(layer)])

@@ -4,7 +4,6 @@ One class for each kind of product that is known, and `FloraParameter` for every
 `flora_torch.adapted_module` and `flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from typing_extensions import override
 from flora_tensor.magnitudes import channel_ratio
 from flora_torch.base_weight import call_with, is_unpacked_linear
 from flora_torch.chain import Chain, Frozen
-from flora_torch.cost import conv_rule, embedding_rule, linear_rule
+from flora_torch.cost import conv_rule, embedding_rule, linear_rule, n_rows, sizes_of
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
 from flora_torch.geometry import ConvGeometry, kept_geometry
@@ -118,7 +117,7 @@ class FloraLinear(WeightLayer):
     @override
     def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
         shapes = shapes_of(core, update.factors)
-        return linear_rule(math.prod(input.shape[:-1]), shapes, self._sides(update), training)
+        return linear_rule(n_rows(input.shape[:-1]), shapes, self._sides(update), training)
 
 
 _ROWS = Rows()
@@ -215,10 +214,9 @@ class FloraConv(WeightLayer):
 
     @override
     def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
-        split = None if update.is_native else update.split_axes
-        return conv_rule(
-            tuple(input.shape), shapes_of(core, update.factors), update.shape, self._geometry, split, training
-        )
+        split, geometry = None if update.is_native else update.split_axes, self._geometry
+        sizes = sizes_of(input, len(geometry.kernel))
+        return conv_rule(sizes, shapes_of(core, update.factors), update.shape, geometry, split, training)
 
 
 class FloraConvTranspose(FloraConv):
@@ -401,7 +399,7 @@ class FloraEmbedding(WeightLayer):
 
     @override
     def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
-        return embedding_rule(input.numel(), shapes_of(core, update.factors), training)
+        return embedding_rule(n_rows(input.shape), shapes_of(core, update.factors), training)
 
 
 class FloraParameter(FloraLayer):

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from flora_torch.base_weight import is_quantized, own_parameter
+from flora_torch.base_weight import check_writable, own_parameter
 from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
 from flora_torch.chain import Memory
 from flora_torch.containers import FloraParameterCollection
@@ -123,12 +123,8 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
         changed = dict.fromkeys(parameter for name in wanted for parameter in self.updates(name))
         fresh: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for parameter in changed:
-            own = own_parameter(self.base_layer, parameter)
-            if own is None or is_quantized(self.base_layer):
-                raise ValueError(
-                    f"merge_adapter: {parameter!r} of {type(self.base_layer).__name__} is computed or quantized, and "
-                    "nothing can be added to it where it is; use merge_and_unload"
-                )
+            where = f"merge_adapter: {parameter!r} of {type(self.base_layer).__name__}"
+            own = check_writable(where, self.base_layer, parameter, instead="merge_and_unload")
             fresh[parameter] = own, self.merged_value(parameter, wanted)
         for parameter, (own, value) in fresh.items():
             self.originals.setdefault(parameter, own)
