@@ -4,11 +4,12 @@
 PYTHON = python3
 BIN = .venv/bin
 READY = .venv/.ready
+OLDEST = .venv-oldest/bin/python
 
 # One thread for each worker: the test suite runs two of them, and oversubscribed BLAS is many times slower.
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test doctest lint types notebooks bench check clean
+.PHONY: help install demo test doctest lint types notebooks bench check oldest clean
 
 help:
 	@echo "make install    make .venv with the library, every extra and the development tools"
@@ -19,6 +20,7 @@ help:
 	@echo "make notebooks  execute the notebooks and check that they are stored without outputs"
 	@echo "make bench      run the benchmark programs on small sizes"
 	@echo "make check      all of the above except the demo"
+	@echo "make oldest     run the core's tests on the oldest NumPy, SciPy, … that are allowed, without PyTorch and JAX"
 	@echo "make clean      remove what the other targets left, except .venv"
 
 install: $(READY)
@@ -59,6 +61,14 @@ bench: $(READY)
 	done
 
 check: lint types test notebooks bench
+
+# An environment of its own, made anew each time, with what the core needs and what its tests compare it with.
+oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST) -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(OLDEST) -m pip install --quiet --constraint constraints-oldest.txt --build-constraint constraints.txt \
+		--editable '.[tensorly,viz]' pytest pytest-xdist hypothesis einops array-api-strict ml-dtypes
+	$(ONE_THREAD) $(OLDEST) -m pytest -n 2 --quiet
 
 clean:
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis

@@ -58,8 +58,10 @@ def rounded(
         elif choice.n_parameters:
             tensor = _truncated(upright[name], choice.ranks, spectra[name])
             stored[name] = _store(where, total, name, _times(tensor, 1 / total.scales[name]))
-    fit = _fit(total, stored, None if "rtol" in limit else allocation.lower_bound)
-    if "rtol" in limit and fit.relative_error > limit["rtol"] + _ROUNDING:
+    # Where the weights do not count alike, what bounds, and keeps, their weighted error says nothing of the plain one.
+    plain = weights in (None, "norm")
+    fit = _fit(total, stored, None if "rtol" in limit or not plain else allocation.lower_bound)
+    if plain and "rtol" in limit and fit.relative_error > limit["rtol"] + _ROUNDING:
         message = f"{where}: as stored the error is {fit.relative_error:.3g}, above rtol {limit['rtol']}"
         warn_user(f"{message}; the adapter's own types cannot hold less")
     return fit

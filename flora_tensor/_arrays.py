@@ -84,6 +84,8 @@ def _refuse_unfit(where: str, arrays: Sequence[Array]) -> None:
                 f"{where}: got an array of type {a.dtype}; pass numbers of up to 64 bits, as x.astype('float64') gives "
                 "('complex128' for complex ones)"
             )
+        elif isinstance(a.dtype, np.dtype) and a.dtype.itemsize == 1 and a.dtype.name not in ("bool", "int8", "uint8"):
+            raise TypeError(_too_short(where, a.dtype.name, "x.astype('float32') gives"))
 
 
 def _is_unfit(dtype: Any) -> bool:
@@ -92,8 +94,18 @@ def _is_unfit(dtype: Any) -> bool:
     return dtype.kind in "OSUMm" or dtype.names is not None or dtype.itemsize > most
 
 
+def _too_short(where: str, dtype: str, wide: str) -> str:
+    """Word the refusal of the 8-bit types and shorter ones, which libraries store and move but hardly compute in."""
+    return (
+        f"{where}: got an array of type {dtype}, which factors and cores are not stored in; pass its numbers in "
+        f"float32, as {wide} them, times their scale where the checkpoint has one"
+    )
+
+
 def _refuse_unfit_tensors(where: str, torch: Any, tensors: Sequence[Any]) -> None:
     for a in tensors:
+        if a.dtype.itemsize == 1 and a.dtype not in (torch.bool, torch.int8, torch.uint8) and not a.is_quantized:
+            raise TypeError(_too_short(where, str(a.dtype).removeprefix("torch."), "x.float() gives"))
         if a.layout != torch.strided:
             raise TypeError(f"{where}: got a tensor of layout {a.layout}; pass a dense one, as x.to_dense() gives")
         if a.is_quantized:
@@ -116,12 +128,11 @@ def is_complex(xp: Namespace, dtype: DType) -> bool:
 def is_low_precision(dtype: DType) -> bool:
     """Tell whether ``dtype`` is a floating type of fewer than 32 bits.
 
-    Told by name: NumPy's own ``isdtype`` refuses the bfloat16 and float8 types that the package ml_dtypes adds.
+    Told by name: NumPy's own ``isdtype`` refuses the bfloat16 that the package ml_dtypes adds.
     """
     if isinstance(dtype, np.dtype) and dtype.kind in "biufc" and dtype.itemsize >= 4:  # names take time to form
         return False
-    name = str(dtype).rsplit(".", maxsplit=1)[-1]
-    return name in ("float16", "bfloat16") or name.startswith(("float8_", "float6_", "float4_"))
+    return str(dtype).rsplit(".", maxsplit=1)[-1] in ("float16", "bfloat16")
 
 
 def is_exact(xp: Namespace, dtype: DType) -> bool:

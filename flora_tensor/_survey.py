@@ -16,6 +16,7 @@ from flora_tensor._leading import Look, full_look, leading_look, reach_of
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._resized import is_resized
 from flora_tensor._safetensors import READABLE
+from flora_tensor._scaled import scale_of, weight_of
 from flora_tensor._settings import Settings, check_globs
 from flora_tensor._stack_norms import StackMoments, StackNorm, output_looks
 from flora_tensor.allocation import (
@@ -180,10 +181,10 @@ def scan(
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
     is_vector = len(a.shape) < 2
-    if not (is_float(a) and is_float(b)) or is_vector:
-        return _scan_whole(base, tuned, row, settings, decomposable=False if not is_vector else None)
-    if scales := [s for side in (base, tuned) for s in _scales_beside(side, name)]:
-        return replace(row, reason=f"type {row.dtype} is scaled by {scales[0]!r}: convert the checkpoint first")
+    if why := _undecomposable(base, tuned, row):
+        return _left_out(base, tuned, row, why)
+    if is_vector:
+        return _scan_whole(base, tuned, row, settings)
     check_memory("extract", base, tuned, name, settings.max_memory)
     change = read_change(base, tuned, name, noise=settings.caps_noise)
     if change is None:
@@ -274,12 +275,30 @@ def _shared_bases(
     return found
 
 
-def _scales_beside(side: Checkpoint, name: str) -> list[str]:
-    """Return the tensors that an 8-bit weight must be multiplied by to mean anything, by their customary names."""
-    if not side.info(name).dtype.startswith("F8"):
-        return []
-    module = name.rpartition(".")[0]
-    return [s for s in (f"{name}_scale", f"{name}_scale_inv", f"{module}.scale_weight") if s in side]
+def _undecomposable(base: Checkpoint, tuned: Checkpoint, row: TensorRow) -> str | None:
+    """Say why a change cannot be stored, neither decomposed nor whole, whatever the options; ``None`` if it can."""
+    for side in (base, tuned):
+        if scale := scale_of(side, row.name):
+            return f"type {row.dtype} is scaled by {scale!r}: convert the checkpoint first"
+        if weight := weight_of(side, row.name):
+            return f"a scale of {weight!r}, which is left out"
+    infos = [side.info(row.name) for side in (base, tuned)]
+    if len(row.shape) > 1 and not all(map(is_float, infos)):
+        return f"type {row.dtype} cannot be decomposed"
+    if any(info.dtype not in READABLE or info.dtype == "C64" for info in infos):
+        return f"type {row.dtype} cannot be stored"
+    return None
+
+
+def _left_out(base: Checkpoint, tuned: Checkpoint, row: TensorRow, reason: str) -> TensorRow:
+    if _is_unchanged(base, tuned, row.name):
+        return replace(row, reason="unchanged", changed=False)
+    return replace(row, reason=reason, changed=True)
+
+
+def _is_unchanged(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+    same_type = base.info(name).dtype == tuned.info(name).dtype
+    return same_type and np.array_equal(base.read_raw(name), tuned.read_raw(name))
 
 
 def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarray:
@@ -333,18 +352,11 @@ def _noise_note(caps: Sequence[int]) -> str:
     return f"ranks above {tuple(caps)} would store rounding noise"
 
 
-def _scan_whole(
-    base: Checkpoint, tuned: Checkpoint, row: TensorRow, settings: Settings, *, decomposable: bool | None
-) -> TensorRow:
-    """Look at a vector, or at a tensor of a type that cannot be decomposed (``decomposable=False``)."""
-    a, b = base.info(row.name), tuned.info(row.name)
-    if a.dtype == b.dtype and np.array_equal(base.read_raw(row.name), tuned.read_raw(row.name)):
+def _scan_whole(base: Checkpoint, tuned: Checkpoint, row: TensorRow, settings: Settings) -> TensorRow:
+    """Look at a vector."""
+    if _is_unchanged(base, tuned, row.name):
         return replace(row, reason="unchanged", changed=False)
     row = replace(row, changed=True)
-    if decomposable is False:
-        return replace(row, reason=f"type {row.dtype} cannot be decomposed")
-    if a.dtype not in READABLE or b.dtype not in READABLE or "C64" in (a.dtype, b.dtype):
-        return replace(row, reason=f"type {row.dtype} cannot be stored")
     check_finite(base.path, row.name, base.read(row.name))
     check_finite(tuned.path, row.name, tuned.read(row.name))
     if settings.vectors == "error":

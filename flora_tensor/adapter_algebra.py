@@ -43,9 +43,10 @@ def round_adapter(
     max_bytes : int, optional
         How many bytes these numbers may take, each in the type that its weight is stored in.
     rtol : float, optional
-        The relative error of all changes together to stay within, with as few numbers as possible.
+        The relative error of all changes together to stay within, with as few numbers as possible. With
+        ``weights="uniform"`` it is the root mean square of their relative errors.
     weights : mapping of str to float, "norm", "uniform", or None
-        How much each weight's squared error counts, as for `allocate_ranks`.
+        How much each weight's squared error counts, as for `allocate_ranks`; a stack counts as one weight.
 
     Returns
     -------

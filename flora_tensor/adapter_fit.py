@@ -59,7 +59,8 @@ class AdapterFit(RowReport[AdapterRow]):
     relative_error : float
         √(Σ ‖stored − exact‖² / Σ ‖exact‖²) over all weights, measured on the stored bits.
     lower_bound : float or None
-        With a budget, no ranks of the truncated HOSVDs within it have a smaller error; else ``None``.
+        With a budget, no ranks of the truncated HOSVDs within it have a smaller error; ``None`` without one, or where
+        weights do not count alike.
     """
 
     adapter: Adapter

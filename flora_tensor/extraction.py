@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flora_tensor._checks import check_shard_size
+from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._deltas import check_distinct, checked_device
 from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
@@ -280,6 +280,16 @@ def _warned(rtol: float | None, report: ExtractionReport, settings: Settings) ->
     return report
 
 
+def _warn_of_types(rows: Iterable[TensorRow]) -> None:
+    """Warn of what changed and cannot be stored, which nobody asked to leave out: the adapter lacks that change."""
+    lost = [row.name for row in rows if row.changed and row.reason.startswith(("type ", "a scale of "))]
+    if lost:
+        warn_user(
+            f"extract: {some_names(lost)} changed and cannot be stored, for reasons in the report; "
+            "convert quantized checkpoints to bfloat16 first"
+        )
+
+
 def _begun(run: Run, out: PathLike | None, *, resume: bool, overwrite: bool) -> ExtractionReport:
     """Run under the lock of the output, with a journal beside it; a dry run needs neither."""
     if out is not None:
@@ -307,6 +317,7 @@ def _extracted(run: Run, target: Path | None, overwrite: bool) -> ExtractionRepo
     whole = [name for name, row in rows.items() if row.status == "whole"]
     resized = resized_between(base, tuned)
     rows = with_resized(rows, tuned, resized)
+    _warn_of_types(rows.values())
     if not any(row.changed for row in rows.values()):
         raise InputError(
             f"extract: nothing to extract: no selected tensor differs between {base.path} and {tuned.path}"

@@ -17,6 +17,7 @@ from flora_tensor._memory import require_memory
 from flora_tensor._reporting import Report, RowReport, plain
 from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
+from flora_tensor._scaled import scale_of
 from flora_tensor._settings import Progress
 from flora_tensor._typing import PathLike
 from flora_tensor._version import __version__
@@ -238,6 +239,11 @@ def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[i
             raise InputError(
                 f"merge: {name!r} is of type {info.dtype} in {base.path}; a change can be added to floats only"
             )
+        if scale := scale_of(base, name):
+            raise InputError(
+                f"merge: {name!r} is of type {info.dtype} in {base.path} and scaled by {scale!r}; merge into the base "
+                "before it is quantized, or convert it to bfloat16 first"
+            )
         if name in adapter.whole and info.dtype not in READABLE:
             raise InputError(f"merge: {name!r} is of type {info.dtype} in {base.path}, which cannot be replaced")
 
@@ -305,7 +311,8 @@ class DiffRow:
     dtype : str
         Its type, or both where they differ.
     max_abs : float or None
-        max |B − A|; ``None`` where there is no such number (types without arithmetic, NaN).
+        max |B − A|; ``None`` where there is no such number (types without arithmetic, 8-bit numbers that a tensor
+        beside them scales, NaN).
     relative_norm : float or None
         ‖B − A‖ / ‖A‖; infinite where A is zero.
     unchanged : int or None
@@ -425,7 +432,7 @@ def _diff_rows(a: Checkpoint, b: Checkpoint, names: Sequence[str], progress: Pro
             yield DiffRow(name, "shape differs", x.shape, dtype)
         elif x.dtype == y.dtype and np.array_equal(a.read_raw(name), b.read_raw(name)):
             yield DiffRow(name, "equal", x.shape, dtype, 0.0, 0.0, x.n_elements)
-        elif x.dtype in READABLE and y.dtype in READABLE:
+        elif x.dtype in READABLE and y.dtype in READABLE and not (scale_of(a, name) or scale_of(b, name)):
             yield _diff_values(name, dtype, a.read(name), b.read(name))
         else:
             yield DiffRow(name, "changed", x.shape, dtype)

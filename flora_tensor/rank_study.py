@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flora_tensor._checks import check_fraction
+from flora_tensor._checks import check_fraction, some_names
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
 from flora_tensor._heads import with_heads
 from flora_tensor._layer_grid import natural_key
 from flora_tensor._reporting import Report
+from flora_tensor._scaled import scale_of, weight_of
 from flora_tensor._settings import check_globs, globs, heads_option, matches
 from flora_tensor._stacks import find_stacks
 from flora_tensor._typing import PathLike
@@ -213,7 +214,8 @@ def study_ranks(
     Returns
     -------
     RankStudy
-        Weights of two axes or more that are in both checkpoints, are of one shape there, and differ.
+        Weights of two axes or more that are in both checkpoints, are of one shape there, and differ; without those of
+        8 bits that a tensor beside them scales.
 
     Raises
     ------
@@ -265,7 +267,9 @@ def study_ranks(
     before.check_unchanged()
     after.check_unchanged()
     if not spectra:
-        raise InputError(f"ranks: no selected weight differs between {before.path} and {after.path}")
+        scaled = [name for name in before.names() if scale_of(before, name)]
+        why = f"; {some_names(scaled)} cannot be compared: convert quantized checkpoints first" if scaled else ""
+        raise InputError(f"ranks: no selected weight differs between {before.path} and {after.path}{why}")
     stacks = {name: members for name, members in stacks.items() if name in spectra}
     rows = tuple(_budget_row(frontiers, stacks, share) for share in shares)
     return RankStudy(spectra, frontiers, rows, budget_curve(grouped_frontiers(frontiers, stacks)), stacks)
@@ -275,7 +279,10 @@ def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     if name not in tuned:
         return False
     a, b = base.info(name), tuned.info(name)
-    return a.shape == b.shape and len(a.shape) > 1 and math.prod(a.shape) > 0 and is_float(a) and is_float(b)
+    if a.shape != b.shape or len(a.shape) < 2 or math.prod(a.shape) == 0 or not (is_float(a) and is_float(b)):
+        return False
+    # Scaled weights and their scales: `extract` leaves them out.
+    return not any(scale_of(side, name) or weight_of(side, name) for side in (base, tuned))
 
 
 def _study(delta: np.ndarray, arrangements: Iterable[Arrangement]) -> tuple[ModeSpectra, list[Frontier]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,22 @@ def test_merging_the_sum_adds_both_changes(tmp_path: Path):
         np.testing.assert_allclose(merged.read(name), expected, rtol=0, atol=1e-12)
 
 
+@given(seed=seeds, powers=st.lists(st.integers(-12, 12), min_size=3, max_size=3), share=st.floats(0.2, 0.9))
+def test_uniform_rounding_counts_relative_errors(seed, powers, share):
+    adapter = random_adapter(np.random.default_rng(seed), high=5)
+    scaled = replace(
+        adapter, scales={name: c * 2.0**k for (name, c), k in zip(adapter.scales.items(), powers, strict=True)}
+    )
+    budget = max(60, int(share * sum(t.n_parameters for t in adapter.values())))
+    fits = [ft.round_adapter(a, max_parameters=budget, weights="uniform") for a in (adapter, scaled)]
+    assert [row.ranks for row in fits[0].rows] == [row.ranks for row in fits[1].rows]
+    assert fits[1].lower_bound is None
+    within = ft.round_adapter(scaled, rtol=0.3, weights="uniform")
+    there = dense(within.adapter)
+    squares = [np.sum((there.get(n, 0.0) - x) ** 2) / np.sum(x * x) for n, x in dense(scaled).items()]
+    assert math.sqrt(np.mean(squares)) <= 0.3 + 1e-12
+
+
 def test_rounding_keeps_whole_tensors_bit_for_bit(tmp_path: Path):
     adapter = ft.Adapter(biased(1.0).tensors, whole={"n": np.float32([0.1, 0.2])}, dtypes={"n": "BF16"})
     fit = ft.round_adapter(adapter, max_parameters=1)
@@ -504,6 +521,8 @@ def test_the_commands_are_the_functions(two: tuple[Path, Path], tmp_path: Path):
     assert gap(ft.load_adapter(tmp_path / "r"), dense(fit.adapter)) == 0.0
     assert run("round", a, "-o", tmp_path / "m", "--max-bytes", "0.8kB").exit_code == 0
     assert gap(ft.load_adapter(tmp_path / "m"), dense(ft.round_adapter(a, max_bytes=800).adapter)) == 0.0
+    done = run("round", a, "-o", tmp_path / "u", "--max-ratio", "50%", "--weights", "uniform", "--json")
+    assert json.loads(done.stdout) == json.loads(ft.round_adapter(a, max_ratio=0.5, weights="uniform").to_json())
     for words in (("--weights", ".7", "-.3"), ("--weights", ".7,-.3"), ("--weights=.7,-.3",)):
         assert run("add", a, b, *words, "-o", tmp_path / "s", "--overwrite", "--max-ratio", "50%").exit_code == 0
         expected = ft.add_adapters([a, b], weights=[0.7, -0.3], max_ratio=0.5)

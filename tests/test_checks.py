@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, reject
@@ -127,6 +128,25 @@ def test_torch_tensors_without_dense_numbers_are_refused():
         quantized = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=r"hosvd: got a quantized tensor; pass its numbers, as x.dequantize\(\)"):
         ft.hosvd(quantized)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
+def test_types_of_eight_bits_and_fewer_are_refused_by_all_that_computes(library, name):
+    wide = np.random.default_rng(0).standard_normal((3, 4, 2)).astype(np.float32)
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        if name == "int4":
+            pytest.skip("PyTorch computes nothing of this type, not even a conversion")
+        x = torch.from_numpy(wide).to(getattr(torch, name))
+    else:
+        x = wide.astype(getattr(ml_dtypes, name))
+        x = x if library == "numpy" else pytest.importorskip("jax").numpy.asarray(x)
+    for function in (ft.tucker, ft.hosvd, ft.hosvd_spectrum, ft.mode_spectra):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: got an array of type {name}, which .* in float32"):
+            function(x)
+    with pytest.raises(TypeError, match=f"TuckerTensor: got an array of type {name}"):
+        ft.TuckerTensor(x, [None, None, None])
 
 
 def test_a_traced_tensor_is_let_through():

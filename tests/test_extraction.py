@@ -258,6 +258,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "fp8": x.to(torch.float8_e4m3fn),
         "scaled": x.to(torch.float8_e4m3fn),
         "scaled_scale_inv": torch.ones(1, 1),
+        "scaled_scale": torch.ones(1),
         "packed": torch.zeros(4, 4, dtype=torch.uint8),
         "void": torch.zeros(0, 5),
         "resized": torch.zeros(10, 4),
@@ -275,6 +276,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
         "ids": torch.arange(6).reshape(2, 3) + 1,
         "fp8": (x + 4).to(torch.float8_e4m3fn),
         "scaled": (x + 4).to(torch.float8_e4m3fn),
+        "scaled_scale": torch.zeros(1),
         "resized": torch.zeros(12, 4),
         "secret": x + 1,
         "mixed": x.bfloat16().float() + 1,
@@ -286,14 +288,17 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_every_tensor_of_both_checkpoints_has_a_row_and_a_reason(tmp_path: Path):
     paths = pair(tmp_path, *everything())
-    report = ft.extract(*paths, tmp_path / "adapter", rtol=0.01, exclude="sec*", on_mismatch="skip", allow_missing=True)
+    options = {"exclude": "sec*", "on_mismatch": "skip", "allow_missing": True}
+    with pytest.warns(ft.FloraWarning, match="extract: 'ids', 'scaled_scale', 'scaled' changed and cannot be stored"):
+        report = ft.extract(*paths, tmp_path / "adapter", rtol=0.01, **options)
     assert {row.name for row in report.rows} == set(everything()[0]) | set(everything()[1])
     assert {row.name: row.reason for row in report.rows if row.status == "left out"} == {
         "unchanged": "unchanged",
         "signs of zero": "unchanged in value, the bits differ",
         "mask": "unchanged",
         "ids": "type I64 cannot be decomposed",
-        "scaled": "type F8_E4M3 is scaled by 'scaled_scale_inv': convert the checkpoint first",
+        "scaled": "type F8_E4M3 is scaled by 'scaled_scale': convert the checkpoint first",
+        "scaled_scale": "a scale of 'scaled', which is left out",
         "scaled_scale_inv": "unchanged",
         "packed": "unchanged",
         "void": "zero-size",
@@ -307,10 +312,15 @@ def test_every_tensor_of_both_checkpoints_has_a_row_and_a_reason(tmp_path: Path)
     assert report["mixed"].dtype == "BF16 → F32"
     assert report["mixed"].notes == ("types differ",)
     assert report["sparse"].notes == ("update below storage precision: 88 % of the entries did not change",)
-    assert {row.name for row in report.rows if row.status == "left out" and row.changed} == {"ids", "resized"}
+    assert {row.name for row in report.rows if row.status == "left out" and row.changed} == {
+        "ids",
+        "resized",
+        "scaled",
+        "scaled_scale",
+    }
     written = json.loads((tmp_path / "adapter" / "extraction_report.json").read_text())
     assert written == json.loads(report.to_json())
-    assert written["totals"]["left_out_changed"] == 2
+    assert written["totals"]["left_out_changed"] == 4
     table = report.to_table()
     for row in report.rows:
         assert row.name in table
@@ -319,7 +329,7 @@ def test_every_tensor_of_both_checkpoints_has_a_row_and_a_reason(tmp_path: Path)
 
 def test_the_adapter_directory_is_the_same_bytes_again(tmp_path: Path):
     paths = pair(tmp_path, *everything())
-    options: Any = {"rtol": 0.1, "on_mismatch": "skip", "allow_missing": True}
+    options: Any = {"rtol": 0.1, "on_mismatch": "skip", "allow_missing": True, "exclude": ["ids", "scaled*"]}
     for name in ("1", "2"):
         ft.extract(*paths, tmp_path / name, **options)
     for file in ("adapter_config.json", "adapter_model.safetensors", "extraction_report.json"):

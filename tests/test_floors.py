@@ -9,6 +9,7 @@ import ast
 import functools
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -252,6 +253,17 @@ def test_importing_the_layers_loads_no_host_for_them():
 def test_decomposing_an_array_loads_no_other_framework():
     loaded = loaded_by("import numpy, flora_tensor; flora_tensor.tucker(numpy.ones((3, 4, 5)), ranks=(1, 1, 1))")
     assert not loaded & (FRAMEWORKS | {"scipy"})
+
+
+def test_the_oldest_versions_tried_are_the_oldest_allowed():
+    """`make oldest` on the oldest Python proves the floors of pyproject.toml, so its pins have to be those."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    floors = dict(line.split(">=") for line in [*project["dependencies"], *extras["viz"], *extras["tensorly"]])
+    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split(";")[0].split("==") for line in reversed(lines))  # the first line of a name counts
+    for name, floor in floors.items():
+        assert f"{pins[name]}.".startswith(f"{floor}.")
 
 
 # --- the reader itself -------------------------------------------------------------------------------

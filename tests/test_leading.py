@@ -14,7 +14,7 @@ from checkpoints import run, save
 from flora_tensor import _survey
 from flora_tensor._krylov import KrylovSpace
 from flora_tensor._leading import Look, Reach, _leading, full_look, leading_look, reach_of
-from support import optional
+from support import namespace, optional
 
 torch = optional("torch")
 
@@ -254,7 +254,7 @@ def test_blocks_of_a_krylov_space_are_orthonormal_whatever_the_matrix(kind: str,
         "scattered": np.where(np.arange(80) % 2, 1e-9, 1.0),
     }[kind]
     x = (left * values @ right.T).astype(dtype)
-    space = KrylovSpace(np, x, 0, 12, np.random.default_rng(0))
+    space = KrylovSpace(namespace("numpy"), x, 0, 12, np.random.default_rng(0))
     for _ in range(5):
         space.grow()
     basis = space.basis.astype(np.complex128)

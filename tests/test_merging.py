@@ -297,3 +297,22 @@ def test_files_keep_the_name_that_diffusers_looks_for(tmp_path: Path):
         assert load(tmp_path / "m" / base.name)["w"].tolist() == [[1, 1], [1, 1]]
     ft.merge_checkpoint(base, {"w": rank_one((2, 2))}, tmp_path / "s", max_shard_size=1)
     assert (tmp_path / "s" / "diffusion_pytorch_model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("scale", ["fc.weight_scale_inv", "fc.weight_scale", "fc.scale_weight", "fc.scale"])
+def test_weights_that_a_tensor_beside_them_scales_are_not_taken_for_numbers(scale: str, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    tensors = [torch.from_numpy(rng.standard_normal((6, 5))).to(torch.float8_e4m3fn) for _ in range(2)]
+    paths = [save(tmp_path / f"{k}.safetensors", {"fc.weight": w, scale: torch.ones(1)}) for k, w in enumerate(tensors)]
+    adapter = {"fc.weight": rank_one((6, 5))}
+    with pytest.raises(ft.InputError, match=f"merge: 'fc.weight' is of type F8_E4M3 in .* and scaled by '{scale}'"):
+        ft.merge_checkpoint(paths[0], adapter, tmp_path / "merged.safetensors")
+    with pytest.raises(ft.InputError, match=r"ranks: no selected weight differs .*; 'fc.weight' cannot be compared"):
+        ft.study_ranks(*paths)
+    row = ft.diff_checkpoints(*paths)["fc.weight"]
+    assert (row.status, row.max_abs, row.relative_norm, row.unchanged) == ("changed", None, None, None)
+    with (
+        pytest.warns(ft.FloraWarning, match="extract: 'fc.weight' changed and cannot be stored"),
+        pytest.raises(ft.InputError, match="nothing to extract: no tensor that changed can be stored"),
+    ):
+        ft.extract(*paths, tmp_path / "adapter")

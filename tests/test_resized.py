@@ -161,6 +161,9 @@ def test_new_rows_must_be_finite(tmp_path: Path):
 def test_what_cannot_be_stored_makes_no_empty_adapter(tmp_path: Path):
     base = save(tmp_path / "b.safetensors", {"ids": torch.arange(6).reshape(2, 3)})
     tuned = save(tmp_path / "t.safetensors", {"ids": torch.arange(6).reshape(2, 3) + 1})
-    with pytest.raises(ft.InputError, match="nothing to extract: no tensor that changed can be stored; see a dry run"):
+    with (
+        pytest.warns(ft.FloraWarning, match="extract: 'ids' changed and cannot be stored"),
+        pytest.raises(ft.InputError, match="nothing to extract: no tensor that changed can be stored; see a dry run"),
+    ):
         ft.extract(base, tuned, tmp_path / "a", ranks=1)
     assert {p.name for p in tmp_path.iterdir()} == {"b.safetensors", "t.safetensors"}

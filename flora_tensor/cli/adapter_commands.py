@@ -14,6 +14,7 @@ from flora_tensor.cli.options import (
     OUTPUT,
     PICKLE,
     VERIFY_BASE,
+    WEIGHTS,
     examples,
     numbers,
     share,
@@ -77,7 +78,7 @@ def inspect(adapter: Path, as_json: bool) -> None:
     ),
 )
 @click.argument("adapter", type=EXISTING)
-@with_options(_WRITING, _BUDGET, COMMON)
+@with_options(_WRITING, _BUDGET, WEIGHTS, COMMON)
 def round_command(
     adapter: Path, out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool, **budget: Any
 ) -> None:

@@ -16,6 +16,7 @@ from flora_tensor.cli.options import (
     PROGRESS,
     SELECTION,
     VERIFY_BASE,
+    WEIGHTS,
     SectionedCommand,
     examples,
     heads,
@@ -63,13 +64,7 @@ _METHOD = (
     click.option(
         "--calibration", type=EXISTING, metavar="FILE", help="Second moments of the inputs: count errors of outputs."
     ),
-    click.option(
-        "--weights",
-        type=click.Choice(["norm", "uniform"]),
-        default="norm",
-        show_default=True,
-        help="Minimize the error of all changes, or that of each relative to its size.",
-    ),
+    WEIGHTS,
     click.option(
         "--noise-floor",
         type=noise,

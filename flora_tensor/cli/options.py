@@ -23,6 +23,7 @@ __all__ = [
     "PROGRESS",
     "SELECTION",
     "VERIFY_BASE",
+    "WEIGHTS",
     "SectionedCommand",
     "examples",
     "heads",
@@ -176,6 +177,13 @@ MAX_SHARD_SIZE = click.option(
     help="Split the tensor file at this size; PEFT reads one file only.",
 )
 MAX_MEMORY = click.option("--max-memory", type=size, metavar="SIZE", help="The most memory for one tensor's work.")
+WEIGHTS = click.option(
+    "--weights",
+    type=click.Choice(["norm", "uniform"]),
+    default="norm",
+    show_default=True,
+    help="Minimize the error of all changes together, or that of each relative to its own size.",
+)
 VERIFY_BASE = click.option(
     "--verify-base",
     type=click.Choice(["warn", "error", "ignore"]),
