@@ -16,7 +16,7 @@ from flora_tensor.adapter_algebra import (
     scale_adapter,
     subtract_adapters,
 )
-from flora_tensor.adapter_export import to_lycoris, to_peft_lora
+from flora_tensor.adapter_export import to_diffusers, to_lycoris, to_peft_lora
 from flora_tensor.adapter_file import load_adapter, save_adapter
 from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
@@ -24,6 +24,7 @@ from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint
 from flora_tensor.conversion import (
     convert_adapter,
+    from_diffusers,
     from_lycoris,
     from_official_flora,
     from_peft_lora,
@@ -96,6 +97,7 @@ __all__ = [
     "extract",
     "feasible_ranks",
     "fold",
+    "from_diffusers",
     "from_lycoris",
     "from_official_flora",
     "from_peft_lora",
@@ -128,6 +130,7 @@ __all__ = [
     "stack",
     "study_ranks",
     "subtract_adapters",
+    "to_diffusers",
     "to_lycoris",
     "to_peft_lora",
     "to_tensorly",

@@ -1,4 +1,4 @@
-"""Adapters written in other formats, exactly: PEFT's LoRA, LyCORIS and kohya files.
+"""Adapters written in other formats, exactly: the LoRA of PEFT and diffusers, LyCORIS and kohya files.
 
 Nothing here takes an SVD or needs PyTorch. What has no exact counterpart is refused, with the reason.
 """
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_layer
 from flora_tensor._errors import InputError
 from flora_tensor._files import staged_directory, staged_file, write_file
+from flora_tensor._lora_names import DIFFUSERS_NAME, FOLDERS, METADATA_KEY, kohya_prefix
 from flora_tensor._lora_parts import LowRank, low_rank_of
 from flora_tensor._safetensors import SafetensorsWriter, dtype_code
 from flora_tensor._typing import PathLike
@@ -27,9 +29,10 @@ from flora_tensor.adapter_file import AdapterLike, as_adapter, encode_finite
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.tucker_tensor import TuckerTensor
 
-__all__ = ["to_lycoris", "to_peft_lora"]
+__all__ = ["to_diffusers", "to_lycoris", "to_peft_lora"]
 
 Kind: TypeAlias = Literal["embedding", "conv1d"]
+PYTORCH = MappingProxyType({"format": "pt"})
 
 
 def to_peft_lora(
@@ -81,22 +84,12 @@ def to_peft_lora(
     ('LORA', 2, ['block.fc'])
     """
     source = _exportable("to_peft_lora", adapter)
-    kinds = _noted_kinds(source) if kinds is None else dict(kinds)
+    kinds = _noted_kinds("to_peft_lora", source) if kinds is None else dict(kinds)
     if unknown := [n for n, kind in kinds.items() if n not in source or kind not in ("embedding", "conv1d")]:
         raise ValueError(
             f"to_peft_lora: kinds has {unknown[0]!r}: {kinds[unknown[0]]!r}; pass 'embedding' or 'conv1d' of a weight"
         )
-    turned = {name for name in source if name in kinds}
-    stored: dict[str, tuple[np.ndarray, str]] = {}
-    ranks: dict[str, int] = {}
-    for name in source:
-        pair = _low_rank(source, name, turned=name in turned)
-        module, ranks[name] = name.removesuffix(".weight"), pair.down.shape[0]
-        code = _export_code(source, name)
-        is_embedding = kinds.get(name) == "embedding"
-        names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        stored[f"{PREFIX}{module}.{names[0]}"] = (pair.down, code)
-        stored[f"{PREFIX}{module}.{names[1]}"] = (_with_kernel(pair), code)
+    stored, ranks = _peft_tensors(source, kinds, PREFIX)
     targets = {name.removesuffix(".weight") for name in source}
     for name, array in source.whole.items():
         module, _, parameter = name.rpartition(".")
@@ -112,7 +105,24 @@ def to_peft_lora(
     return Path(out)
 
 
-def _noted_kinds(source: Adapter) -> dict[str, Kind]:
+def _peft_tensors(
+    source: Adapter, kinds: Mapping[str, Kind], start: str
+) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, int]]:
+    """Return the factors by PEFT's names, with the types to store them in, and the ranks of the weights."""
+    stored: dict[str, tuple[np.ndarray, str]] = {}
+    ranks: dict[str, int] = {}
+    for name in source:
+        pair = _low_rank(source, name, turned=name in kinds)
+        module, ranks[name] = name.removesuffix(".weight"), pair.down.shape[0]
+        code = _export_code(source, name)
+        is_embedding = kinds.get(name) == "embedding"
+        names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        stored[f"{start}{module}.{names[0]}"] = (pair.down, code)
+        stored[f"{start}{module}.{names[1]}"] = (_with_kernel(pair), code)
+    return stored, ranks
+
+
+def _noted_kinds(where: str, source: Adapter) -> dict[str, Kind]:
     """Read from the config which weights are written in ways of their own."""
     kinds: dict[str, Kind] = {}
     for name in source:
@@ -120,7 +130,7 @@ def _noted_kinds(source: Adapter) -> dict[str, Kind]:
         kind = layer.get("kind")
         if kind in ("transposed_convolution", "bilinear") or layer.get("groups", 1) != 1:
             raise InputError(
-                f"to_peft_lora: {name!r} is of a {str(kind)[:40].replace('_', ' ')} with {layer.get('groups', 1)} "
+                f"{where}: {name!r} is of a {str(kind)[:40].replace('_', ' ')} with {layer.get('groups', 1)} "
                 "groups, of which PEFT has no LoRA of the same shape; leave it out, or use to_lycoris"
             )
         if kind in ("embedding", "transposed_linear"):
@@ -128,8 +138,8 @@ def _noted_kinds(source: Adapter) -> dict[str, Kind]:
     return kinds
 
 
-def _lora_config(source: Adapter, ranks: Mapping[str, int], *, is_turned: bool) -> dict[str, Any]:
-    modules = {name: name.removesuffix(".weight") for name in ranks}
+def _lora_config(source: Adapter, ranks: Mapping[str, int], *, is_turned: bool, folder: str = "") -> dict[str, Any]:
+    modules = {name: name.removeprefix(f"{folder}.").removesuffix(".weight") for name in ranks}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT matches the ends of names, as regular expressions: anchored and escaped, each means one module.
     exact = {name: f"^{re.escape(module)}" for name, module in modules.items()}
@@ -154,11 +164,89 @@ def _lora_config(source: Adapter, ranks: Mapping[str, int], *, is_turned: bool) 
     }
 
 
+def to_diffusers(
+    adapter: AdapterLike, out: PathLike, *, whole: Literal["error", "skip"] = "error", overwrite: bool = False
+) -> Path:
+    """Write an adapter as a LoRA file of diffusers, `pytorch_lora_weights.safetensors`, exactly and without an SVD.
+
+    The scales are in the LoraConfig that diffusers keeps in such a file, one for each model of a pipeline.
+
+    Parameters
+    ----------
+    adapter : path, Adapter, or mapping of str to TuckerTensor
+        The adapter: of one model, or of a pipeline, where all names begin with the models' folders (``unet.…``).
+    out : path
+        The directory to write.
+    whole : {"error", "skip"}
+        What to do about tensors that are stored whole, for which the format has no place.
+    overwrite : bool, default False
+        Whether a directory that exists is replaced.
+
+    Returns
+    -------
+    Path
+        The directory, ready for ``pipeline.load_lora_weights``, or, of one model, for
+        ``model.load_lora_adapter(…, prefix=None, use_safetensors=True)``.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to write, a weight is not named ``….weight``, or tensors are stored whole.
+    InputError
+        If the config notes a layer that PEFT has no LoRA of the same shape of, and as for `load_adapter`.
+    OSError
+        As for `load_adapter` and `save_adapter`.
+
+    References
+    ----------
+    Hu et al., *LoRA*, ICLR 2022, section 4.1.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> from flora_tensor import from_diffusers
+    >>> t = TuckerTensor(np.ones((2, 2)), [np.ones((4, 2)), np.ones((3, 2))])
+    >>> path = to_diffusers({"unet.fc.weight": t}, pathlib.Path(tempfile.mkdtemp()) / "lora")
+    >>> from_diffusers(path / "pytorch_lora_weights.safetensors")["unet.fc.weight"].ranks
+    (2, 3)
+    """
+    source = _exportable("to_diffusers", adapter)
+    _check_whole("to_diffusers", source, whole)
+    kinds = _noted_kinds("to_diffusers", source)
+    stored, ranks = _peft_tensors(source, kinds, "")
+    noted: dict[str, Any] = {}
+    for folder in _folders(source) or [""]:
+        own = {name: rank for name, rank in ranks.items() if name.startswith(f"{folder}." if folder else "")}
+        is_turned = any(kinds.get(name) == "conv1d" for name in own)
+        config = _lora_config(source, own, is_turned=is_turned, folder=folder)
+        noted |= {f"{folder}.{key}".removeprefix("."): value for key, value in config.items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(noted, sort_keys=True, allow_nan=False)}
+    with staged_directory("to_diffusers", Path(out), overwrite=overwrite, owned=(DIFFUSERS_NAME,)) as stage:
+        _write_tensors(stage / DIFFUSERS_NAME, stored, metadata)
+    return Path(out)
+
+
+def _folders(source: Adapter) -> list[str]:
+    """List the folders of the pipeline that an adapter is for; empty for one of a single model."""
+    found = list(dict.fromkeys(name.partition(".")[0] for name in source))
+    return found if set(found) <= set(FOLDERS) else []
+
+
+def _check_whole(where: str, source: Adapter, whole: str) -> None:
+    if whole not in ("error", "skip"):
+        raise ValueError(f"{where}: whole is {whole!r}; pass 'error' or 'skip'")
+    if source.whole and whole == "error":
+        name = next(iter(source.whole))
+        raise ValueError(
+            f"{where}: {name!r} is stored whole, which the format has no place for; pass whole='skip' (--skip-whole)"
+        )
+
+
 def to_lycoris(
     adapter: AdapterLike,
     out: PathLike,
     *,
-    prefix: str = "lycoris",
+    prefix: str | None = "lycoris",
     tucker: bool = True,
     whole: Literal["error", "skip"] = "error",
     overwrite: bool = False,
@@ -173,8 +261,9 @@ def to_lycoris(
         The adapter.
     out : path
         The `.safetensors` file to write.
-    prefix : str
-        What the names begin with: ``"lycoris"``, or ``"lora_unet"`` and the like for kohya's tools.
+    prefix : str or None
+        What the names begin with: ``"lycoris"``, or ``"lora_unet"`` and the like for kohya's tools. With ``None`` it is
+        kohya's word for the model: that of each folder of a pipeline, else ``"lora_unet"``.
     tucker : bool, default True
         Whether ``lora_mid`` may be written, which not every reader knows.
     whole : {"error", "skip"}
@@ -209,16 +298,13 @@ def to_lycoris(
     (1, 3)
     """
     source = _exportable("to_lycoris", adapter)
-    if whole not in ("error", "skip"):
-        raise ValueError(f"to_lycoris: whole is {whole!r}; pass 'error' or 'skip'")
-    if source.whole and whole == "error":
-        name = next(iter(source.whole))
-        raise ValueError(
-            f"to_lycoris: {name!r} is stored whole, which the format has no place for; pass whole='skip' (--skip-whole)"
-        )
+    _check_whole("to_lycoris", source, whole)
+    folders = _folders(source) if prefix is None else []
     stored: dict[str, tuple[np.ndarray, str]] = {}
     for name in source:
-        module = f"{prefix}_{name.removesuffix('.weight').replace('.', '_')}"
+        folder, _, rest = name.partition(".") if folders else ("", "", name)
+        start = kohya_prefix(folder, folders) if folders else prefix or "lora_unet"
+        module = f"{start}_{rest.removesuffix('.weight').replace('.', '_')}"
         if f"{module}.alpha" in stored:
             raise ValueError(f"to_lycoris: another weight has the name of {name!r} with underscores for dots")
         code = _export_code(source, name)
@@ -305,9 +391,11 @@ def _with_kernel(pair: LowRank) -> np.ndarray:
     return pair.up.reshape(*pair.up.shape, *(1 for _ in pair.down.shape[2:]))
 
 
-def _write_tensors(path: Path, stored: Mapping[str, tuple[np.ndarray, str]]) -> None:
+def _write_tensors(
+    path: Path, stored: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str] = PYTORCH
+) -> None:
     layout = [(key, code, tuple(array.shape)) for key, (array, code) in stored.items()]
-    with SafetensorsWriter(path, layout, {"format": "pt"}) as writer:
+    with SafetensorsWriter(path, layout, metadata) as writer:
         for key, (array, code) in stored.items():
             writer.write(key, encode_finite(key, np.asarray(array), code))
         writer.finish()

@@ -12,116 +12,39 @@ from typing import Any
 
 import numpy as np
 
+from flora_tensor._adapter_builder import AdapterBuilder, NamedArrays, shape_of, shapes_of
 from flora_tensor._adapter_config import CONFIG_NAME
 from flora_tensor._adapter_keys import PREFIX
 from flora_tensor._adapter_shards import MODEL_NAME
-from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
-from flora_tensor._files import read_json
+from flora_tensor._files import parse_json, read_json
+from flora_tensor._lora_names import (
+    DIFFUSERS_NAME,
+    FOLDERS,
+    KOHYA,
+    METADATA_KEY,
+    dotted_part,
+    root_of,
+    weights_by_module,
+)
 from flora_tensor._lora_parts import Converted, from_official, from_parts
-from flora_tensor._safetensors import FLOATS, dtype_code
 from flora_tensor._typing import PathLike
-from flora_tensor._whole import BaseLike, widest_code
+from flora_tensor._whole import BaseLike
 from flora_tensor.adapter import Adapter
-from flora_tensor.adapter_file import as_adapter, fitting_core
-from flora_tensor.arrangement import Arrangement
-from flora_tensor.checkpoint import open_checkpoint
+from flora_tensor.adapter_file import as_adapter
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = [
     "convert_adapter",
+    "from_diffusers",
     "from_lycoris",
     "from_official_flora",
     "from_peft_lora",
 ]
 
-_KOHYA = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer")
 # The names of PEFT's LoRA tensors, and those of LyCORIS for the same.
 _LORA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _EMBEDDING = {"lora_embedding_A": "lora_down.weight", "lora_embedding_B": "lora_up.weight"}
-
-
-class _Arrays:
-    """The tensors of a file or a state dict: float arrays that are finite, and the types they are stored in."""
-
-    def __init__(self, where: str, source: PathLike | Mapping[str, Any], allow_pickle: bool = False) -> None:
-        self.where = where
-        if isinstance(source, Mapping):
-            self._table, self._file = source, None
-            self.names = tuple(source)
-            self.label = "the state dict"
-        else:
-            self._table, self._file = {}, open_checkpoint(source, allow_pickle=allow_pickle)
-            self.names = self._file.names()
-            self.label = str(source)
-
-    def code(self, name: str) -> str:
-        """Return the type that a tensor is stored in."""
-        return self._file.info(name).dtype if self._file else dtype_code(self._table[name].dtype)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor; what is not a finite float is refused."""
-        if self.code(name) not in FLOATS:
-            raise InputError(f"{self.label}: {name!r} is of type {self.code(name)}; floats are needed")
-        array = self._file.read(name) if self._file else to_numpy(self._table[name])
-        if not np.isfinite(array).all():
-            raise InputError(f"{self.label}: {name!r} has NaN or infinite entries; the adapter is damaged")
-        return array.astype(np.float32) if array.dtype == np.float16 else array
-
-
-class _Builder:
-    """An adapter under construction."""
-
-    def __init__(self, arrays: _Arrays) -> None:
-        self.arrays = arrays
-        self.tensors: dict[str, TuckerTensor] = {}
-        self.arrangements: dict[str, Arrangement] = {}
-        self.scales: dict[str, float] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self.whole: dict[str, np.ndarray] = {}
-
-    def add(self, name: str, made: Converted, scale: float, keys: Collection[str]) -> None:
-        """Take a converted weight; what was computed is stored in float32 at least."""
-        code = widest_code([self.arrays.code(key) for key in keys])
-        if not made.is_copied:
-            code = "F64" if code == "F64" else "F32"
-        core, exponent = fitting_core(self.arrays.where, name, made.tensor.core, code)
-        kind = np.float64 if code == "F64" else np.float32
-        tensor = TuckerTensor(core, made.tensor.factors).map(lambda a: a.astype(kind, copy=False))
-        self.tensors[name], self.arrangements[name], self.shapes[name] = tensor, made.arrangement, made.shape
-        self.scales[name], self.dtypes[name] = math.ldexp(scale, exponent), code
-
-    def keep_whole(self, name: str, key: str) -> None:
-        """Take a tensor with its new value."""
-        self.whole[name], self.dtypes[name] = self.arrays.read(key), self.arrays.code(key)
-
-    def adapter(self, config: Mapping[str, Any]) -> Adapter:
-        """Put the adapter together."""
-        return Adapter(
-            self.tensors,
-            arrangements=self.arrangements,
-            scales=self.scales,
-            shapes=self.shapes,
-            whole=self.whole,
-            config=config,
-            dtypes=self.dtypes,
-        )
-
-
-def _shapes(base: BaseLike | None) -> dict[str, tuple[int, ...]] | None:
-    if base is None:
-        return None
-    if isinstance(base, Mapping):
-        return {name: tuple(array.shape) for name, array in base.items()}
-    checkpoint = open_checkpoint(base)
-    return {name: checkpoint.info(name).shape for name in checkpoint.names()}
-
-
-def _shape_of(where: str, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
-    if name not in shapes:
-        raise InputError(f"{where}: the base has no {name!r}, which the adapter changes; pass the base it is for")
-    return shapes[name]
 
 
 def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter:
@@ -177,11 +100,11 @@ def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter
         raise InputError(f"{directory}: use_dora: DoRA's change depends on the base weight; merge and extract it")
     if not (directory / MODEL_NAME).exists():
         raise InputError(f"{directory}: has no {MODEL_NAME}; save the adapter as safetensors")
-    arrays = _Arrays("from_peft_lora", directory / MODEL_NAME)
-    shapes = _shapes(base)
+    arrays = NamedArrays("from_peft_lora", directory / MODEL_NAME)
+    shapes = shapes_of(base)
     if kind != "LORA" and shapes is None:
         raise ValueError(f"from_peft_lora: {kind} tensors do not tell a kernel's shape; pass base (--base)")
-    builder = _Builder(arrays)
+    builder = AdapterBuilder(arrays)
     for module, keys in _peft_modules(arrays, builder).items():
         _add_peft_module(builder, config, module, keys, shapes)
     if not builder.tensors and not builder.whole:
@@ -190,7 +113,7 @@ def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter
     return builder.adapter(kept)
 
 
-def _peft_modules(arrays: _Arrays, builder: _Builder) -> dict[str, dict[str, str]]:
+def _peft_modules(arrays: NamedArrays, builder: AdapterBuilder) -> dict[str, dict[str, str]]:
     """Sort a PEFT file's keys by module; what is stored in full goes to the builder at once."""
     modules: dict[str, dict[str, str]] = {}
     parts = r"lora_[AB]\.weight|lora_embedding_[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
@@ -208,12 +131,12 @@ def _peft_modules(arrays: _Arrays, builder: _Builder) -> dict[str, dict[str, str
 
 
 def _add_peft_module(
-    builder: _Builder, config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Any
+    builder: AdapterBuilder, config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Any
 ) -> None:
     if ".base_layer" in f".{module}":
         raise InputError(f"{builder.arrays.label}: {module!r} adapts a parameter by name, which cannot be converted")
     name = f"{module}.weight"
-    shape = None if shapes is None else _shape_of(builder.arrays.where, shapes, name)
+    shape = None if shapes is None else shape_of(builder.arrays.where, shapes, name)
     standard = {**_LORA, **_EMBEDDING}
     parts = {standard.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
     is_turned = "lora_embedding_A" in keys or _is_turned(config, parts, shape)
@@ -279,6 +202,134 @@ def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any
     return default
 
 
+def from_diffusers(
+    source: PathLike | Mapping[str, Any],
+    *,
+    base: BaseLike | None = None,
+    prefix: str | None = None,
+    allow_pickle: bool = False,
+) -> Adapter:
+    """Read a LoRA file of diffusers (`pytorch_lora_weights.safetensors`) as Tucker tensors, exactly; LoKr and LoHa too.
+
+    The scales are those of the LoraConfig that newer versions of diffusers keep in the file, else α/r where the file
+    holds α, else 1, as diffusers reads it.
+
+    Parameters
+    ----------
+    source : path or mapping of str to array
+        The file, or its tensors by name.
+    base : path or mapping of str to array, optional
+        The model's checkpoint or the pipeline's directory, or the model's parameters by name: names and shapes are
+        checked against it. Needed for LoHa and LoKr of kernels.
+    prefix : str, optional
+        The model of the pipeline to convert, such as ``"unet"``; its name is taken off. By default all are converted.
+    allow_pickle : bool, default False
+        Whether pickle files are read, with ``weights_only=True``.
+
+    Returns
+    -------
+    Adapter
+        One entry a weight.
+
+    Raises
+    ------
+    InputError
+        If the file is damaged, holds what has no Tucker tensor of its own, or is for another base.
+    OSError
+        If a file cannot be read.
+
+    References
+    ----------
+    Hu et al., *LoRA*, ICLR 2022, section 4.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> file = {"unet.fc.lora_B.weight": np.ones((4, 2)), "unet.fc.lora_A.weight": np.ones((2, 3))}
+    >>> adapter = from_diffusers(file, prefix="unet")
+    >>> adapter.scales["fc.weight"], adapter["fc.weight"].shape
+    (1.0, (4, 3))
+    """
+    arrays = NamedArrays("from_diffusers", source, allow_pickle)
+    shapes, builder, configs = shapes_of(base), AdapterBuilder(arrays), _stored_configs(arrays)
+    for module, keys in _dotted_modules(arrays, prefix).items():
+        folder = next((f for f in configs if f and f"{prefix or module}.".startswith(f"{f}.")), "")
+        own = module if prefix else module.removeprefix(f"{folder}.")
+        name = _in_base(arrays, f"{module}.weight", shapes)
+        _add_dotted(builder, configs.get(folder), own, name, keys, None if shapes is None else shapes[name])
+    if not builder.tensors:
+        raise InputError(f"{arrays.label}: holds no LoRA{f' of {prefix!r}' if prefix else ''}")
+    return builder.adapter({})
+
+
+def _stored_configs(arrays: NamedArrays) -> dict[str, dict[str, Any]]:
+    """Read the configs that diffusers keeps in a file: one, or one for each model, by the model's folder."""
+    text = arrays.metadata(METADATA_KEY)
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in (parse_json(text.encode(), f"{arrays.label}: {METADATA_KEY}") if text else {}).items():
+        folder, _, option = key.rpartition(".")
+        configs.setdefault(folder, {})[option] = value
+    for config in configs.values():
+        if config.get("peft_type") == "FLORA":
+            raise InputError(
+                f"{arrays.label}: a FLoRA that diffusers saved, without its scales and arrangements; save it with "
+                "flora_torch.save_adapter"
+            )
+        if config.get("use_dora"):
+            raise InputError(
+                f"{arrays.label}: use_dora: DoRA's change depends on the base weight; merge and extract it"
+            )
+    return configs
+
+
+def _dotted_modules(arrays: NamedArrays, prefix: str | None) -> dict[str, dict[str, str]]:
+    """Sort the keys of the models that are meant by module and part."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in arrays.names:
+        name = key.removeprefix(PREFIX)
+        if prefix is not None and not name.startswith(f"{prefix}."):
+            continue
+        found = dotted_part(name.removeprefix("" if prefix is None else f"{prefix}."))
+        if found is None:
+            is_dora = "magnitude" in name or "dora" in name
+            why = "DoRA's change depends on the base weight" if is_dora else "no part of a LoRA"
+            raise InputError(f"{arrays.label}: {key!r}: {why}; merge and extract such an adapter")
+        modules.setdefault(found[0], {})[found[1]] = key
+    return modules
+
+
+def _in_base(arrays: NamedArrays, name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> str:
+    """Return the weight of the base that a file's name means: with the only folder that has it, or as it is."""
+    if shapes is None or name in shapes:
+        return name
+    if len(inside := [f"{folder}.{name}" for folder in FOLDERS if f"{folder}.{name}" in shapes]) == 1:
+        return inside[0]
+    folder, _, rest = name.partition(".")
+    hint = f"; pass prefix={folder!r} (--prefix)" if rest in shapes else "; pass the base that it is for"
+    raise InputError(f"{arrays.label}: the base has no {name!r}, which the adapter changes{hint}")
+
+
+def _add_dotted(
+    builder: AdapterBuilder,
+    config: Mapping[str, Any] | None,
+    module: str,
+    name: str,
+    keys: Mapping[str, str],
+    shape: tuple[int, ...] | None,
+) -> None:
+    standard = {**_LORA, **_EMBEDDING}
+    parts = {standard.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
+    is_turned = "lora_embedding_A" in keys or _is_turned(config or {}, parts, shape)
+    _refuse_groups(name, parts)
+    made = from_parts(name, parts, shape[::-1] if is_turned and shape is not None else shape)
+    if config is None:
+        scale = _own_scale(made, parts)
+    else:
+        config = {"peft_type": "LORA", **config}
+        scale = _peft_scale(config, module, made.rank if config["peft_type"] == "LORA" else None)
+    builder.add(name, _turned(made) if is_turned else made, scale, [k for p, k in keys.items() if p not in _NUMBERS])
+
+
 def from_lycoris(
     source: PathLike | Mapping[str, Any], base: BaseLike, *, prefix: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
@@ -293,9 +344,11 @@ def from_lycoris(
         A `.safetensors` file, or its tensors by name.
     base : path or mapping of str to array
         The model's checkpoint, or its parameters by name. The file's names have underscores for dots, and only the
-        model tells which.
+        model tells which. For a file of several models it is the pipeline's directory, or a single file of the
+        original code.
     prefix : str, optional
-        The part of the names before the module's, such as ``"lora_unet"``; needed where the file has several.
+        The part of the names before the module's, such as ``"lora_unet"``; needed where the file has several and the
+        base is one model.
     allow_pickle : bool, default False
         Whether pickle files are read, with ``weights_only=True``.
 
@@ -325,55 +378,62 @@ def from_lycoris(
     >>> adapter.scales["fc.weight"], adapter["fc.weight"].shape
     (0.5, (4, 3))
     """
-    arrays = _Arrays("from_lycoris", source, allow_pickle)
-    shapes = _shapes(base)
+    arrays = NamedArrays("from_lycoris", source, allow_pickle)
+    shapes = shapes_of(base)
     assert shapes is not None
     modules: dict[str, dict[str, str]] = {}
     for key in arrays.names:
         module, _, part = key.partition(".")
         modules.setdefault(module, {})[part] = key
-    chosen = _prefix("from_lycoris", arrays.label, modules, prefix)
-    table = _mangled(shapes)
-    builder = _Builder(arrays)
+    roots = _roots("from_lycoris", arrays.label, modules, prefix, shapes)
+    tables = {chosen: weights_by_module(shapes, root) for chosen, root in roots.items()}
+    builder = AdapterBuilder(arrays)
     for mangled, keys in modules.items():
-        if not mangled.startswith(f"{chosen}_"):
+        chosen = next((p for p in roots if mangled.startswith(f"{p}_")), None)
+        if chosen is None:
             continue
-        names = table.get(mangled.removeprefix(f"{chosen}_"), [])
+        names = tables[chosen].get(mangled.removeprefix(f"{chosen}_"), [])
         if len(names) != 1:
             why = f"stands for both {names[0]!r} and {names[1]!r}" if names else "is no weight of the base"
             raise InputError(f"{arrays.label}: the module {mangled!r} {why}; pass the base that the file is for")
         parts = {part: arrays.read(key) for part, key in keys.items()}
         made = from_parts(names[0], parts, shapes[names[0]])
-        scale = 1.0
-        if made.rank is not None and "alpha" in parts:
-            scale = float(parts["alpha"].reshape(-1)[0]) / made.rank
-        builder.add(names[0], made, scale, [key for part, key in keys.items() if part not in ("alpha", "scalar")])
+        builder.add(names[0], made, _own_scale(made, parts), [k for part, k in keys.items() if part not in _NUMBERS])
     return builder.adapter({})
 
 
-def _prefix(where: str, label: str, modules: Collection[str], chosen: str | None) -> str:
+# Parts of a module that are no factors.
+_NUMBERS = ("alpha", "scalar")
+
+
+def _own_scale(made: Converted, parts: Mapping[str, np.ndarray]) -> float:
+    """Return α/r where a file holds α, else 1."""
+    if made.rank is None or "alpha" not in parts:
+        return 1.0
+    return float(parts["alpha"].reshape(-1)[0]) / made.rank
+
+
+def _roots(
+    where: str, label: str, modules: Collection[str], chosen: str | None, shapes: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the prefixes that are converted, each with what stands before its model's names in the base."""
     if chosen is not None:
         if not any(module.startswith(f"{chosen}_") for module in modules):
             raise InputError(f"{label}: no module has the prefix {chosen!r}; the first is {next(iter(modules), '')!r}")
-        return chosen
-    found = {next((p for p in _KOHYA if module.startswith(f"{p}_")), "") for module in modules}
+        return {chosen: root_of(chosen, shapes)}
+    found = {next((p for p in KOHYA if module.startswith(f"{p}_")), "") for module in modules}
     if "" in found or not found:
-        first = next((m for m in modules if not m.startswith(tuple(f"{p}_" for p in _KOHYA))), "")
+        first = next((m for m in modules if not m.startswith(tuple(f"{p}_" for p in KOHYA))), "")
         raise InputError(
             f"{label}: {first!r} is no module of a LyCORIS or kohya file; pass prefix if it has another one"
         )
-    if len(found) > 1:
-        raise ValueError(f"{where}: {label} has the prefixes {', '.join(sorted(found))}; pass prefix to choose one")
-    return found.pop()
-
-
-def _mangled(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    table: dict[str, list[str]] = {}
-    for name, shape in shapes.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter == "weight" and module and len(shape) >= 2:
-            table.setdefault(module.replace(".", "_"), []).append(name)
-    return table
+    roots = {prefix: root_of(prefix, shapes) for prefix in sorted(found)}
+    if len(found) > 1 and ("" in roots.values() or len(set(roots.values())) < len(roots)):
+        raise ValueError(
+            f"{where}: {label} has the prefixes {', '.join(sorted(found))}; pass prefix to choose one, or the "
+            "pipeline's directory as base"
+        )
+    return roots
 
 
 def from_official_flora(
@@ -427,8 +487,8 @@ def from_official_flora(
     >>> adapter["fc.weight"].shape, adapter.scales["fc.weight"]
     ((5, 3), 4.0)
     """
-    arrays = _Arrays("from_official_flora", source, allow_pickle)
-    shapes = _shapes(base)
+    arrays = NamedArrays("from_official_flora", source, allow_pickle)
+    shapes = shapes_of(base)
     modules: dict[str, dict[str, str]] = {}
     for key in arrays.names:
         found = re.fullmatch(r"(.+)\.flora_layer\.(param_(?:G|\d+))", key)
@@ -439,11 +499,11 @@ def from_official_flora(
     strips = all(module.startswith(prefix) for module in modules)
     if strips and shapes is not None:
         strips = all(f"{module.removeprefix(prefix)}.weight" in shapes for module in modules)
-    builder = _Builder(arrays)
+    builder = AdapterBuilder(arrays)
     for module, keys in modules.items():
         name = f"{module.removeprefix(prefix) if strips else module}.weight"
         made = from_official(name, {part: arrays.read(key) for part, key in keys.items()})
-        if shapes is not None and _shape_of("from_official_flora", shapes, name) != made.shape:
+        if shapes is not None and shape_of("from_official_flora", shapes, name) != made.shape:
             raise InputError(f"{name}: changes a weight of shape {made.shape}, but the base has {shapes[name]}")
         builder.add(name, made, float(scale), keys.values())
     return builder.adapter({})
@@ -462,13 +522,14 @@ def convert_adapter(
     Parameters
     ----------
     source : path
-        An adapter directory of ours or of PEFT, or a file of LyCORIS, kohya's tools or the official FLoRA.
+        An adapter directory of ours, of PEFT or of diffusers, or a file of diffusers, LyCORIS, kohya's tools or the
+        official FLoRA.
     base : path or mapping of str to array, optional
         As for the function that reads the format.
     scale : float, optional
         The multiplier of an official FLoRA; needed for it, and for no other.
     prefix : str, optional
-        As for `from_lycoris` and `from_official_flora`.
+        As for `from_diffusers`, `from_lycoris` and `from_official_flora`.
     allow_pickle : bool, default False
         Whether pickle files are read, with ``weights_only=True``.
 
@@ -486,7 +547,7 @@ def convert_adapter(
 
     References
     ----------
-    `from_peft_lora`, `from_lycoris`, `from_official_flora` and `load_adapter`, one of which is called.
+    `from_peft_lora`, `from_diffusers`, `from_lycoris`, `from_official_flora` or `load_adapter`, which it calls.
 
     Examples
     --------
@@ -498,18 +559,22 @@ def convert_adapter(
     (4, 3)
     """
     path = Path(source)
+    if (path / DIFFUSERS_NAME).exists() and not (path / CONFIG_NAME).exists():
+        path = path / DIFFUSERS_NAME
     if path.is_dir():
         if not (path / CONFIG_NAME).exists() or read_json(path / CONFIG_NAME).get("peft_type") == "FLORA":
             return as_adapter(path)
         return from_peft_lora(path, base=base)
-    arrays = _Arrays("convert", path, allow_pickle)
+    arrays = NamedArrays("convert", path, allow_pickle)
     if any(".flora_layer.param_" in name for name in arrays.names):
         if scale is None:
             raise ValueError("convert: an official FLoRA file does not hold its scale; pass scale (--scale), such as 4")
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         return from_official_flora(path, scale=scale, base=base, allow_pickle=allow_pickle, **options)
-    if any(re.search(r"\.lora_[AB]\.", name) for name in arrays.names):
-        raise InputError(f"{path}: holds a LoRA of PEFT, whose alpha is in its config; pass the directory")
+    if any(name.startswith(PREFIX) for name in arrays.names):
+        raise InputError(f"{path}: holds an adapter of PEFT, whose alpha is in its config; pass the directory")
+    if any("." in part[0] for name in arrays.names if (part := dotted_part(name))):
+        return from_diffusers(path, base=base, prefix=prefix, allow_pickle=allow_pickle)
     if base is None:
         raise ValueError("convert: the names in such a file have underscores for dots; pass base (--base)")
     return from_lycoris(path, base, prefix=prefix, allow_pickle=allow_pickle)

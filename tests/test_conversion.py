@@ -487,7 +487,13 @@ FC = {"fc.weight": np.zeros((4, 3))}
         ({**LORA, "lycoris_fc.on_input": UP}, FC, {}, ft.InputError, "which is no LoRA, LoCon, LoHa, LoKr or full"),
         ({**LORA, "lycoris_fc.lora_up.weight": UP * np.nan}, FC, {}, ft.InputError, "has NaN or infinite entries"),
         ({**LORA, "lycoris_fc.lora_up.weight": UP[:, :1]}, FC, {}, ft.InputError, "do not fit each other"),
-        ({**LORA, "lycoris_fc.alpha": np.array(1)}, FC, {}, ft.InputError, "is of type I64; floats are needed"),
+        (
+            {**LORA, "lycoris_fc.lora_up.weight": UP.astype(int)},
+            FC,
+            {},
+            ft.InputError,
+            "is of type I64; floats are needed",
+        ),
         ({"lycoris_fc.diff": np.ones(4)}, {"fc.weight": UP}, {}, ft.InputError, "needs two axes or more"),
         (
             {"lycoris_a_b.lora_up.weight": UP},

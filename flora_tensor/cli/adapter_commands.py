@@ -186,14 +186,14 @@ def scale(
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["flora", "peft-lora", "lycoris", "kohya"]),
+    type=click.Choice(["flora", "peft-lora", "diffusers", "lycoris", "kohya"]),
     required=True,
     help="The format to write; that of SOURCE is recognized.",
 )
-@click.option("--base", type=EXISTING, help="The model's checkpoint; LyCORIS and kohya files need it for the names.")
+@click.option("--base", type=EXISTING, help="The checkpoint of the model or pipeline; LyCORIS and kohya files need it.")
 @click.option("--scale", type=float, help="The multiplier of an official FLoRA, whose file does not hold it.")
-@click.option("--prefix", help="What a LyCORIS or kohya file's names begin with, such as lora_unet.")
-@click.option("--skip-whole", is_flag=True, help="Leave out tensors stored whole, which LyCORIS and kohya cannot hold.")
+@click.option("--prefix", help="What names in the other format begin with, such as lora_unet, or unet.")
+@click.option("--skip-whole", is_flag=True, help="Leave out tensors stored whole, which only flora and peft-lora hold.")
 @with_options(_OVERWRITE, MAX_SHARD_SIZE, PICKLE, COMMON)
 def convert(
     source: Path,
@@ -209,9 +209,9 @@ def convert(
 ) -> None:
     """Convert from and to LoRA, LyCORIS and kohya, exactly.
 
-    Reads PEFT's LoRA, LoHa and LoKr, LyCORIS and kohya files, and those of the official FLoRA.
+    Reads LoRA, LoHa and LoKr of PEFT and diffusers, LyCORIS and kohya files, and those of the official FLoRA.
     """
-    from flora_tensor.adapter_export import to_lycoris, to_peft_lora
+    from flora_tensor.adapter_export import to_diffusers, to_lycoris, to_peft_lora
     from flora_tensor.adapter_file import save_adapter
     from flora_tensor.conversion import convert_adapter
 
@@ -221,13 +221,15 @@ def convert(
         raise click.UsageError(f"--max-shard-size splits adapters of this library, not {target}; leave it out")
     out = Path(out or named or "")
     adapter = convert_adapter(source, prefix=prefix, **options)
+    whole = "skip" if skip_whole else "error"
     if target == "flora":
         save_adapter(out, adapter, max_shard_size=max_shard_size, overwrite=overwrite)
     elif target == "peft-lora":
         to_peft_lora(adapter, out, overwrite=overwrite)
+    elif target == "diffusers":
+        to_diffusers(adapter, out, whole=whole, overwrite=overwrite)
     else:
-        start = prefix or ("lycoris" if target == "lycoris" else "lora_unet")
-        whole = "skip" if skip_whole else "error"
+        start = prefix or ("lycoris" if target == "lycoris" else None)
         to_lycoris(adapter, out, prefix=start, tucker=target == "lycoris", whole=whole, overwrite=overwrite)
     _show(adapter, as_json)
 
