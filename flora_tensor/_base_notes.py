@@ -11,7 +11,7 @@ import numpy as np
 
 from flora_tensor._safetensors import FLOATS
 
-__all__ = ["LAYERS", "SAMPLES", "noted_layer", "sample_positions", "samples_agree", "text_of_samples"]
+__all__ = ["LAYERS", "SAMPLES", "noted_layer", "noted_names", "sample_positions", "samples_agree", "text_of_samples"]
 
 # Under these names a config holds the layer and the samples of each weight.
 LAYERS, SAMPLES = "layer_pattern", "base_samples"
@@ -34,6 +34,18 @@ def noted_layer(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     table = config.get(LAYERS)
     entry = table.get(name) if isinstance(table, Mapping) else None
     return entry if isinstance(entry, Mapping) else {}
+
+
+def noted_names(config: Mapping[str, Any], name: str) -> list[str]:
+    """Return the other names that a config notes of a weight that is tied: the model's, in its order.
+
+    Examples
+    --------
+    >>> noted_names({"layer_pattern": {"wte.weight": {"kind": "embedding", "tied": ["lm_head.weight"]}}}, "wte.weight")
+    ['lm_head.weight']
+    """
+    names = noted_layer(config, name).get("tied")
+    return [other for other in names if isinstance(other, str)] if isinstance(names, list) else []
 
 
 def sample_positions(size: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._base_notes import noted_names
 from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
@@ -85,7 +86,7 @@ def merge_checkpoint(
 
     The sum is formed in float64 and rounded once, to the base's type. Tensors that the adapter stores whole get
     its value; where the types agree, its bits. All others are copied bit for bit. The output appears whole or not
-    at all.
+    at all. A weight that is tied in the model that the adapter was trained on is changed under each of its names.
 
     Parameters
     ----------
@@ -149,7 +150,7 @@ def merge_checkpoint(
     check_shard_size("merge", max_shard_size)
     source = open_checkpoint(base, allow_pickle=allow_pickle)
     check_distinct("merge", out, source)
-    change = as_adapter(adapter)
+    change = _for_all_names(as_adapter(adapter), source)
     resized = read_resized(change.config, source, change.whole, "merge")
     source = source.cropped({name: min(sizes) for name, sizes in resized.items()})
     _check_fit(source, change, resized)
@@ -219,6 +220,36 @@ def _info(base: Checkpoint, name: str, resized: Mapping[str, tuple[int, int]]) -
         return info
     rows = resized[name][1]
     return TensorInfo(name, info.dtype, (rows, *info.shape[1:]), 0, info.n_bytes // info.shape[0] * rows)
+
+
+def _for_all_names(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Give the change of a tied weight to every name that the base holds it under; only the model knows that it is one.
+
+    A state dict has a tied weight as often as it has names, and what `save_pretrained` wrote once, under any of them.
+    Under another name it is the same weight if it has the same bits.
+    """
+    stored = set(base.names()) - {*adapter, *adapter.whole}
+    copies: dict[str, str] = {}
+    for name in adapter:
+        for other in noted_names(adapter.config, name):
+            if other in stored and (name not in base or _same_bits(base, name, other)):
+                copies[other] = name
+    if not copies:
+        return adapter
+    stacked = {member for stack in adapter.stacks.values() for member in stack.members}
+    gone = {name for name in copies.values() if name not in base and name not in stacked}
+
+    def table(own: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in own.items() if name not in gone}
+        return kept | {other: own[name] for other, name in copies.items() if name in own}
+
+    options = ("tensors", "arrangements", "scales", "shapes", "dtypes", "magnitudes", "channels")
+    return replace(adapter, **{option: table(getattr(adapter, option)) for option in options})
+
+
+def _same_bits(base: Checkpoint, a: str, b: str) -> bool:
+    x, y = base.info(a), base.info(b)
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and np.array_equal(base.read_raw(a), base.read_raw(b))
 
 
 def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[int, int]]) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-import flora_tensor
+import flora_tensor as ft
 from flora_tensor import Arrangement
 from flora_torch import (
     FloraConv,
@@ -132,7 +133,7 @@ class TestAnyModel:
         model, _, options = case
         attach(model, ranks=3, init="principal", scale=1.7, **options)
         randomize(model)
-        stored = flora_tensor.load_adapter(save_adapter(model, tmp_path / "adapter"))
+        stored = ft.load_adapter(save_adapter(model, tmp_path / "adapter"))
         base = {name: p.detach().clone() for name, p in detach(copy.deepcopy(model)).named_parameters()}
         merged = dict(merge(model).named_parameters())
         assert len(stored) >= 3
@@ -413,6 +414,34 @@ class TestTies:
         detach(model)
         assert model[0].own is model[0].alias is model[0].linear.weight is weight
         assert torch.equal(weight, before)
+
+    @pytest.mark.parametrize("kept", [("wte", "lm_head"), ("wte",), ("lm_head",)])
+    def test_a_checkpoint_is_changed_under_each_name_that_it_has_a_tied_weight_under(self, kept, tmp_path):
+        model = gpt2()
+        base = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".weight" in name}
+        names = {"wte": "transformer.wte.weight", "lm_head": "lm_head.weight"}
+        base = {name: t for name, t in base.items() if name not in names.values() or name in [names[k] for k in kept]}
+        save_file(base, tmp_path / "base.safetensors")
+        attach(model, ranks=2)
+        randomize(model)
+        save_adapter(model, tmp_path / "adapter")
+        expected = merge(model).state_dict()
+        ft.merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+        merged = load_file(tmp_path / "merged.safetensors")
+        assert set(merged) == set(base)
+        for name in merged:
+            torch.testing.assert_close(merged[name], expected[name])
+
+    def test_a_tied_name_with_other_numbers_in_the_checkpoint_stays_as_it_is(self, tmp_path):
+        model = gpt2()
+        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        base["lm_head.weight"] += 1
+        save_file(base, tmp_path / "base.safetensors")
+        attach(model, ranks=2, target_modules="wte")
+        randomize(model)
+        save_adapter(model, tmp_path / "adapter")
+        report = ft.merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "m.safetensors")
+        assert report.merged == ("transformer.wte.weight",)
 
     def test_gpt2_merges_to_a_model_that_is_still_tied(self):
         model = gpt2()

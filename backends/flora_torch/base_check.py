@@ -51,7 +51,8 @@ def describe_bases(sites: Mapping[str, Site], updates: Mapping[str, nn.Module]) 
     Returns
     -------
     dict of str to dict
-        For each weight its layer, where that is of a known kind, and its samples, where it is a plain parameter.
+        For each weight its layer, where that is of a known kind, with the weight's other names, where it is tied; and
+        its samples, where it is a plain parameter.
 
     Examples
     --------
@@ -60,7 +61,7 @@ def describe_bases(sites: Mapping[str, Site], updates: Mapping[str, nn.Module]) 
     {'0.weight': {'kind': 'convolution', 'groups': 1, 'padding_mode': 'zeros'}}
     """
     chosen = {name: sites[name] for name in updates if name in sites}
-    layers = {name: _layer(site.holders[0]) for name, site in chosen.items()}
+    layers = {name: _layer(site.holders[0]) | _tied(site, name) for name, site in chosen.items()}
     samples = {
         name: _samples(site, gather=any(is_sharded(p) for p in updates[name].parameters()))
         for name, site in chosen.items()
@@ -82,6 +83,12 @@ def _layer(holder: Holder) -> dict[str, Any]:
         return {}
     geometry = {"groups": module.groups, "padding_mode": module.padding_mode} if issubclass(kind, FloraConv) else {}
     return {"kind": _KINDS[kind], **geometry}
+
+
+def _tied(site: Site, name: str) -> dict[str, Any]:
+    """Return the weight's other names: a checkpoint may hold it under each of them, or under another one alone."""
+    others = [other for other in site.names if other != name]
+    return {"tied": others} if others else {}
 
 
 def _samples(site: Site, *, gather: bool = False) -> str | None:
