@@ -29,7 +29,7 @@ from flora_tensor.algebra import contract, multi_mode_dot
 # HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
 ENOUGH = 3e-4
 # … and after this many in any case.
-MOST_SWEEPS = 50
+MOST_SWEEPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def hooi_of(
             continue
         before, error = error, max(squares - float_squares("hooi", xp, core), 0.0)
         gain = before - error
-        if gain_to_come(gain, last_gain) <= max(enough * error, epsilon(xp, x.dtype) * squares):
+        if gain <= epsilon(xp, x.dtype) * squares or gain_to_come(gain, last_gain, sweeps) <= enough * error:
             break
         last_gain = gain
     if sweeps:
@@ -206,16 +206,17 @@ def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]
     return _sweep(xp, rest, second, factors)
 
 
-def gain_to_come(gain: float, last_gain: float) -> float:
-    """Estimate what all further sweeps will gain: successive gains fall by a nearly constant ratio ρ.
+def gain_to_come(gain: float, last_gain: float, steps: int) -> float:
+    """Estimate what all further steps will gain after so many, given the gains of the last two.
 
-    What is still to come is then gain · ρ/(1 − ρ). Of a first gain, or one after none, nothing more is known than
-    itself.
+    Where the spectrum decays gains fall by a nearly constant ratio ρ: to come is gain · ρ/(1 − ρ). On flat spectra they
+    fall like 1/k² (measured): to come is gain · Σ_{j>k} k²/j² ≈ gain · k, though the first ones fall much faster. The
+    larger of the two is expected; of a first gain, or one after none, nothing more is known than itself.
     """
     if not 0 < last_gain < math.inf:
         return gain
     ratio = min(max(gain, 0.0) / last_gain, 0.99)
-    return gain * ratio / (1 - ratio)
+    return gain * max(ratio / (1 - ratio), steps)
 
 
 def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:

@@ -13,6 +13,7 @@ The wider bases contain the present factors, so the error falls from round to ro
 those of one Krylov space: see `_krylov`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from flora_tensor._algorithms import (
     Truncation,
     by_shrinkage,
     cheapest_order,
-    gain_to_come,
     hooi_of,
     st_hosvd_of,
 )
@@ -47,13 +47,8 @@ _KEPT = 1 / 10
 # Products with the tensor, at least: what rounding hides of a very small error is found by doing, not by measuring.
 _FEWEST_PRODUCTS = 4
 
-# A product that takes less than this share off the squared error was the last. On flat spectra gains fall slowly for
-# ever; measured on white noise, this ends at most 0.09 % above what HOOI converges to.
-_WORTHWHILE = 2e-4
-
-# While a product takes more than this share, gains have not settled to a ratio that tells what is to come: the first
-# ones find what stands out of a flat spectrum, the later ones sort what is left.
-_SETTLED = 2e-3
+# Products end when those to come are expected to take less than this share off the squared error.
+_WORTHWHILE = 1.5e-3
 
 # Products with the tensor, at most.
 _MOST_PRODUCTS = 60
@@ -120,7 +115,7 @@ def randomized_of(
     del sketch  # as large as a side
     sides: list[_Side | None] = [_Side.of(x, bases), None]
     factors: list[Array | None] = [None] * len(ranks)
-    captured, last_gain, products = 0.0, math.inf, 2
+    captured, products, gains = 0.0, 2, list[float]()
     while True:
         side = sides[products % 2]
         assert side is not None
@@ -131,21 +126,37 @@ def randomized_of(
         earlier = factors
         factors = [xp.matmul(bases[k], u) if k in bases else u for k, u in enumerate(inner.factors)]
         before, captured = captured, float_squares("randomized", xp, inner.core)
-        gain = captured - before if products > 2 else math.inf
+        if products > 2:
+            gains.append(captured - before)
         left = max(squares - captured, 0.0)
-        rounding = epsilon(xp, x.dtype) * squares
-        settled = gain <= _SETTLED * left and gain_to_come(gain, last_gain) <= ENOUGH * left
-        done = gain <= max(_WORTHWHILE * left, rounding) or settled
-        if (products >= _FEWEST_PRODUCTS and done) or products == _MOST_PRODUCTS:
+        enough = products >= _FEWEST_PRODUCTS and (
+            max(gains[-2:]) <= epsilon(xp, x.dtype) * squares or _gain_to_come(gains, left) <= _WORTHWHILE * left
+        )
+        if enough or products == _MOST_PRODUCTS:
             break
         if not _grows(x, here, ranks, sizes):
             side = sides[products % 2] = None  # frees its product with x before the next is made
-        last_gain, products = gain, products + 1
+        products += 1
         grown = sides[products % 2]
         sides[products % 2] = _Side.of(x, directions) if grown is None else grown.grown(xp, x, directions, earlier)
         here, there = there, here
     values = all_mode_values(xp, core)
     return Truncation(inner.core, factors, values, "leading"), products
+
+
+def _gain_to_come(gains: Sequence[float], left: float) -> float:
+    """Estimate what all further products will gain, given what those after the second did and the squared error left.
+
+    Where the spectrum decays, each gains less than a quarter of the one before: the next ones form a geometric series.
+    On flat spectra gains fall like 1/k² (measured), so that after k products k times the last is to come. As one side
+    may have much to gain where the other has little, the last gain is the mean of two. A series so small that even this
+    would hardly matter is trusted.
+    """
+    ratios = [b / a if a > 0 else math.inf for a, b in itertools.pairwise(gains[-3:])]
+    ratio = max(ratios) if len(gains) > 2 else math.inf
+    if ratio < 1 / 4 and 2 * gains[-1] <= _WORTHWHILE * left:
+        return gains[-1] * ratio / (1 - ratio)
+    return (gains[-2] + gains[-1]) / 2 * (len(gains) + 2)
 
 
 def _directions(
@@ -159,8 +170,7 @@ def _directions(
 ) -> dict[int, Array]:
     """Return for each of ``modes`` a wide basis, given X projected onto the bases of the other ``side``.
 
-    Where there are factors yet, the leading directions of what they leave of the tensor: those of HOOI, and more. A
-    mode that would have too few of them sees the widest other mode with its whole basis.
+    Where there are factors yet, the leading directions of what they leave of the tensor: those of HOOI, and more.
     """
     if factors[modes[0]] is None:
         return {k: _range(xp, side.product, k, sizes[k], generator) for k in modes}
@@ -168,11 +178,18 @@ def _directions(
     found: dict[int, Array] = {}
     for mode in modes:
         others = [k for k in range(len(ranks)) if k != mode]
-        if math.prod(ranks[k] for k in others) < sizes[mode]:
-            others.remove(max(side.bases, key=lambda k: side.bases[k].shape[1]))
         partial = multi_mode_dot(side.product, [inner[k] for k in others], modes=others, transpose=True)
-        found[mode] = leading_basis(xp, partial, mode, ranks[mode], sizes[mode])
-        inner[mode] = found[mode][:, : ranks[mode]]
+        basis = leading_basis(xp, partial, mode, ranks[mode], sizes[mode])
+        inner[mode] = basis[:, : ranks[mode]]
+        if basis.shape[1] < sizes[mode]:
+            # The factors leave fewer directions than wanted: more are seen through the widest basis of the other side.
+            others.remove(max(side.bases, key=lambda k: side.bases[k].shape[1]))
+            partial = multi_mode_dot(side.product, [inner[k] for k in others], modes=others, transpose=True)
+            seen = multi_mode_dot(partial, [basis], modes=[mode], transpose=True)
+            partial = partial - multi_mode_dot(seen, [basis], modes=[mode])
+            more = sizes[mode] - basis.shape[1]
+            basis = xp.concat([basis, complement(xp, basis, leading_basis(xp, partial, mode, more, more))], axis=1)
+        found[mode] = basis
     return found
 
 
