@@ -18,6 +18,7 @@ from flora_tensor._checks import feasible_ranks
 from flora_tensor._gram import gram_of, leading_eigenvectors
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array
+from flora_tensor._whiteness import degrees_of_freedom, divided, not_white, unevenness
 from flora_tensor.algebra import multi_mode_dot
 from flora_tensor.spectra import Frontier, Spectrum, hosvd_spectrum
 
@@ -28,10 +29,8 @@ __all__ = ["rounding_noise"]
 _EDGE_MARGIN = 3.0
 
 _MOST_ROUNDS = 50
-# Rounds of balancing slices of unequal noise, and the least share of the mean noise that a slice is taken to have: one
-# that the model explains whole says nothing about its noise.
+# Rounds of balancing slices of unequal noise.
 _MOST_BALANCINGS = 8
-_LEAST_SHARE = 1e-4
 
 # Bits of the significand, hidden one included, and the exponent of the smallest normal number.
 _FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
@@ -98,11 +97,6 @@ def edge_squared(rows: int, columns: int) -> float:
     return mu * mu + _EDGE_MARGIN * mu * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)) ** (1 / 3)
 
 
-def degrees_of_freedom(ranks: Sequence[int], shape: Sequence[int]) -> int:
-    """Return ∏ r + Σ (I_k r_k − r_k²), the dimension of the set of tensors of these multilinear ranks."""
-    return math.prod(ranks) + sum(n * r - r * r for n, r in zip(shape, ranks))
-
-
 def projected_edge(
     spectrum: Spectrum, deviation: float | None = None, likely: tuple[int, ...] | None = None
 ) -> tuple[tuple[int, ...], float]:
@@ -133,7 +127,7 @@ def _balanced_edges(spectrum: Spectrum, plain: "_Edge", likely: tuple[int, ...] 
     leave over, right where the signal is stronger than the noise: that criterion adds no ranks for some louder noise.
     A slice that an over-large model explains would look quiet, so what the plain model leaves over is no third.
     """
-    energy = _unevenness(_slice_squares(spectrum.core, spectrum.factors), spectrum.shape)
+    energy = unevenness(_slice_squares(spectrum.core, spectrum.factors), spectrum.shape)
     if energy is None:
         return
     x = multi_mode_dot(spectrum.core, spectrum.factors)
@@ -143,7 +137,7 @@ def _balanced_edges(spectrum: Spectrum, plain: "_Edge", likely: tuple[int, ...] 
         return
     core = _host_core(spectrum)
     rest = _rest(core, [np.eye(m) for m in core.shape], likely)
-    left_over = _unevenness(_slice_squares(rest, spectrum.factors), spectrum.shape)
+    left_over = unevenness(_slice_squares(rest, spectrum.factors), spectrum.shape)
     if left_over is not None:
         yield _balance(x, left_over)
 
@@ -160,8 +154,8 @@ def _balance(x: Array, uneven: list[FloatArray]) -> "_Edge":
     size, spread = math.inf, math.inf
     for _ in range(_MOST_BALANCINGS):
         weights = [w * np.sqrt(u) for w, u in zip(weights, uneven)]
-        found = _edge_of(hosvd_spectrum(_divided(x, weights)))
-        still = _unevenness(found.left_over, shape)
+        found = _edge_of(hosvd_spectrum(divided(to_numpy(x), weights)))
+        still = unevenness(found.left_over, shape)
         new_size = degrees_of_freedom(found.ranks, shape)
         new_spread = 0.0 if still is None else sum(float(np.var(u)) for u in still)
         if best is not None and new_size >= size and new_spread > 0.9 * spread:
@@ -177,7 +171,7 @@ def _balance(x: Array, uneven: list[FloatArray]) -> "_Edge":
 
 def _preference(edge: "_Edge", shape: Sequence[int]) -> tuple[bool, int]:
     """Prefer models that leave noise of one strength; among those the smallest, as all of them explain the tensor."""
-    return _unevenness(edge.left_over, shape) is not None, degrees_of_freedom(edge.ranks, shape)
+    return unevenness(edge.left_over, shape) is not None, degrees_of_freedom(edge.ranks, shape)
 
 
 class _Edge(NamedTuple):
@@ -240,30 +234,6 @@ def _slice_squares(core: Array, factors: Sequence[Array]) -> list[FloatArray]:
     return found
 
 
-def _unevenness(slice_squares: Sequence[FloatArray], shape: Sequence[int]) -> list[FloatArray] | None:
-    """Return each slice's share of noise relative to the mean of its mode, or None where all are alike.
-
-    For white noise Σ (v_i/v̄ − 1)² · p/2 is χ² with I_k − 1 degrees of freedom, p entries a slice; the slices of a mode
-    are alike while it stays within five standard deviations.
-    """
-    found: list[FloatArray] = []
-    for squares, size in zip(slice_squares, shape):
-        mean = float(squares.mean())
-        relative = squares / mean if mean > 0 else np.ones(size)
-        statistic = float(np.sum((relative - 1) ** 2)) * math.prod(shape) / size / 2
-        alike = statistic <= size - 1 + 5 * math.sqrt(2 * (size - 1))
-        found.append(np.ones(size) if alike else np.maximum(relative, _LEAST_SHARE))
-    return found if any(float(np.ptp(v)) > 0 for v in found) else None
-
-
-def _divided(x: Array, weights: Sequence[FloatArray]) -> npt.NDArray[Any]:
-    host = to_numpy(x)
-    for mode, weight in enumerate(weights):
-        shape = [-1 if k == mode else 1 for k in range(host.ndim)]
-        host = host / weight.astype(host.real.dtype).reshape(shape)
-    return host
-
-
 def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
     """Choose each mode's rank by empirical variational Bayes on its unfolding, the noise estimated per mode.
 
@@ -315,6 +285,18 @@ def gavish_donoho(
         ratio = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))
         found.append(int(np.count_nonzero(to_numpy(values) > ratio * math.sqrt(columns) * tau)))
     return _feasible_or_nothing(found, spectrum.shape)
+
+
+def doubts(spectrum: Spectrum, ranks: Sequence[int], *, balanced: bool) -> tuple[str, ...]:
+    """Say what tells that which ranks leave over from the white noise that the rules rely on; for `not_white`.
+
+    ``balanced``: the rule allows for noise that is stronger in some slices than in others.
+    """
+    spectrum = _occupied(spectrum)
+    if math.prod(spectrum.shape) == 0 or spectrum.norm == 0.0 or not spectrum.factors:
+        return ()
+    x = to_numpy(multi_mode_dot(_host_core(spectrum), [to_numpy(u) for u in spectrum.factors]))
+    return not_white(x, feasible_ranks(ranks, x.shape) if all(ranks) else ranks, balanced=balanced)
 
 
 def worth_storing(frontiers: Sequence[Frontier], deviation: float) -> list[Frontier]:

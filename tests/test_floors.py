@@ -92,6 +92,7 @@ FLOORS = {
     "flora_tensor.spectra": 2,
     "flora_tensor.ranks": 2,
     "flora_tensor.noise": 2,
+    "flora_tensor._whiteness": 2,
     "flora_tensor.tucker_algebra": 1,
     "flora_tensor.tucker_tensor": 1,
     "flora_tensor.arrangement": 1,
