@@ -549,6 +549,57 @@ class TestExperts(TestBilinear):
         assert torch.equal(layer(*inputs), functional_call(layer.base_layer, both, inputs))
 
 
+class TableOfBiases(nn.Module):
+    """A module that others ask past its forward, as attention does for biases of relative positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 4))
+        self.calls = 0
+
+    def rows(self, index, *, factor=1.0):
+        self.calls += 1
+        return self.table[index] * factor
+
+    def reset(self):
+        nn.init.zeros_(self.table)
+
+    def forward(self, index):
+        return self.rows(index)
+
+
+class TestMethods(TestBilinear):
+    parameter = "table"
+
+    def base(self):
+        return TableOfBiases()
+
+    def inputs(self):
+        return (torch.tensor([0, 3]),)
+
+    def test_its_own_methods_run_with_the_effective_parameter(self):
+        layer, (index,) = self.made(), self.inputs()
+        randomize(layer)
+        update = layer.updates("default")["table"]
+        expected = (layer.base_layer.table + update.delta())[index]
+        rows = layer.rows(index, factor=2.0)
+        assert torch.allclose(rows, 2 * expected, rtol=0, atol=1e-12)
+        rows.sum().backward()
+        assert all(parameter.grad is not None for parameter in update.parameters())
+        assert layer.base_layer.calls == 1
+        layer.enabled = False
+        assert torch.equal(layer.rows(index), layer.base_layer.table[index])
+        layer.enabled = True
+        layer.reset()  # sets the weight itself
+        assert not layer.base_layer.table.any()
+
+    def test_a_method_of_a_module_that_computes_its_parameter_runs_with_the_sum(self):
+        base = nn.utils.parametrizations.weight_norm(TableOfBiases(), "table")
+        layer, (index,) = FloraParameter(base.double(), "table", 2), self.inputs()
+        randomize(layer)
+        assert torch.allclose(layer.rows(index), layer(index), rtol=0, atol=1e-12)
+
+
 class TestRecurrent(TestBilinear):
     parameter = "weight_ih_l0"
 

@@ -19,12 +19,14 @@ from torch.nn.utils import parametrize
 __all__ = [
     "BaseWeight",
     "adaptable",
+    "call_method",
     "call_with",
     "check_adaptable",
     "check_writable",
     "dense_value",
     "describe",
     "identity",
+    "is_own_method",
     "is_packed_for_inference",
     "is_quantized",
     "is_unpacked_linear",
@@ -329,6 +331,64 @@ def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...
         # What is tied to a parameter inside the base has updates of its own: it would get them twice.
         return functional_call(module, dict(values), args, kwargs, tie_weights=False)
     return stand_in(module, values)(*args, **kwargs)
+
+
+def call_method(
+    module: nn.Module, method: str, values: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a method of a module's own, with other values in the places of some of its weights.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module; what the method writes to it stays.
+    method : str
+        The method's name.
+    values, args, kwargs
+        As for `call_with`.
+
+    Returns
+    -------
+    object
+        What the method gives.
+
+    Examples
+    --------
+    >>> call_method(nn.Linear(2, 1, bias=False), "forward", {"weight": torch.ones(1, 2)}, (torch.ones(2),), {}).item()
+    2.0
+    """
+    own: Any = module
+    if any(name in vars(module) or name not in own._parameters for name in values):
+        return getattr(stand_in(module, values), method)(*args, **kwargs)
+    inside = {f"module.{name}": value for name, value in values.items()}
+    return functional_call(_Method(module, method), inside, args, kwargs, tie_weights=False)
+
+
+class _Method(nn.Module):
+    """A module whose call is a method of another one."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.module, self.method)(*args, **kwargs)
+
+
+def is_own_method(module: nn.Module, name: str) -> bool:
+    """Tell whether a name is that of a method that a module's own class has, and that computes with its weights.
+
+    The methods of PyTorch's modules are for themselves alone, and what sets weights anew must meet the weights.
+
+    Examples
+    --------
+    >>> is_own_method(nn.LSTM(2, 2), "flatten_parameters"), is_own_method(nn.Linear(2, 2), "weight")
+    (False, False)
+    """
+    if name.startswith(("init", "_init", "reset", "_reset", "__")):
+        return False
+    owner = next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith("torch.") and callable(vars(owner)[name])
 
 
 def stand_in(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,8 @@ One class for each kind of product that is known, and `FloraParameter` for every
 `flora_torch.adapted_module` and `flora_torch.flora_layer`, and how an output is computed in `flora_torch.weight_layer`.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
-from flora_torch.base_weight import call_with, is_unpacked_linear
+from flora_torch.base_weight import call_method, call_with, is_own_method, is_unpacked_linear
 from flora_torch.chain import Chain, Frozen
 from flora_torch.cost import conv_rule, embedding_rule, linear_rule, n_rows, sizes_of
 from flora_torch.flora_layer import FloraLayer
@@ -407,7 +409,7 @@ class FloraParameter(FloraLayer):
 
     For what no other layer covers: the ``in_proj_weight`` of nn.MultiheadAttention, one 3-D weight for all experts,
     nn.Bilinear, recurrent layers. ΔW is always formed. Reading such a parameter from this module gives the effective
-    one; *methods* of the base other than its call see the frozen one.
+    one, and methods that the base's own class has run with it too; its properties see the frozen one.
 
     Parameters
     ----------
@@ -463,7 +465,17 @@ class FloraParameter(FloraLayer):
         ready = "tucker_update" in self.__dict__.get("_modules", {})
         if ready and name not in ("base_layer", "tucker_update") and name in self.parameter_names:
             return effective_weight(self, name)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        # Models call methods of their modules past `forward`, as for a table of biases that attention adds.
+        is_method = ready and inspect.ismethod(found) and found.__self__ is self.base_layer
+        is_own = is_method and is_own_method(self.base_layer, name)
+        return functools.partial(self._call_method, name) if is_own else found
+
+    def _call_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if not (self.enabled and self.active_adapters):
+            return getattr(self.base_layer, method)(*args, **kwargs)
+        effective = {name: self.effective(name) for name in self.parameter_names}
+        return call_method(self.base_layer, method, effective, args, kwargs)
 
     @override
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
