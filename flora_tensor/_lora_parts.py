@@ -44,6 +44,10 @@ def from_parts(name: str, parts: Parts, shape: tuple[int, ...] | None) -> Conver
         raise InputError(
             f"{name}: weight-decomposed (DoRA): its change depends on the base weight; merge and extract it"
         )
+    if "diff_b" in parts:
+        raise InputError(
+            f"{name}: has diff_b, a change of the bias, of which only the base tells the new value; merge and extract"
+        )
     given = set(parts) - {"alpha", "scalar"}
     for needed, optional, build in _BUILDERS:
         if needed <= given <= needed | optional:

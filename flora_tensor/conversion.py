@@ -573,7 +573,8 @@ def convert_adapter(
         return from_official_flora(path, scale=scale, base=base, allow_pickle=allow_pickle, **options)
     if any(name.startswith(PREFIX) for name in arrays.names):
         raise InputError(f"{path}: holds an adapter of PEFT, whose alpha is in its config; pass the directory")
-    if any("." in part[0] for name in arrays.names if (part := dotted_part(name))):
+    is_dotted = any("." in part[0] for name in arrays.names if (part := dotted_part(name)))
+    if is_dotted or any(".tucker_update." in name for name in arrays.names):
         return from_diffusers(path, base=base, prefix=prefix, allow_pickle=allow_pickle)
     if base is None:
         raise ValueError("convert: the names in such a file have underscores for dots; pass base (--base)")

@@ -484,6 +484,7 @@ FC = {"fc.weight": np.zeros((4, 3))}
         ),
         ({"fc.lora_up.weight": UP}, FC, {}, ft.InputError, "'fc' is no module of a LyCORIS or kohya file"),
         ({**LORA, "lycoris_fc.dora_scale": UP}, FC, {}, ft.InputError, "weight-decomposed"),
+        ({**LORA, "lycoris_fc.diff_b": UP[:, 0]}, FC, {}, ft.InputError, "has diff_b, a change of the bias"),
         ({**LORA, "lycoris_fc.on_input": UP}, FC, {}, ft.InputError, "which is no LoRA, LoCon, LoHa, LoKr or full"),
         ({**LORA, "lycoris_fc.lora_up.weight": UP * np.nan}, FC, {}, ft.InputError, "has NaN or infinite entries"),
         ({**LORA, "lycoris_fc.lora_up.weight": UP[:, :1]}, FC, {}, ft.InputError, "do not fit each other"),

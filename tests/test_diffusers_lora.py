@@ -244,6 +244,14 @@ def test_bad_files_of_diffusers_are_named(tensors: Any, noted: Any, options: Any
         ft.from_diffusers(file, **options)
 
 
+def test_a_flora_that_diffusers_saved_is_named_by_the_command_too(tmp_path: Path):
+    tensors = {"mid_block.to_out.0.tucker_update.core": np.ones((1, 1))}
+    file = save(tmp_path / NAME, tensors, {KEY: json.dumps({"peft_type": "FLORA"})})
+    done = run("convert", file, tmp_path / "out", "--to", "flora")
+    assert done.exit_code == 3
+    assert "save it with flora_torch.save_adapter" in done.stderr
+
+
 def test_what_diffusers_has_no_place_for_is_refused(tmp_path: Path):
     tensor = ft.TuckerTensor(np.ones((1, 1)), [np.ones((2, 1)), np.ones((3, 1))])
     adapter = ft.Adapter({"fc.weight": tensor}, whole={"fc.bias": np.ones(2)})

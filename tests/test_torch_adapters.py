@@ -192,7 +192,10 @@ class TestKnownTensors:
                 {"1.weight": (8, 1, 3, 3)},
                 r"it has 'blocks.1.weight': put the adapter on that part of the model, 'blocks'",
             ),
-            ({"m.head.weight": (11, 8)}, r"it has 'head.weight': .* or a mapping of names without 'm\.'"),
+            (
+                {"m.head.weight": (11, 8)},
+                r"it has 'head.weight': .* nn.ModuleDict\(\{'m': model\}\), or .* without 'm\.'",
+            ),
             ({"head.weight": (8, 11)}, r"'head.weight' is of shape \(11, 8\) in the model and \(8, 11\)"),
             ({"head.weight": (11, 8), "embed.weight": (11, 8)}, "two entries of the adapter are for one tied weight"),
             ({"norm.weight": (8,)}, "an update needs two axes or more"),

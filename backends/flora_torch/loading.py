@@ -170,7 +170,8 @@ def _meant(name: str, table: Mapping[str, Site]) -> str:
             return f"; it has {other!r}: put the adapter on that part of the model, {other.removesuffix('.' + name)!r}"
         if name.endswith("." + other):
             prefix = name.removesuffix(other)
-            return f"; it has {other!r}: pass the model around it, or a mapping of names without {prefix!r}"
+            around = f", such as nn.ModuleDict({{{prefix[:-1]!r}: model}})" if prefix[:-1].isidentifier() else ""
+            return f"; it has {other!r}: pass the model around it{around}, or a mapping of names without {prefix!r}"
     return near(name, table)
 
 

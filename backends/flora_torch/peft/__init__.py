@@ -12,6 +12,10 @@ commands of `flora-tensor`.
 >>> model.print_trainable_parameters()
 trainable params: 206 || all params: 722 || trainable%: 28.5319
 
+Models of diffusers take such a config too: ``add_adapter``, ``set_adapters`` with weights, ``fuse_lora`` and the rest.
+Their ``save_lora_adapter`` and ``load_lora_adapter`` are for LoRA alone: save with
+``flora_torch.save_adapter(model, path, adapter_name=…)``, and load with ``flora_torch.load_adapter(model, path)``.
+
 PEFT knows files of type FLORA only after this import; before it, loading one ends in its ``KeyError: 'FLORA'``.
 """
 
