@@ -9,7 +9,7 @@ import numpy as np
 from flora_tensor._arrays import to_numpy
 from flora_tensor._errors import InputError
 from flora_tensor._lora_parts import Converted
-from flora_tensor._safetensors import FLOATS, dtype_code
+from flora_tensor._safetensors import FLOATS, READABLE, dtype_code
 from flora_tensor._typing import PathLike
 from flora_tensor._whole import BaseLike, widest_code
 from flora_tensor.adapter import Adapter
@@ -43,10 +43,11 @@ class NamedArrays:
         """Return a text that the file holds beside its tensors."""
         return self._file.metadata.get(key) if self._file else None
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor; what is not a finite float is refused, but α, a single number, may be an integer."""
+    def read(self, name: str, *, whole: bool = False) -> np.ndarray:
+        """Return one tensor, finite floats; α, a single number, and what is stored ``whole`` may be integers."""
         is_alpha = name.endswith(".alpha") and self.code(name) in ("I64", "I32")
-        if self.code(name) not in FLOATS and not is_alpha:
+        is_counter = whole and self.code(name) in READABLE and self.code(name) != "C64"
+        if self.code(name) not in FLOATS and not is_alpha and not is_counter:
             raise InputError(f"{self.label}: {name!r} is of type {self.code(name)}; floats are needed")
         array = self._file.read(name) if self._file else to_numpy(self._table[name])
         if not np.isfinite(array).all():
@@ -79,7 +80,7 @@ class AdapterBuilder:
 
     def keep_whole(self, name: str, key: str) -> None:
         """Take a tensor with its new value."""
-        self.whole[name], self.dtypes[name] = self.arrays.read(key), self.arrays.code(key)
+        self.whole[name], self.dtypes[name] = self.arrays.read(key, whole=True), self.arrays.code(key)
 
     def adapter(self, config: Mapping[str, Any]) -> Adapter:
         """Put the adapter together."""

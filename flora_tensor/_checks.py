@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flora_tensor._arrays import array_namespace, is_exact, largest_magnitude, to_numpy
+from flora_tensor._arrays import array_namespace, is_exact, is_torch, largest_magnitude, to_numpy
 from flora_tensor._typing import Array, Ranks
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "check_finite",
     "check_fraction",
     "check_limit",
+    "check_loaded",
     "check_mode",
     "check_ranks",
     "check_shard_size",
@@ -20,6 +21,7 @@ __all__ = [
     "check_tolerance",
     "exactly_one",
     "feasible_ranks",
+    "prefix_between",
     "printable",
     "size_text",
     "some_names",
@@ -58,6 +60,17 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + rest
 
 
+def prefix_between(one: Sequence[str], other: Sequence[str]) -> str:
+    """Return what half or more of the names on one side have before the names of the other, if anything."""
+    for short, long in ((one, other), (other, one)):
+        known = set(long)
+        for name in (name for name in long if short and name.endswith("." + short[0])):
+            prefix = name.removesuffix(short[0])
+            if 2 * sum(prefix + n in known for n in short) >= len(short):
+                return prefix
+    return ""
+
+
 def size_text(n_bytes: int) -> str:
     """Return a number of bytes in words, in powers of 1000."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
@@ -80,12 +93,19 @@ def check_mode(where: str, mode: Any, ndim: int) -> int:
     return mode % ndim
 
 
+def check_loaded(where: str, x: Array, name: str = "x") -> None:
+    """Refuse a tensor of PyTorch's meta device."""
+    if is_torch(x) and x.device.type == "meta":
+        raise ValueError(f"{where}: {name} is on PyTorch's meta device and holds no numbers; load them first")
+
+
 def check_finite(where: str, x: Array, name: str = "x") -> None:
-    """Refuse NaN and infinity, with how many there are and where the first one stands.
+    """Refuse NaN and infinity, with how many there are and where the first one stands, and what holds no numbers.
 
     This comes before any factorization: LAPACK's SVD can loop for ever on a single infinity.
     """
     xp = array_namespace(where, x)
+    check_loaded(where, x, name)
     if is_exact(xp, x.dtype):
         return
     largest = largest_magnitude(xp, x)

@@ -19,7 +19,7 @@ from flora_tensor._arrays import (
     times_power_of_two,
     working_dtype,
 )
-from flora_tensor._checks import check_tensor
+from flora_tensor._checks import check_loaded, check_tensor
 from flora_tensor._typing import Array, Namespace
 
 __all__ = ["Prepared", "like", "on_host", "prepare"]
@@ -51,7 +51,8 @@ def prepare(where: str, x: Array, squares: float | None = None) -> Prepared:
     if squares is None:
         with np.errstate(over="ignore", invalid="ignore"):
             squares = squared_norm(xp, work)
-    if squares is None:
+    if squares is None:  # a symbol under jit or vmap, or what has no numbers yet
+        check_loaded(where, x)
         return Prepared(xp, work, 0, None)
     if 1e-200 < squares < 1e200:
         k = math.frexp(squares)[1] // 2

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import prefix_between
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._frontiers import Frontier, n_parameters_of
@@ -134,20 +135,9 @@ def _missing_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> s
         if group
     ]
     way_out = "pass allow_missing=True (--allow-missing) to leave them out"
-    if prefix := _prefix(lost, new):
+    if prefix := prefix_between(lost, new):
         way_out = f"one side's names begin with {prefix!r}: save both from the same class of model, or {way_out}"
     return f"extract: tensors are {' and '.join(parts)}; {way_out}"
-
-
-def _prefix(one: Sequence[str], other: Sequence[str]) -> str:
-    """Return what half or more of the names on one side have before the names of the other, if anything."""
-    for short, long in ((one, other), (other, one)):
-        known = set(long)
-        for name in (name for name in long if short and name.endswith("." + short[0])):
-            prefix = name.removesuffix(short[0])
-            if 2 * sum(prefix + n in known for n in short) >= len(short):
-                return prefix
-    return ""
 
 
 def _mismatch_message(base: Checkpoint, tuned: Checkpoint, names: list[str]) -> str:

@@ -29,7 +29,7 @@ def widest_code(codes: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """Tensors that adapters store whole, with their new values: b + Σ w_k (b_k − b)."""
+    """Tensors that adapters store whole, with their new values: b + Σ w_k (b_k − b), integers rounded."""
 
     where: str
     sources: Sequence[Adapter]
@@ -60,8 +60,11 @@ class WholeTensors:
             return None
         if share == 1 and same:
             return owners[0][1]
-        if not all(np.issubdtype(a.dtype, np.floating) for a in arrays):
-            raise InputError(f"{self.where}: {name!r} holds {arrays[0].dtype} values, which cannot be weighted")
+        if not all(a.dtype.kind in "fiu" for a in arrays):
+            raise InputError(
+                f"{self.where}: {name!r} holds {arrays[0].dtype} values, which cannot be weighted; "
+                "extract the adapters without it (exclude, --exclude)"
+            )
         wide = [array.astype(np.float64) for array in arrays]
         total = sum((w * array for (w, _), array in zip(owners, wide)), np.zeros(wide[0].shape))
         if abs(share - 1) > 1e-12 * max(1.0, sum(abs(w) for w, _ in owners)):
@@ -71,7 +74,15 @@ class WholeTensors:
                     f"have it add up to {share:g}; pass base (--base), the checkpoint they change"
                 )
             total = total + (1 - share) * np.asarray(read(name, wide[0].shape), dtype=np.float64)
-        return total.astype(np.result_type(*arrays))
+        dtype = np.result_type(*arrays)
+        return total.astype(dtype) if dtype.kind == "f" else self._rounded(name, total, dtype)
+
+    def _rounded(self, name: str, total: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+        """Round to whole numbers, such as the counters of batch norms are."""
+        total, limits = np.rint(total), np.iinfo(dtype)
+        if not np.all((total >= limits.min) & (total <= limits.max) & (np.abs(total) <= 2.0**53)):
+            raise InputError(f"{self.where}: {name!r} would leave the range of {dtype}; pass other weights")
+        return total.astype(dtype)
 
     def codes(self, values: Mapping[str, Any]) -> dict[str, str]:
         """Return the types that the new values are stored in."""
@@ -79,7 +90,9 @@ class WholeTensors:
         for name in values:
             owners = [source for source in self.sources if name in source.whole]
             given = [s.dtypes.get(name) or dtype_code(s.whole[name].dtype) for s in owners]
-            found[name] = given[0] if len(set(given)) == 1 else widest_code(given)
+            integer = np.dtype(to_numpy(values[name]).dtype).kind in "biu"
+            wide = dtype_code(values[name].dtype) if integer else widest_code(given)
+            found[name] = given[0] if len(set(given)) == 1 else wide
         return found
 
     def _check_mixed(self) -> None:

@@ -493,4 +493,4 @@ def _budget(
     budget = as_int(where, "max_parameters", max_parameters)
     if budget < 0:
         raise ValueError(f"{where}: max_parameters is {budget}; pass 0 or more")
-    return budget
+    return min(budget, 1 << 60)  # NumPy counts in 64 bits, and no model has as many

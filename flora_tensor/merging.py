@@ -10,7 +10,7 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_names
-from flora_tensor._checks import check_shard_size, some_names
+from flora_tensor._checks import check_shard_size, prefix_between, some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
@@ -20,6 +20,7 @@ from flora_tensor._resized import NEW_ROWS, read_resized
 from flora_tensor._safetensors import READABLE, decode, encode
 from flora_tensor._scaled import scale_of
 from flora_tensor._settings import Progress
+from flora_tensor._stored_files import PICKLE_SUFFIXES
 from flora_tensor._typing import PathLike
 from flora_tensor._version import __version__
 from flora_tensor._warnings import warn_user
@@ -120,7 +121,7 @@ def merge_checkpoint(
         If the base lacks a tensor of the adapter or has it in another shape or a type that is not a float, or a
         sum is not finite.
     ValueError
-        If an option is out of its range, or the output is the input.
+        If an option is out of its range, the output is the input, or is named as a pickle file is.
     OSError
         If the output exists or does not fit on the disk.
 
@@ -148,6 +149,8 @@ def merge_checkpoint(
     if verify_base not in ("warn", "error", "ignore"):
         raise ValueError(f"merge: verify_base is {verify_base!r}; pass 'warn', 'error' or 'ignore'")
     check_shard_size("merge", max_shard_size)
+    if Path(out).suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"merge: {out} is no name of a safetensors file; pass one, or a directory")
     source = open_checkpoint(base, allow_pickle=allow_pickle)
     check_distinct("merge", out, source)
     change = _for_all_names(as_adapter(adapter), source)
@@ -258,8 +261,11 @@ def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[i
     names = [*adapter, *(name for name in adapter.whole if name not in new)]
     stored = set(base.names())
     if missing := [name for name in names if name not in stored]:
+        prefix = prefix_between(missing, base.names())
+        why = f"; one side's names begin with {prefix!r}" if prefix else ""
         raise InputError(
-            f"merge: {base.path} lacks {some_names(missing)}, which the adapter changes; pass the base it was made for"
+            f"merge: {base.path} lacks {some_names(missing)}, which the adapter changes{why}; "
+            "pass the base it was made for"
         )
     for name in names:
         info = base.info(name)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flora_tensor._checks import check_fraction, some_names
+from flora_tensor._checks import check_fraction, prefix_between, some_names
 from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
 from flora_tensor._heads import with_heads
@@ -17,6 +17,7 @@ from flora_tensor._scaled import scale_of, weight_of
 from flora_tensor._settings import check_globs, globs, heads_option, matches
 from flora_tensor._stacks import find_stacks
 from flora_tensor._typing import PathLike
+from flora_tensor._warnings import warn_user
 from flora_tensor.allocation import allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, is_float, open_checkpoint
@@ -227,6 +228,11 @@ def study_ranks(
     ResourceError
         If a tensor would need more memory than there is.
 
+    Warns
+    -----
+    FloraWarning
+        If tensors are in one checkpoint only.
+
     References
     ----------
     De Lathauwer, De Moor and Vandewalle (2000); the budgets are spread by `allocate_ranks`.
@@ -246,6 +252,7 @@ def study_ranks(
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
     check_globs("study_ranks", list(dict.fromkeys((*before.names(), *after.names()))), include, exclude)
     names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
+    _warn_of_missing(before, after, include, exclude)
     stacks = find_stacks("ranks", before, after, names, tuple(dict.fromkeys(globs(stack))))
     found = heads_option(heads, before, after)
     spectra: dict[str, ModeSpectra] = {}
@@ -273,6 +280,18 @@ def study_ranks(
     stacks = {name: members for name, members in stacks.items() if name in spectra}
     rows = tuple(_budget_row(frontiers, stacks, share) for share in shares)
     return RankStudy(spectra, frontiers, rows, budget_curve(grouped_frontiers(frontiers, stacks)), stacks)
+
+
+def _warn_of_missing(base: Checkpoint, tuned: Checkpoint, include: Any, exclude: Any) -> None:
+    """Warn of tensors that only one checkpoint has, which `extract` refuses."""
+    lost, new = (
+        [name for name in one.names() if name not in other and matches(name, include, exclude)]
+        for one, other in ((base, tuned), (tuned, base))
+    )
+    if alone := [*lost, *new]:
+        prefix = prefix_between(lost, new)
+        why = f"; one side's names begin with {prefix!r}" if prefix else ""
+        warn_user(f"ranks: only one checkpoint has {some_names(alone)}; they are left out{why}")
 
 
 def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

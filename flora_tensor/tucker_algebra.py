@@ -263,7 +263,7 @@ def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
     ValueError
         If ``c`` is an array with axes.
     TypeError
-        If ``a`` is no Tucker tensor.
+        If ``a`` is no Tucker tensor, or ``c`` no number.
 
     References
     ----------
@@ -278,6 +278,8 @@ def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
            [6., 6.]])
     """
     check_tucker("scale", a)
+    if c is None or isinstance(c, str | list | tuple):
+        raise TypeError(f"scale: c is {c!r}; pass a number")
     if getattr(c, "shape", ()) != ():
         raise ValueError(f"scale: c has shape {tuple(c.shape)}; pass a number")  # type: ignore[union-attr]
     return TuckerTensor(a.core * c, a.factors)

@@ -6,7 +6,7 @@ tensor).
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class TuckerTensor:
     ValueError
         If the number of factors is not the core's order, or a factor's shape does not fit the core.
     TypeError
-        If core and factors are arrays of different libraries.
+        If core and factors are arrays of different libraries, or there is no sequence of factors.
 
     Notes
     -----
@@ -71,7 +71,10 @@ class TuckerTensor:
     factors: tuple[Array | None, ...]
 
     def __post_init__(self) -> None:
-        factors = tuple(self.factors)
+        given: Any = self.factors
+        if not isinstance(given, Iterable):
+            raise TypeError(f"TuckerTensor: factors is {type_text(given)}; pass one factor (or None) a mode")
+        factors = tuple(given)
         object.__setattr__(self, "factors", factors)
         array_namespace("TuckerTensor", self.core, *factors)
         ranks = tuple(self.core.shape)
@@ -220,7 +223,8 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
 def _settled(array: Array) -> Array:
     """Lay an array out in C order and on a cache line, where that is not so: MKL's rounding depends on both."""
     if not is_torch(array):
-        return np.ascontiguousarray(array) if array_api_compat.is_numpy_array(array) else array
+        # Not by ascontiguousarray, which gives an axis to what has none.
+        return np.asarray(array, order="C") if array_api_compat.is_numpy_array(array) else array
     import torch
 
     if torch.compiler.is_compiling():

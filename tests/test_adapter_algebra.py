@@ -376,6 +376,16 @@ def test_uniform_rounding_counts_relative_errors(seed, powers, share):
     assert math.sqrt(np.mean(squares)) <= 0.3 + 1e-12
 
 
+def test_counters_are_weighted_and_rounded():
+    a, b = (ft.Adapter(biased(1.0).tensors, whole={"n": np.array(n, np.int64)}) for n in (10, 21))
+    assert ft.add_adapters([a, b], weights=[0.5, 0.5]).adapter.whole["n"] == np.rint(15.5)
+    scaled = ft.scale_adapter(a, 0.3, base={"n": np.array(4)}).whole["n"]
+    assert (scaled, scaled.dtype, scaled.shape) == (np.rint(4 + 0.3 * 6), np.int64, ())
+    small = ft.Adapter({}, whole={"n": np.array(200, np.uint8)})
+    with pytest.raises(ft.InputError, match="scale: 'n' would leave the range of uint8; pass other weights"):
+        ft.scale_adapter(small, 2.0, base={"n": np.array(1, np.uint8)})
+
+
 def test_rounding_keeps_whole_tensors_bit_for_bit(tmp_path: Path):
     adapter = ft.Adapter(biased(1.0).tensors, whole={"n": np.float32([0.1, 0.2])}, dtypes={"n": "BF16"})
     fit = ft.round_adapter(adapter, max_parameters=1)
@@ -463,9 +473,11 @@ def one(core: float = 1.0, shape: tuple[int, int] = (2, 2)) -> dict[str, ft.Tuck
             r"'b' has shapes \[\(2,\), \(3,\)\]",
         ),
         (
-            lambda: ft.add_adapters([ft.Adapter({}, whole={"b": np.array([n])}) for n in (2, 3)], weights=[0.5, 0.5]),
+            lambda: ft.add_adapters(
+                [ft.Adapter({}, whole={"b": np.array(n)}) for n in (True, False)], weights=[0.5, 0.5]
+            ),
             ft.InputError,
-            "'b' holds int64 values, which cannot be weighted",
+            "'b' holds bool values, which cannot be weighted; extract the adapters without it",
         ),
         (lambda: ft.scale_adapter(one(), math.nan), ValueError, "the factor is nan; pass a finite number"),
         (lambda: ft.scale_adapter(ft.Adapter(one(), scales={"w": 1e30}), 1e30), ValueError, "the scale of 'w' is"),

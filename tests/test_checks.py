@@ -130,6 +130,16 @@ def test_torch_tensors_without_dense_numbers_are_refused():
         ft.hosvd(quantized)
 
 
+def test_tensors_on_the_meta_device_are_refused():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(3, 4, device="meta")
+    a = ft.TuckerTensor(x, [None, None])
+    assert ft.add(a, a).to_tensor().shape == (3, 4)
+    for function, empty in ((ft.tucker, x), (ft.st_hosvd, x), (ft.hooi, x), (ft.round_tucker, a)):
+        with pytest.raises(ValueError, match=f"{function.__name__}: . is on PyTorch's meta device and holds"):
+            function(empty, ranks=1)
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
 def test_types_of_eight_bits_and_fewer_are_refused_by_all_that_computes(library, name):

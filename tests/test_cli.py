@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import flora_tensor as ft
 from checkpoints import load, run, save
 from flora_tensor import cli
-from flora_tensor.cli.options import ranks, share, size
+from flora_tensor.cli.options import count, ranks, share, size, tolerance
 from support import optional
 
 torch = optional("torch")
@@ -131,7 +131,27 @@ def test_shares_are_percent_or_fractions(text: str, value: float):
 def test_ranks_and_sizes_are_read():
     assert ranks("16") == 16
     assert ranks("16,16,2,2") == [16, 16, 2, 2]
-    assert [size(s) for s in ("1000", "5GB", "512MiB", "1.5k", "2B")] == [1000, 5 * 10**9, 512 * 2**20, 1500, 2]
+    sizes = {
+        "1000": 1000,
+        "5GB": 5 * 10**9,
+        "512MiB": 512 * 2**20,
+        "1.5k": 1500,
+        "2B": 2,
+        "1e6": 10**6,
+        "2e3 kB": 2 * 10**6,
+    }
+    assert {s: size(s) for s in sizes} == sizes
+    counts = {
+        "7": 7,
+        "1_000": 1000,
+        "1e6": 10**6,
+        "2M": 2 * 10**6,
+        "1.5B": 15 * 10**8,
+        "2.5k": 2500,
+        "9" * 20: 10**20 - 1,
+    }
+    assert {s: count(s) for s in counts} == counts
+    assert [tolerance(s) for s in ("0.1", "10%", "0", "1e-3")] == [0.1, 0.1, 0.0, 1e-3]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +171,15 @@ def test_ranks_and_sizes_are_read():
         (["extract", "BASE", "TUNED", "-o", "OUT", "--ranks", "2", "--rtol", "0.1"], 2, "pass one of ranks, rtol"),
         (["extract", "BASE", "TUNED", "-o", "OUT", "--vectors", "x"], 2, "'x' is not one of"),
         (["extract", "BASE", "TUNED", "-o", "OUT", "--max-memory", "lots"], 2, "'lots' is not a size"),
+        (
+            ["extract", "BASE", "TUNED", "-o", "OUT", "--max-parameters", "1.5"],
+            2,
+            "'1.5' is not a count; pass one such",
+        ),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--max-parameters", "-5"], 2, "'-5' is not a count"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--rtol", "low"], 2, "'low' is not an error; pass one such as 0.1"),
+        (["extract", "BASE", "TUNED", "-o", "OUT", "--rtol", "-1%"], 2, "rtol is -0.01; pass a number from 0 to 1"),
+        (["extract", "BASE", "TUNED", "-o", "-"], 2, "'-' is no place to write to; pass a path"),
         (["extract", "BASE", "TUNED", "-o", "BASE"], 2, "is or holds the input"),
         (["extract", "BASE", "BASE", "-o", "OUT"], 3, "nothing to extract"),
         (["extract", "BASE", "PICKLE", "-o", "OUT"], 3, "a pickle file, which can run code"),
@@ -175,6 +204,12 @@ def test_errors_are_one_line_and_an_exit_code(
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_beyond_everything_stores_everything(pair: tuple[Path, Path], tmp_path: Path):
+    done = run("extract", *pair, "-o", tmp_path / "a", "--max-parameters", "9" * 30, "--json")
+    assert json.loads(done.stdout)["totals"]["n_parameters"] == 8 * 6 * 9, done.stderr
+    assert run("round", tmp_path / "a", "-o", tmp_path / "r", "--max-bytes", "9" * 30).exit_code == 0
 
 
 def test_an_existing_output_is_an_io_error(pair: tuple[Path, Path], tmp_path: Path):

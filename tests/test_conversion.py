@@ -233,6 +233,13 @@ def test_whole_tensors_travel_with_a_lora(tmp_path: Path):
     assert {n: x.tolist() for n, x in back.whole.items()} == {n: x.tolist() for n, x in values.items()}
 
 
+def test_counters_travel_with_a_lora(tmp_path: Path):
+    given = ft.Adapter({"fc.weight": tensor()}, whole={"norm.num_batches_tracked": np.array(7)})
+    ft.to_peft_lora(given, tmp_path / "lora")
+    back = ft.from_peft_lora(tmp_path / "lora")
+    assert (back.whole["norm.num_batches_tracked"], back.dtypes["norm.num_batches_tracked"]) == (7, "I64")
+
+
 # --- LyCORIS -----------------------------------------------------------------------------------------
 
 ALGOS: dict[str, dict[str, Any]] = {

@@ -299,6 +299,29 @@ def test_files_keep_the_name_that_diffusers_looks_for(tmp_path: Path):
     assert (tmp_path / "s" / "diffusion_pytorch_model.safetensors.index.json").exists()
 
 
+def test_names_that_differ_by_a_prefix_and_pickle_names_are_told(tmp_path: Path):
+    paths = [
+        save(
+            tmp_path / f"{k}.safetensors",
+            {f"{prefix}fc.weight": np.full((4, 4), k + 0.0), "same": np.full((2, 2), k + 0.0)},
+        )
+        for k, prefix in enumerate(("model.", "module.model."))
+    ]
+    adapter = {"model.fc.weight": rank_one((4, 4))}
+    with pytest.raises(
+        ft.InputError, match=r"'model.fc.weight', .*; one side's names begin with 'module.'; pass the base"
+    ):
+        ft.merge_checkpoint(paths[1], adapter, tmp_path / "merged.safetensors")
+    with pytest.raises(
+        ValueError, match=r"merge: .*merged.bin is no name of a safetensors file; pass one, or a directory"
+    ):
+        ft.merge_checkpoint(paths[0], adapter, tmp_path / "merged.bin")
+    with pytest.warns(
+        ft.FloraWarning, match=r"ranks: only one checkpoint has 'model.fc.weight', .* begin with 'module.'"
+    ):
+        assert set(ft.study_ranks(*paths).spectra) == {"same"}
+
+
 @pytest.mark.parametrize("scale", ["fc.weight_scale_inv", "fc.weight_scale", "fc.scale_weight", "fc.scale"])
 def test_weights_that_a_tensor_beside_them_scales_are_not_taken_for_numbers(scale: str, tmp_path: Path):
     rng = np.random.default_rng(0)

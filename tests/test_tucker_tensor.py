@@ -126,6 +126,17 @@ def test_core_and_factors_of_two_libraries_are_refused():
 def test_lists_are_refused():
     with pytest.raises(TypeError, match=r"TuckerTensor: got builtins.list; pass arrays of one library"):
         TuckerTensor([[1.0]], [[[1.0], [1.0]], [[1.0]]])
+    with pytest.raises(TypeError, match="TuckerTensor: factors is NoneType; pass one factor"):
+        TuckerTensor(np.ones((2, 2)), None)
+    for c in ("2", [2.0], None):
+        with pytest.raises(TypeError, match=r"scale: c is .*; pass a number"):
+            ft.scale(example(), c)
+
+
+def test_a_tensor_without_axes_is_its_core(xp):
+    a = TuckerTensor(xp.asarray(3.0), [])
+    assert float(ft.reconstruct(a)) == float(ft.norm(a)) == 3.0
+    assert ft.add(a, a).to_tensor().shape == ()
 
 
 def test_a_numpy_array_is_made_only_on_request():

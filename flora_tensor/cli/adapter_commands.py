@@ -15,10 +15,9 @@ from flora_tensor.cli.options import (
     PICKLE,
     VERIFY_BASE,
     WEIGHTS,
+    budget,
     examples,
     numbers,
-    share,
-    size,
     with_options,
 )
 
@@ -34,12 +33,7 @@ _WRITING = (
     _OVERWRITE,
     MAX_SHARD_SIZE,
 )
-_BUDGET = (
-    click.option("--max-ratio", type=share, metavar="SHARE", help="Numbers stored, as a share of the dense changes."),
-    click.option("--max-parameters", type=int, metavar="N", help="Numbers stored in all."),
-    click.option("--max-bytes", type=size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB."),
-    click.option("--rtol", type=float, metavar="ERROR", help="The relative error to stay within."),
-)
+_BUDGET = budget("such as 5% or 0.05")
 _BASE = (
     click.option("--base", type=EXISTING, help="The checkpoint they change; tensors stored whole need it."),
     VERIFY_BASE,

@@ -18,6 +18,7 @@ from flora_tensor.cli.options import (
     VERIFY_BASE,
     WEIGHTS,
     SectionedCommand,
+    budget,
     examples,
     heads,
     noise,
@@ -34,15 +35,7 @@ from flora_tensor.cli.options import (
 __all__ = ["COMMANDS"]
 
 _BUDGET = (
-    click.option(
-        "--max-ratio",
-        type=share,
-        metavar="SHARE",
-        help="Numbers stored, as a share of the dense change; 5% by default.",
-    ),
-    click.option("--max-parameters", type=int, metavar="N", help="Numbers stored in all."),
-    click.option("--max-bytes", type=size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB."),
-    click.option("--rtol", type=float, metavar="ERROR", help="The relative error to stay within."),
+    *budget("5% by default"),
     click.option("--ranks", type=ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2."),
 )
 _HEADS = click.option(

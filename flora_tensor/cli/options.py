@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ __all__ = [
     "VERIFY_BASE",
     "WEIGHTS",
     "SectionedCommand",
+    "budget",
     "examples",
     "heads",
     "noise",
@@ -42,7 +44,18 @@ __all__ = [
 AnyCommand = TypeVar("AnyCommand", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 EXISTING = click.Path(path_type=Path)
-OUTPUT = click.Path(path_type=Path)
+
+
+class _Output(click.Path):
+    """A file or a directory to write; nothing here can be written to stdout, as ``-`` asks of other programs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "-":
+            self.fail("'-' is no place to write to; pass a path (./- for a file of that name)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+OUTPUT = _Output(path_type=Path)
 
 # Reading arguments ----------------------------------------------------------------------------------------------------
 
@@ -69,12 +82,29 @@ def heads(text: str) -> int | str | None:
 def share(text: str) -> float:
     """Read a share, as ``5%`` or ``0.05``."""
     try:
-        number = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
+        number = tolerance(text)
+    except click.BadParameter:
         raise click.BadParameter(f"{text!r} is not a share; pass one such as 5% or 0.05") from None
     if not 0 < number <= 1:
         raise click.BadParameter(f"{text!r} is not a share above 0 and up to 100 %")
     return number
+
+
+def tolerance(text: str) -> float:
+    """Read a relative error, as ``0.1`` or ``10%``; its range is checked where it is used."""
+    try:
+        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not an error; pass one such as 0.1 or 10%") from None
+
+
+def count(text: str) -> int:
+    """Read how many numbers to store, as ``20000000``, ``2e7``, ``20M`` or ``1.5B``."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([KMB]?)", text.strip(), re.IGNORECASE)
+    number = Fraction(match[1]) * 1000 ** " KMB".index(match[2].upper() or " ") if match else Fraction(1, 2)
+    if number.denominator != 1:
+        raise click.BadParameter(f"{text!r} is not a count; pass one such as 20000000, 2e7 or 20M")
+    return int(number)
 
 
 def ranks(text: str) -> int | list[int]:
@@ -87,8 +117,8 @@ def ranks(text: str) -> int | list[int]:
 
 
 def size(text: str) -> int:
-    """Read a number of bytes, as ``5GB``, ``512MiB`` or ``1000``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    """Read a number of bytes, as ``5GB``, ``512MiB``, ``5e9`` or ``1000``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise click.BadParameter(f"{text!r} is not a size; pass one such as 5GB or 512MiB")
     unit = 1024 if match[3] else 1000
@@ -177,6 +207,19 @@ MAX_SHARD_SIZE = click.option(
     help="Split the tensor file at this size; PEFT reads one file only.",
 )
 MAX_MEMORY = click.option("--max-memory", type=size, metavar="SIZE", help="The most memory for one tensor's work.")
+
+
+def budget(ratio: str) -> tuple[Decorator, ...]:
+    """Return the options that limit what is stored, one of which is taken; ``ratio`` says which shares there are."""
+    shares = f"Numbers stored, as a share of the dense changes, {ratio}."
+    return (
+        click.option("--max-ratio", type=share, metavar="SHARE", help=shares),
+        click.option("--max-parameters", type=count, metavar="N", help="Numbers stored in all, such as 2000000 or 2M."),
+        click.option("--max-bytes", type=size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB."),
+        click.option("--rtol", type=tolerance, metavar="ERROR", help="The relative error to stay within: 0.1 or 10%."),
+    )
+
+
 WEIGHTS = click.option(
     "--weights",
     type=click.Choice(["norm", "uniform"]),

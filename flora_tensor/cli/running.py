@@ -86,7 +86,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError | ResourceError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 5, (str(error) or "not enough memory") + kept
     if isinstance(error, OSError):
-        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        said = error.strerror or str(error)
+        text = f"{said}: {error.filename}" if error.strerror and error.filename else said
         return 4, text + kept
     if isinstance(error, ValueError | TypeError):
         return 2, str(error)
