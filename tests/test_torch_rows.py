@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +136,21 @@ def test_a_transformer_with_beams():
             pytest.raises(ValueError, match=r"adapters for 3 rows, but 'transformer.wte'"),
         ):
             model(beams)
+
+
+def test_a_compiled_model_takes_other_rows():
+    """It is compiled for the adapters of a batch, and once more when an adapter first has another number of rows."""
+    torch._dynamo.reset()
+    model = adapted(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5)))
+    counter = CompileCounter()
+    compiled, x = torch.compile(model, backend=counter, fullgraph=True), torch.randint(9, (6, 4))
+    batches = [("aabb..", 1), (".baab.", 1), ("baaab.", 2), ("bbb.aa", 3), ("aabbbb", 3), ("aa....", 4), ("aabb..", 4)]
+    for text, count in batches:
+        rows = [None if name == "." else name for name in text]
+        with torch.no_grad(), adapters_for_rows(model, rows):
+            for _ in range(2):
+                assert close(compiled(x), model(x), 6, 5)
+        assert counter.frame_count == count, text
 
 
 class TestRefusals:

@@ -61,7 +61,7 @@ def adapters_for_rows(model: nn.Module, rows: RowAdapters) -> Generator[nn.Modul
     """
     layers = layers_of(model, "adapters_for_rows")
     names = {id(place.wrapper): place.name or "the model" for place in places(model) if place.wrapper is not None}
-    plan = RowPlan(rows, names)
+    plan = RowPlan(rows, names, {p.device for p in model.parameters()})
     check_known(model, "adapters_for_rows", list(plan.rows))
     refuse_merged("adapters_for_rows", layers)
     for layer in layers:

@@ -1,6 +1,6 @@
 """Which rows of a batch each adapter is for."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 import torch
@@ -21,6 +21,8 @@ class RowPlan:
         The adapters of each row.
     layer_names : dict of int to str
         From a layer's id to its name in the model, for error messages.
+    devices : collection of torch.device
+        Where the layers are.
 
     Examples
     --------
@@ -29,24 +31,29 @@ class RowPlan:
     (3, {'a': [0, 2], 'b': [2]})
     """
 
-    def __init__(self, rows: RowAdapters, layer_names: dict[int, str]) -> None:
+    def __init__(self, rows: RowAdapters, layer_names: dict[int, str], devices: Collection[torch.device] = ()) -> None:
         self.n_rows = len(rows)
         self.layer_names = layer_names
-        self.rows: dict[str, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for number, given in enumerate(rows):
             for name in [given] if isinstance(given, str) else dict.fromkeys(given or ()):
-                self.rows.setdefault(name, []).append(number)
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+                found.setdefault(name, []).append(number)
+        # A compiled model reads the names, in an order that does not depend on the rows, and takes the indices as
+        # inputs: the next batch with these adapters, whichever rows are whose, runs as it is compiled.
+        self.rows = dict(sorted(found.items()))
+        keys = [(name, device) for name in self.rows for device in devices]
+        self._indices = {key: self._made(*key) for key in keys}
 
     def index(self, adapter_name: str, device: torch.device) -> Tensor | None:
-        """Return an adapter's rows as indices on a device, made once; ``None`` where it has all of them in order."""
-        rows = self.rows[adapter_name]
-        if len(rows) == self.n_rows:
-            return None
+        """Return an adapter's rows as indices on a device; ``None`` where it has all of them in order."""
         key = (adapter_name, device)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(rows, device=device)
+        if key not in self._indices:  # as of weights that are elsewhere between calls
+            self._indices[key] = self._made(*key)
         return self._indices[key]
+
+    def _made(self, adapter_name: str, device: torch.device) -> Tensor | None:
+        rows = self.rows[adapter_name]
+        return None if len(rows) == self.n_rows else torch.tensor(rows, device=device)
 
     def check(self, layer: object, shape: tuple[int, ...], n_axes: int) -> None:
         """Refuse an input whose first axis is not the rows; ``n_axes`` is what one without a batch has."""
