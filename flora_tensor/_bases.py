@@ -302,6 +302,9 @@ def with_fixed_signs(xp: Namespace, vectors: Array) -> Array:
     """Make the entry of largest magnitude in each column real and positive, the first one where several are largest."""
     if 0 in vectors.shape:
         return vectors
+    if array_api_compat.is_numpy_array(vectors):  # the same in few calls, as most of these matrices are small
+        entries = vectors[np.argmax(np.abs(vectors), axis=0), np.arange(vectors.shape[1])]
+        return vectors * (entries.conj() / np.abs(entries) if np.iscomplexobj(entries) else np.sign(entries))
     magnitudes = xp.abs(vectors)
     rows = xp.arange(vectors.shape[0], device=array_api_compat.device(vectors))
     chosen = rows[:, None] == xp.argmax(magnitudes, axis=0)[None, :]

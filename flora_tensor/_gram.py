@@ -33,6 +33,9 @@ SHORT, _LONG_PASS = 64, 1 << 16
 # 22) on some spectra that consist of clusters.
 _FEW = 1 / 3
 
+# Eigenvectors that are copied at a time.
+_TOGETHER = 32
+
 # Entries of a matrix that are looked at at a time.
 _SLAB = 1 << 16
 
@@ -75,10 +78,12 @@ class Grams:
 
     def _neighbors(self, mode: int) -> range:
         """Return the run of short modes that ``mode`` belongs to."""
+        if not is_long_pass(self.x):
+            return range(mode, mode + 1)
         starts, size = [0], 1
         for k, n in enumerate(self.x.shape):
             size *= n
-            if k and (size > SHORT or not is_long_pass(self.x)):
+            if k and size > SHORT:
                 starts.append(k)
                 size = n
         return next(range(a, b) for a, b in pairwise([*starts, len(self.x.shape)]) if a <= mode < b)
@@ -103,7 +108,7 @@ def is_long_pass(x: Any) -> bool:
 
 
 def _projected(x: Any, factors: Mapping[int, Any]) -> Any:
-    return multi_mode_dot(x, list(factors.values()), modes=list(factors), transpose=True)
+    return multi_mode_dot(x, list(factors.values()), modes=list(factors), transpose=True) if factors else x
 
 
 def _joined(x: Any, run: range) -> Any:
@@ -221,13 +226,15 @@ def _some_eigenvectors(gram: Any, keep: int | Callable[[Any], int], dtype: Any) 
     count = keep(values[order]) if callable(keep) else keep
     # Inverse iteration wants them block by block and increasing, as they are; near ones are made orthogonal.
     chosen = np.sort(order[:count])
-    places = np.zeros((2, len(d)), dtype=np.int32)
-    places[0, :count], places[1, : len(ends)] = block[chosen], ends
-    (vectors,) = _lapack("stein", d, d, e, values[chosen], *places)
+    blocks = np.zeros((2, len(d)), dtype=np.int32)
+    blocks[0, :count], blocks[1, : len(ends)] = block[chosen], ends
+    (vectors,) = _lapack("stein", d, d, e, values[chosen], *blocks)
     turned = _times_reflectors(reflectors, tau, vectors)
     result = np.empty((len(d), count), dtype)
-    for column, place in enumerate(np.argsort(-values[chosen], kind="stable")):
-        result[0, column], result[1:, column] = turned[-1, place], turned[:-1, place]
+    places = np.argsort(-values[chosen], kind="stable")
+    for start in range(0, count, _TOGETHER):
+        here = slice(start, start + _TOGETHER)
+        result[0, here], result[1:, here] = turned[-1, places[here]], turned[:-1, places[here]]
     return values[order], result
 
 
@@ -262,8 +269,8 @@ def _times_reflectors(reflectors: Any, tau: Any, vectors: Any) -> Any:
     n = len(reflectors)
     reflectors[0, 1:] = 0.0
     below = reflectors.reshape(-1, order="F")[1 : 1 + n * (n - 1)].reshape(n, n - 1, order="F")
-    for column in vectors.T:
-        column[:] = np.roll(column, -1)
+    for start in range(0, vectors.shape[1], _TOGETHER):
+        vectors[:, start : start + _TOGETHER] = np.roll(vectors[:, start : start + _TOGETHER], -1, axis=0)
     vectors = vectors.astype(reflectors.dtype, copy=False)
     name, work = "unmqr" if np.iscomplexobj(reflectors) else "ormqr", 64 * max(vectors.shape[1], 1)
     return _lapack(name, reflectors, "L", "N", below, tau, vectors, lwork=work, overwrite_c=1)[0]

@@ -8,6 +8,7 @@ accept the arrays of any array-API library and return arrays of that library; al
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import array_api_compat
@@ -33,6 +34,14 @@ _MEDIUM_PRODUCT, _THIN = 1 << 20, 32
 
 # Entries that are copied so at a time: what the processor's cache holds.
 _TURNED = 1 << 18
+
+# Modes side by side are multiplied as one where they have no more than so many indices, before and after, and the
+# tensor has so many entries.
+_SHORT, _JOINED = 64, 1 << 12
+
+# Entries of a fresh result that are written at a time: fresh memory is first filled with zeros, which are then still in
+# the cache. Of thin factors only, and not of fewer rows than hide the cost of packing the other matrix.
+_BAND, _BAND_ROWS, _BAND_INNER = 1 << 21, 64, 128
 
 # Tensors from this many entries on are multiplied along several modes in so many parts, to save memory.
 _LARGE, _PARTS = 1 << 20, 16
@@ -226,14 +235,55 @@ def multi_mode_dot(
     if transpose:
         steps = [(k, hermitian(xp, m)) for k, m in steps]
     if len({k for k, _ in steps}) == len(steps):
-        order = contraction_order([m.shape[1] for _, m in steps], [m.shape[0] for _, m in steps])
-        steps = [steps[i] for i in order]
-        if _holds_much(x, steps):
-            return _multiply_in_parts(xp, x, steps)
+        return multiply(xp, x, steps)
     for k, m in steps:
         x, m = promote(xp, x, m)
         x = contract(xp, x, m, k)
     return x
+
+
+def multiply(xp: Namespace, x: Array, steps: Sequence[tuple[int, Array]], out: Array | None = None) -> Array:
+    """Multiply along different modes, unchecked and in the order that costs least; ``out`` is as for `contract`."""
+    new = {k: m.shape[0] for k, m in steps}
+    shape = tuple(new.get(k, n) for k, n in enumerate(x.shape))
+    if len(steps) > 1 and not is_torch(x) and array_api_compat.is_numpy_array(x):
+        x, steps = _joined(x, dict(steps), shape)
+    order = contraction_order([m.shape[1] for _, m in steps], [m.shape[0] for _, m in steps])
+    steps = [steps[i] for i in order]
+    if out is None and _holds_much(x, steps):
+        return xp.reshape(_multiply_in_parts(xp, x, steps), shape)
+    for i, (k, m) in enumerate(steps):
+        x, m = promote(xp, x, m)
+        x = contract(xp, x, m, k, out if i == len(steps) - 1 else None)
+    return x if tuple(x.shape) == shape else xp.reshape(x, shape)
+
+
+def _joined(x: Any, matrices: dict[int, Any], shape: tuple[int, ...]) -> tuple[Any, Sequence[tuple[int, Any]]]:
+    """Take short modes side by side as one, to be multiplied by the Kronecker product of their matrices.
+
+    A tensor that gets ``shape`` is then read and written once, not once a mode, and where these modes are the last ones
+    nothing has to be turned. Among small tensors that would save nothing, and short types would round more.
+    """
+    if max(x.size, math.prod(shape)) < _JOINED or any(a.dtype.char not in "fdFD" for a in (x, *matrices.values())):
+        return x, list(matrices.items())
+    runs: list[list[int]] = []
+    room = 0  # indices that the modes of a run may be multiplied by yet; begun at the end, as there it saves most
+    for k in reversed(range(x.ndim)):
+        length = max(x.shape[k], shape[k], 1)
+        if k in matrices and length <= room:
+            runs[0].insert(0, k)
+        else:
+            runs.insert(0, [k])
+            room = _SHORT if k in matrices else 0
+        room //= length
+    x = x.reshape([math.prod(x.shape[k] for k in run) for run in runs])
+    return x, [(i, reduce(_kronecker, (matrices[k] for k in run))) for i, run in enumerate(runs) if run[0] in matrices]
+
+
+def _kronecker(a: Any, b: Any) -> Any:
+    """Return the Kronecker product of two matrices; NumPy's own takes several times as long where they are small."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def contraction_order(inner: Sequence[int], outer: Sequence[int]) -> list[int]:
@@ -352,7 +402,7 @@ def _contract_in_parts(x: Any, matrix: Any) -> Any:
 def _matmul(xp: Namespace, a: Array, b: Array, out: Array | None, shape: tuple[int, ...]) -> Array:
     """Multiply matrices, into ``out`` seen as an array of ``shape`` where one is given."""
     if out is None:
-        return xp.matmul(a, b)
+        return _matmul_in_bands(a, b) if _fills_much(a, b) else xp.matmul(a, b)
     view = out.reshape(shape)
     left, right, target = host_view(a), host_view(b), host_view(view)
     if left is not None and right is not None and target is not None:
@@ -362,6 +412,22 @@ def _matmul(xp: Namespace, a: Array, b: Array, out: Array | None, shape: tuple[i
 
         torch.matmul(a, b, out=view)
     return view
+
+
+def _fills_much(a: Array, b: Array) -> bool:
+    """Tell whether a product of matrices is much larger than they are, so that writing it counts."""
+    if len(a.shape) != 2 or len(b.shape) != 2 or is_torch(a) or not array_api_compat.is_numpy_array(a):
+        return False
+    return b.shape[0] <= _BAND_INNER and _BAND_ROWS <= _BAND // max(b.shape[1], 1) < a.shape[0] // 2
+
+
+def _matmul_in_bands(a: Any, b: Any) -> Any:
+    """Multiply matrices into fresh memory, some rows at a time."""
+    result = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
+    rows = _BAND // b.shape[1]
+    for start in range(0, a.shape[0], rows):
+        np.matmul(a[start : start + rows], b, out=result[start : start + rows])
+    return result
 
 
 def _check_matrix(where: str, matrix: Array, mode: int, size: int, transpose: bool = False) -> None:

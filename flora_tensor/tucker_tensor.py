@@ -16,7 +16,7 @@ import numpy as np
 from flora_tensor._arrays import array_namespace, is_differentiated, is_torch, promote
 from flora_tensor._checks import type_text
 from flora_tensor._typing import Array, DType
-from flora_tensor.algebra import contract, contraction_order, multi_mode_dot
+from flora_tensor.algebra import multi_mode_dot, multiply
 
 __all__ = ["TuckerTensor", "check_tucker", "reconstruct"]
 
@@ -201,22 +201,18 @@ def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
     True
     """
     check_tucker("reconstruct", tucker)
-    tucker = tucker.map(_settled)
+    core, factors = _settled(tucker.core), [None if u is None else _settled(u) for u in tucker.factors]
     if out is None:
-        return multi_mode_dot(tucker.core, tucker.factors)
-    xp = array_namespace("reconstruct", tucker.core, *tucker.factors, out)
-    arrays = promote(xp, tucker.core, *(u for u in tucker.factors if u is not None))
+        return multi_mode_dot(core, factors)
+    xp = array_namespace("reconstruct", core, out)
+    arrays = promote(xp, core, *(u for u in factors if u is not None))
     _check_out(out, tucker.shape, arrays)
-    x, factors = arrays[0], arrays[1:]
-    modes = [mode for mode, u in enumerate(tucker.factors) if u is not None]
-    order = contraction_order([u.shape[1] for u in factors], [u.shape[0] for u in factors])
+    steps = list(zip((mode for mode, u in enumerate(factors) if u is not None), arrays[1:]))
     writable = _is_contiguous(out) and not any(_may_overlap(out, a) for a in arrays)
-    for step, i in enumerate(order):
-        direct = writable and step == len(order) - 1
-        x = contract(xp, x, factors[i], modes[i], out if direct else None)
-        if direct:
-            return out
-    out[...] = x
+    if steps and writable:
+        multiply(xp, arrays[0], steps, out)
+    else:
+        out[...] = multiply(xp, arrays[0], steps)
     return out
 
 

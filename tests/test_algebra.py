@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import flora_tensor as ft
+from flora_tensor import algebra
 from flora_tensor.algebra import _WRITE_COST, contraction_order
 from support import (
     COMPLEX,
@@ -231,6 +232,51 @@ def test_tensorly_multiplies_alike(sample, number, transpose, seed):
     if not transpose:
         expected = tensorly_algebra.mode_dot(sample.values, ms[mode], mode)
         assert distance(ft.mode_dot(sample.values, ms[mode], mode), expected) <= limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+@pytest.mark.parametrize(
+    ("shape", "new"),
+    [
+        ((20, 24, 3, 3), (4, 5, 2, 2)),
+        ((4, 5, 2, 2), (20, 24, 3, 3)),
+        ((3, 3, 40, 2, 5, 3), (2, 2, 6, 2, 5, 2)),
+        ((2,) * 8, (3,) * 8),
+    ],
+)
+def test_short_modes_side_by_side_are_multiplied_as_tensordot_multiplies_them_one_by_one(shape, new, dtype):
+    rng = np.random.default_rng(0)
+    x = normal(rng, shape, dtype).astype(dtype)
+    ms = [normal(rng, (m, n), dtype).astype(dtype) for n, m in zip(shape, new)]
+    for left_whole in (None, 0, len(shape) - 1):
+        expected, wanted = x.astype("complex128" if dtype in COMPLEX else "float64"), list(ms)
+        if left_whole is not None:
+            wanted[left_whole] = None
+        for k, m in enumerate(wanted):
+            if m is not None:
+                expected = np.moveaxis(np.tensordot(m, expected, axes=(1, k)), 0, k)
+        t = ft.TuckerTensor(x, wanted)
+        adjoint = [None if m is None else m.conj().T for m in wanted]
+        limit = tolerance(
+            dtype, sum(shape), norm=frobenius(x) * math.prod(frobenius(m) for m in t.factors if m is not None)
+        )
+        assert distance(ft.multi_mode_dot(x, wanted), expected) <= limit
+        assert distance(ft.multi_mode_dot(x, adjoint, transpose=True), expected) <= limit
+        assert distance(ft.reconstruct(t, out=np.empty(t.shape, dtype)), expected) <= limit
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65])
+def test_a_large_fresh_result_is_the_product_though_it_is_written_in_bands(monkeypatch, rows):
+    monkeypatch.setattr(algebra, "_BAND", 80)
+    monkeypatch.setattr(algebra, "_BAND_ROWS", 1)
+    rng = np.random.default_rng(0)
+    x, m = rng.standard_normal((rows, 3)), rng.standard_normal((20, 3))
+    result = ft.mode_dot(x, m, 1)
+    assert result.flags.c_contiguous
+    assert distance(result, np.einsum("ij,kj->ik", x, m)) <= tolerance("float64", 3, norm=frobenius(x) * frobenius(m))
+    assert distance(ft.mode_dot(x.T, m.T @ m, 0), np.einsum("ij,kj->ki", x, m.T @ m)) <= tolerance(
+        "float64", 3, norm=frobenius(x) * frobenius(m) ** 2
+    )
 
 
 def test_multi_mode_dot_without_matrices_gives_the_tensor_back(xp):
