@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -195,6 +196,39 @@ def test_compiled_once_and_switched():
         expected = model(IDS)
         merge_(model)
         assert close(compiled(IDS), expected)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="earlier compilers trace no contextlib")
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_what_is_switched_back_is_not_compiled_again(memory):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 5)).eval()
+    for name in ("a", "b"):
+        attach(model, ranks=2, adapter_name=name, memory=memory)
+    randomize(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def check(n_graphs):
+        assert close(compiled(IDS), model(IDS))
+        assert counter.frame_count == n_graphs
+
+    check(1)
+    randomize(model)  # other values, as of an optimizer's step
+    check(1)
+    # Each choice is a graph of its own; of weights other than one, numbers are no part of it.
+    for chosen, n_graphs in (["a"], 2), (["a", "b"], 2), ([{"a": 0.5, "b": 0.25}], 3), ([{"a": 2.0, "b": -1.0}], 3):
+        activate(model, *chosen)
+        check(n_graphs)
+    activate(model, "a", "b")
+    with disabled(model):
+        check(4)
+    check(4)
+    merge_(model)
+    check(5)
+    unmerge_(model)
+    check(5)
 
 
 @pytest.mark.parametrize("grad", [True, False])

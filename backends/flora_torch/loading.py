@@ -45,7 +45,7 @@ from flora_torch.patterns import near
 from flora_torch.stacks import check_shared, share_factors
 from flora_torch.update import DROPOUTS, TuckerUpdate
 
-__all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "plan_of"]
+__all__ = ["as_adapter", "as_torch", "attach_adapter", "load_adapter", "noted_settings", "plan_of"]
 
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in dtype_codes}
 
@@ -199,16 +199,14 @@ def plan_of(
     for holder in site.holders:
         if holder.places[0].parent is None:
             raise ValueError(f"{where}: {name!r} belongs to the model itself; put it into an nn.Sequential")
-    trained = _DTYPE_NAMES.get(_hint(adapter, "adapter_dtypes", name, ""))
+    trained, chances = noted_settings(adapter.config, name, site)
     chosen = dtype or trained or default_dtype(weight.dtype)
     tucker = adapter[name].map(lambda array: _converted(where, array, name, weight.device, chosen))
     start = None
-    if _hint(adapter, "start_pattern", name, False):
+    if _hint(adapter.config, "start_pattern", name, False):
         tucker, start = TuckerUpdate.split(tucker)
-    chances = {key: _hint(adapter, f"{key}_pattern", name, 0.0) for key in DROPOUTS}
-    chances |= {} if dropout is None else {"dropout": dropout}
-    if not all(drops_input(h.module, h.parameter) for h in site.holders):
-        chances["dropout"] = 0.0
+    if dropout is not None and _drops_input(site):
+        chances["dropout"] = dropout
     options: dict[str, Any] = {"arrangement": adapter.arrangements[name], "scale": adapter.scales[name], "start": start}
     if name in adapter.magnitudes:
         wide = torch.promote_types(chosen, torch.float32)
@@ -218,9 +216,21 @@ def plan_of(
     return Plan(site, update, update.ranks)
 
 
-def _hint(adapter: Adapter, key: str, name: str, default: Any) -> Any:
+def noted_settings(config: Mapping[str, Any], name: str, site: Site) -> tuple[torch.dtype | None, dict[str, Any]]:
+    """Return what a config notes of an update for this backend: the type that it was trained in, and its dropouts."""
+    chances = {key: _hint(config, f"{key}_pattern", name, 0.0) for key in DROPOUTS}
+    if not _drops_input(site):
+        chances["dropout"] = 0.0
+    return _DTYPE_NAMES.get(_hint(config, "adapter_dtypes", name, "")), chances
+
+
+def _drops_input(site: Site) -> bool:
+    return all(drops_input(holder.module, holder.parameter) for holder in site.holders)
+
+
+def _hint(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
     """Look an entry of the config up that only this backend writes; of another type it does not count."""
-    table = adapter.config.get(key)
+    table = config.get(key)
     value = table.get(name, default) if isinstance(table, Mapping) else default
     return value if isinstance(value, type(default)) else default
 

@@ -21,8 +21,8 @@ from flora_torch.base_check import check_layer, check_samples
 from flora_torch.base_weight import adaptable
 from flora_torch.initialize import default_dtype, random_start
 from flora_torch.inventory import WHOLE, replace_whole, tensors_by_name, updates_by_weight
-from flora_torch.kinds import drops_input
 from flora_torch.layers import FloraParameter
+from flora_torch.loading import noted_settings
 from flora_torch.model_weights import Site, places, sites
 from flora_torch.patterns import near
 from flora_torch.peft.config import FloraConfig
@@ -146,14 +146,13 @@ def file_update(config: FloraConfig, site: Site) -> TuckerUpdate:
         ranks, arrangement = ranks[1:], None if arrangement is None else member_arrangement(arrangement)
     arrangement = arrangement or Arrangement.native(weight.dim())
     shape = arrangement.shape(tuple(weight.shape))
-    dtype = getattr(torch, str(config.adapter_dtypes.get(name)), None) or default_dtype(weight.dtype)
+    trained, chances = noted_settings(vars(config), name, site)
+    dtype = trained or default_dtype(weight.dtype)
     # Ranks that were not chosen here may exceed the sizes, which orthonormal columns cannot.
     preset = "orthonormal" if all(r <= n for r, n in zip(ranks, shape)) else "peft"
     given = [None if r == n else r for r, n in zip(ranks, shape, strict=True)]
     tucker = random_start(shape, given, preset, dtype=dtype, device=weight.device)
-    options: dict[str, Any] = {key: getattr(config, f"{key}_pattern").get(name, 0.0) for key in DROPOUTS}
-    if not drops_input(holder.module, holder.parameter):
-        options["dropout"] = 0.0
+    options: dict[str, Any] = {**chances}
     if name in tables.channels:
         channels = options["channels"] = tables.channels[name]
         size = channel_count(tuple(weight.shape), *channels)
