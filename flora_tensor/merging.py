@@ -265,7 +265,7 @@ def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[i
         why = f"; one side's names begin with {prefix!r}" if prefix else ""
         raise InputError(
             f"merge: {base.path} lacks {some_names(missing)}, which the adapter changes{why}; "
-            "pass the base it was made for"
+            f"{_instead(base, missing[0])}"
         )
     for name in names:
         info = base.info(name)
@@ -283,6 +283,17 @@ def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[i
             )
         if name in adapter.whole and info.dtype not in READABLE:
             raise InputError(f"merge: {name!r} is of type {info.dtype} in {base.path}, which cannot be replaced")
+
+
+def _instead(base: Checkpoint, name: str) -> str:
+    """Say what to do about a weight that the base lacks."""
+    module, _, parameter = name.rpartition(".")
+    if f"{module}.parametrizations.{parameter}.original0" in base:
+        return (
+            "the model computes it from other tensors, as by weight normalization: merge the model (flora_torch.merge)"
+        )
+    folder = next((folder for folder in base.folders if f"{folder}.{name}" in base), None)
+    return "pass the base it was made for" if folder is None else f"pass the folder of its model, {base.path / folder}"
 
 
 def _check_base(base: Checkpoint, adapter: Adapter, verify: str) -> None:

@@ -116,6 +116,14 @@ def test_a_pickle_base_becomes_safetensors(tmp_path: Path):
     ("base", "adapter", "message"),
     [
         ({"v": torch.zeros(2)}, {"w": rank_one((2, 2)), "x": rank_one((2, 2))}, "lacks 'w', 'x', which the adapter"),
+        (
+            {
+                "m.parametrizations.weight.original0": torch.zeros(2),
+                "m.parametrizations.weight.original1": torch.zeros(2),
+            },
+            {"m.weight": rank_one((2, 2))},
+            "lacks 'm.weight', .* the model computes it from other tensors, .* merge the model",
+        ),
         ({"w": torch.zeros(2, 3)}, {"w": rank_one((2, 2))}, r"'w' has shape \(2, 3\) in .* changes \(2, 2\)"),
         ({"w": torch.zeros(2, 2, dtype=torch.int8)}, {"w": rank_one((2, 2))}, "of type I8 .* floats only"),
         ({"w": torch.zeros(2, 2).to(torch.float8_e8m0fnu)}, {"w": rank_one((2, 2))}, "of type F8_E8M0 .* floats only"),
@@ -286,6 +294,8 @@ def test_a_pipeline_is_extracted_and_merged_folder_by_folder(tmp_path: Path):
     assert ft.diff_checkpoints(tmp_path / "merged", tmp_path / "small").is_equal
     with pytest.raises(ValueError, match="a pipeline of unet, text_encoder; pass a directory to write it to"):
         ft.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "m.safetensors")
+    with pytest.raises(ft.InputError, match=r"pass the folder of its model, .*unet"):
+        ft.merge_checkpoint(base, {"conv1.weight": rank_one((6, 5))}, tmp_path / "other")
 
 
 def test_files_keep_the_name_that_diffusers_looks_for(tmp_path: Path):
