@@ -119,9 +119,12 @@ def randomized_of(
     while True:
         side = sides[products % 2]
         assert side is not None
-        directions = _directions(xp, side, there, factors, ranks, sizes, generator)
+        inside = [
+            u if u is None or k not in side.bases else _coordinates(xp, side, k, u) for k, u in enumerate(factors)
+        ]
+        directions = _directions(xp, side, there, inside, ranks, sizes, generator)
         core = multi_mode_dot(side.product, list(directions.values()), modes=list(directions), transpose=True)
-        inner = _inner(xp, core, side, directions, factors, ranks, squares)
+        inner = _inner(xp, core, directions, inside, ranks, squares)
         bases = side.bases | directions
         earlier = factors
         factors = [xp.matmul(bases[k], u) if k in bases else u for k, u in enumerate(inner.factors)]
@@ -163,28 +166,29 @@ def _directions(
     xp: Namespace,
     side: _Side,
     modes: list[int],
-    factors: list[Array | None],
+    inside: list[Array | None],
     ranks: tuple[int, ...],
     sizes: tuple[int, ...],
     generator: np.random.Generator,
 ) -> dict[int, Array]:
     """Return for each of ``modes`` a wide basis, given X projected onto the bases of the other ``side``.
 
-    Where there are factors yet, the leading directions of what they leave of the tensor: those of HOOI, and more.
+    ``inside`` are the factors, those of the side in its bases. Where there are any yet, the leading directions of what
+    they leave of the tensor: those of HOOI, and more.
     """
-    if factors[modes[0]] is None:
+    if inside[modes[0]] is None:
         return {k: _range(xp, side.product, k, sizes[k], generator) for k in modes}
-    inner = [u if u is None or k not in side.bases else _coordinates(xp, side, k, u) for k, u in enumerate(factors)]
+    inside = list(inside)
     found: dict[int, Array] = {}
     for mode in modes:
         others = [k for k in range(len(ranks)) if k != mode]
-        partial = multi_mode_dot(side.product, [inner[k] for k in others], modes=others, transpose=True)
+        partial = multi_mode_dot(side.product, [inside[k] for k in others], modes=others, transpose=True)
         basis = leading_basis(xp, partial, mode, ranks[mode], sizes[mode])
-        inner[mode] = basis[:, : ranks[mode]]
+        inside[mode] = basis[:, : ranks[mode]]
         if basis.shape[1] < sizes[mode]:
             # The factors leave fewer directions than wanted: more are seen through the widest basis of the other side.
             others.remove(max(side.bases, key=lambda k: side.bases[k].shape[1]))
-            partial = multi_mode_dot(side.product, [inner[k] for k in others], modes=others, transpose=True)
+            partial = multi_mode_dot(side.product, [inside[k] for k in others], modes=others, transpose=True)
             seen = multi_mode_dot(partial, [basis], modes=[mode], transpose=True)
             partial = partial - multi_mode_dot(seen, [basis], modes=[mode])
             more = sizes[mode] - basis.shape[1]
@@ -196,20 +200,16 @@ def _directions(
 def _inner(
     xp: Namespace,
     core: Array,
-    side: _Side,
     directions: dict[int, Array],
-    factors: list[Array | None],
+    inside: list[Array | None],
     ranks: tuple[int, ...],
     squares: float,
 ) -> Truncation:
     """Decompose the core that all bases leave: from the present factors, or anew where there are none yet."""
-    if any(u is None for u in factors):
+    if any(u is None for u in inside):
         start = st_hosvd_of(xp, core, Target(ranks), cheapest_order(core.shape, ranks), quick=True)
     else:
-        inner = [
-            _coordinates(xp, side, k, u) if k in side.bases else _leading(xp, core, k, ranks) if k in directions else u
-            for k, u in enumerate(factors)
-        ]
+        inner = [_leading(xp, core, k, ranks) if k in directions else u for k, u in enumerate(inside)]
         start = Truncation(multi_mode_dot(core, inner, transpose=True), inner, [], "leading")
     return hooi_of(xp, core, start, MOST_SWEEPS, ENOUGH, squares)[0]
 
