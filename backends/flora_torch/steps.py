@@ -84,7 +84,7 @@ def _as_rows(x: Tensor, n: int) -> Tensor:
 
 
 def _thin_first(g: Tensor, x: Tensor) -> Tensor:
-    """Compute gᵀx of one matrix or several, with the thinner one first: BLAS takes half the time of the other order."""
+    """Compute gᵀx with the thinner one first: BLAS takes half the time of the other order."""
     return g.mT @ x if g.shape[-1] <= x.shape[-1] else (x.mT @ g).mT
 
 
@@ -127,11 +127,12 @@ class Channels(Step):
         if self._is_last(x):
             return _thin_first(g.movedim(1, -1).reshape(-1, w.shape[0]), x.movedim(1, -1).reshape(-1, w.shape[1]))
         g, x = self._flat(g), self._flat(x)
-        return _thin_first(g.mT, x.mT).sum(0)
+        # `@` takes a fifth longer than `bmm` where the pieces are small.
+        return (torch.bmm(g, x.mT) if g.shape[1] <= x.shape[1] else torch.bmm(x, g.mT).mT).sum(0)
 
     def _is_last(self, x: Tensor) -> bool:
         """Tell whether the channels are neighbors in memory, so that positions are the rows of a matrix."""
-        return self.groups == 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+        return x.stride(1) == 1 and self.groups == 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
 
     def _flat(self, x: Tensor) -> Tensor:
         # Spelled out: of an empty batch, no size could be left to be found.
