@@ -66,6 +66,7 @@ FLOORS = {
     "flora_torch.plans": 10,
     "flora_torch.rebuild": 10,
     "flora_torch._caching": 10,
+    "flora_torch.step_weights": 10,
     "flora_torch.steps": 10,
     "flora_torch.depthwise": 10,
     "flora_torch.geometry": 10,

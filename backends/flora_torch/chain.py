@@ -9,157 +9,32 @@ Every step is linear in its input and in its weight, so the backward pass is mad
 """
 
 import contextlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flora_tensor.algebra import contraction_order
 from flora_torch._caching import cached, is_exporting
+from flora_torch.step_weights import Made, Parameters, in_order
 from flora_torch.steps import Convolve, Step
 
 __all__ = [
     "Chain",
     "Frozen",
-    "Made",
     "Memory",
     "autocasts",
     "exactly",
     "form",
-    "in_order",
     "run_chain",
     "run_step",
     "transforming",
 ]
 
 Memory: TypeAlias = Literal["normal", "low"]
-Parameters: TypeAlias = Sequence[Tensor | None]
 MEMORIES: tuple[Memory, ...] = ("normal", "low")
-
-
-@dataclass(frozen=True)
-class Made:
-    """How the weight of a step is made: the core times some factors, or one factor, with its axes rearranged.
-
-    Parameters
-    ----------
-    source : int
-        0 for the core, 1 + k for factor k, -1 for an identity matrix of the size ``split[-1]``.
-    modes : tuple of int
-        The factors by which the core is multiplied, in the order in which that costs least; see `in_order`.
-    split, order, shape : tuple of int
-        Reshape to ``split``, permute by ``order``, reshape to ``shape``.
-
-    Examples
-    --------
-    >>> made = Made(1, (), (3, 2), (1, 0), (2, 3))
-    >>> made.weight([torch.ones(2, 2), torch.ones(3, 2)], 1.0).shape
-    torch.Size([2, 3])
-    """
-
-    source: int
-    modes: tuple[int, ...]
-    split: tuple[int, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-    # Most weights are parameters as they are, or transposed: then nothing is rearranged at every step.
-    _stays: bool = field(init=False, repr=False, compare=False)
-    _flips: bool = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        stays = self.shape == self.split and self.order == tuple(range(len(self.order)))
-        object.__setattr__(self, "_stays", stays)
-        object.__setattr__(self, "_flips", self.order == (1, 0) and self.shape == self.split[::-1])
-
-    def weight(self, parameters: Parameters, scale: float) -> Tensor:
-        """Return the step's weight; ``scale`` multiplies the core."""
-        return self.rearranged(self.products(parameters, scale)[-1])
-
-    def products(self, parameters: Parameters, scale: float) -> list[Tensor]:
-        """Return what the weight is made of: a factor, or the scaled core and what it becomes with each product."""
-        core = parameters[0]
-        assert core is not None
-        if self.source < 0:
-            return [torch.eye(self.split[-1], dtype=core.dtype, device=core.device)]
-        if self.source > 0:
-            factor = parameters[self.source]
-            assert factor is not None
-            return [factor]
-        partial = [core if scale == 1.0 else core * scale]
-        for k in self.modes:
-            factor = parameters[1 + k]
-            assert factor is not None
-            partial.append(_times(partial[-1], factor, k))
-        return partial
-
-    def rearranged(self, product: Tensor) -> Tensor:
-        """Return the last of the products as the weight."""
-        if self._flips:
-            return product.mT
-        if not self._stays:
-            return product.reshape(self.split).permute(self.order).reshape(self.shape)
-        return product if product.shape == self.shape else product.reshape(self.shape)
-
-    def gradients(
-        self, g: Tensor, parameters: Parameters, scale: float, products: Sequence[Tensor]
-    ) -> dict[int, Tensor]:
-        """Return the gradient of each parameter by its number, for the gradient ``g`` of the weight."""
-        if self.source < 0:
-            return {}
-        if self._flips:
-            g = g.mT
-        elif not self._stays:
-            back = [self.order.index(k) for k in range(len(self.order))]
-            g = g.reshape([self.split[k] for k in self.order]).permute(back)
-        g = g if g.shape == products[-1].shape else g.reshape(products[-1].shape)
-        if self.source > 0:
-            return {self.source: g}
-        found: dict[int, Tensor] = {}
-        for k, before in zip(reversed(self.modes), reversed(products[:-1])):
-            factor = parameters[1 + k]
-            assert factor is not None
-            found[1 + k] = _pairing(g, before, k)
-            g = _times(g, factor.mT, k)
-        found[0] = g if scale == 1.0 else g * scale
-        return found
-
-
-def in_order(modes: Sequence[int], factors: Sequence[tuple[int, int] | None]) -> tuple[int, ...]:
-    """Return those of some modes that have a factor, in the order in which the products cost least.
-
-    Examples
-    --------
-    >>> in_order((0, 1, 2), [(512, 8), None, (8, 8)])
-    (2, 0)
-    """
-    present = [k for k in modes if factors[k] is not None]
-    shapes = [shape for k in present for shape in [factors[k]] if shape is not None]
-    order = contraction_order([r for _, r in shapes], [n for n, _ in shapes])
-    return tuple(present[i] for i in order)
-
-
-def _times(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Compute X ×_mode M; as `flora_tensor.mode_dot`, which takes any kind of array and is slow on small ones."""
-    # How `@` multiplies more than two matrices hangs on what requires a gradient, and so do the last bits of it.
-    if mode == 0:
-        return (matrix @ x.reshape(x.shape[0], -1)).reshape(matrix.shape[0], *x.shape[1:])
-    if mode == x.dim() - 1:
-        return (x.reshape(-1, x.shape[-1]) @ matrix.mT).reshape(*x.shape[:-1], matrix.shape[0])
-    slabs = x.reshape(math.prod(x.shape[:mode]), x.shape[mode], -1)
-    products = torch.bmm(matrix.expand(slabs.shape[0], *matrix.shape), slabs)
-    return products.reshape(*x.shape[:mode], matrix.shape[0], *x.shape[mode + 1 :])
-
-
-def _pairing(g: Tensor, x: Tensor, mode: int) -> Tensor:
-    """Multiply the unfoldings of two tensors along a mode: the gradient of M in X ×_mode M."""
-    if mode == 0:
-        return g.reshape(g.shape[0], -1) @ x.reshape(x.shape[0], -1).mT
-    g, x = g.movedim(mode, -1), x.movedim(mode, -1)
-    return g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -344,29 +219,34 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
 
 
-def _weights(chain: Chain, products: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    return [_cast(made.rearranged(each[-1]), dtype) for made, each in zip(chain.made, products)]
+def _weights(chain: Chain, stages: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    return [_cast(made.rearranged(each[-1]), dtype) for made, each in zip(chain.made, stages)]
 
 
-def _products(chain: Chain, parameters: Parameters, scale: float) -> list[list[Tensor]]:
-    return [made.products(parameters, scale) for made in chain.made]
+def _stages(chain: Chain, parameters: Parameters, scale: float) -> list[list[Tensor]]:
+    return [made.stages(parameters, scale) for made in chain.made]
 
 
-# From so many entries of the input on, copying a factor costs less than it saves.
+# From so many entries of the input on, and below this rank, copying a factor costs less than it saves.
 _WORTH_A_COPY = 2**15
+_THIN = 16
 
 
 def _laid_out(weights: list[Tensor], x: Tensor) -> list[Tensor]:
-    """Lay thin matrices out along their long axis: along the other, BLAS on a CPU takes up to three times as long."""
+    """Lay very thin matrices out along their long axis: along the other, BLAS on a CPU takes 1.5 to 5 times as long."""
     if x.device.type != "cpu" or is_exporting() or x.numel() < _WORTH_A_COPY:
         return weights
-    return [w if w.dim() != 2 else w.contiguous() if w.shape[0] < w.shape[1] else w.mT.contiguous().mT for w in weights]
+    return [_along(w) if w.dim() == 2 and min(w.shape) < _THIN else w for w in weights]
+
+
+def _along(w: Tensor) -> Tensor:
+    return w.contiguous() if w.shape[0] < w.shape[1] else w.mT.contiguous().mT
 
 
 def _run_plain(chain: Chain, x: Tensor, parameters: Parameters, scale: float, dtype: torch.dtype) -> Tensor:
     """Run a chain by ordinary operations, which autograd and all transformations know."""
     y = _cast(x, dtype)
-    for step, w in zip(chain.steps, _weights(chain, _products(chain, parameters, scale), dtype)):
+    for step, w in zip(chain.steps, _weights(chain, _stages(chain, parameters, scale), dtype)):
         y = step.run(y, w)
     if chain.blocked is None:
         return y
@@ -387,7 +267,7 @@ def _run(
             if narrow is not None:
                 weight, bias = _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
             out = beside.run(x if narrow is None else entry, weight, bias)
-        weights = _laid_out(_weights(chain, _products(chain, parameters, scale), dtype), entry)
+        weights = _laid_out(_weights(chain, _stages(chain, parameters, scale), dtype), entry)
         hidden = _between(chain, entry, weights)
         if out is None:
             return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:], weight
@@ -425,8 +305,8 @@ class _Product(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         parameters, kept = rest[: len(needed)], rest[len(needed) :]
         with exactly(x):
-            entry, products = _cast(x, dtype), _products(chain, parameters, scale)
-            weights = _laid_out(_weights(chain, products, dtype), entry)
+            entry, stages = _cast(x, dtype), _stages(chain, parameters, scale)
+            weights = _laid_out(_weights(chain, stages, dtype), entry)
             # What is stored hangs on no graph, so a second derivative needs it computed again.
             fresh = torch.is_grad_enabled() or len(kept) < len(weights) - 1
             hidden = _between(chain, entry, weights) if fresh else [entry, *kept]
@@ -441,7 +321,7 @@ class _Product(torch.autograd.Function):
             sums: dict[int, Tensor] = {}
             for k, gw in found:
                 gw = _cast(gw, parameters[0].dtype)
-                for number, part in chain.made[k].gradients(gw, parameters, scale, products[k]).items():
+                for number, part in chain.made[k].gradients(gw, parameters, scale, stages[k]).items():
                     sums[number] = sums[number] + part if number in sums else part
         return (
             None,
@@ -470,7 +350,7 @@ def _whole(parameters: Parameters) -> Made:
 def _whole_of(core: tuple[int, ...], factors: tuple[tuple[int, int] | None, ...]) -> Made:
     """Plan the whole tensor for a core and factors of these shapes."""
     shape = tuple(r if u is None else u[0] for r, u in zip(core, factors))
-    return Made(0, in_order(range(len(core)), factors), shape, tuple(range(len(shape))), shape)
+    return Made(0, in_order(range(len(core)), core, factors), shape, tuple(range(len(shape))), shape)
 
 
 class _Formed(torch.autograd.Function):
@@ -487,7 +367,7 @@ class _Formed(torch.autograd.Function):
         parameters = ctx.saved_tensors
         with exactly(grads[0]):
             made = _whole(parameters)
-            found = made.gradients(grads[0], parameters, ctx.scale, made.products(parameters, ctx.scale))
+            found = made.gradients(grads[0], parameters, ctx.scale, made.stages(parameters, ctx.scale))
         return (None, *(found.get(k) if ctx.needs_input_grad[1 + k] else None for k in range(len(parameters))))
 
 
@@ -511,7 +391,7 @@ def _pull_back(
     found: list[tuple[int, Tensor]] = []
     for k in range(len(chain.steps) - 1, -1, -1):
         step, made = chain.steps[k], chain.made[k]
-        trained = (made.source >= 0 and needed[1 + made.source]) or any(needed[2 + m] for m in made.modes)
+        trained = any(needed[1 + number] for number in made.parts)
         # What comes out of the first step meets the frozen layer's part.
         onward = k > 0 or (needed[0] and total is None)
         below, gw = step.gradients(g, hidden[k], weights[k], onward, trained)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from flora_torch._caching import cached
-from flora_torch.chain import Chain, Made, in_order
+from flora_torch.chain import Chain
 from flora_torch.geometry import ConvGeometry
+from flora_torch.step_weights import Made, Product, in_order
 from flora_torch.steps import Channels, Convolve, Lookup, Rows, Step
 
 __all__ = ["Shapes", "Sides", "Split", "conv_chain", "embedding_chain", "linear_chain", "own_convolution"]
@@ -49,10 +50,10 @@ def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
         made.append(Made(1 + inner[-1], (), (n, r), (1, 0), (r, n)))
     rest = (*outer[:-1], *inner[:-1])
     sizes = tuple(full[k] if k in rest else core[k] for k in range(len(core)))
-    modes = in_order(rest, factors)
+    products = in_order(rest, core, factors)
     rows, columns = (math.prod([sizes[k] for k in side]) for side in sides)
     steps.append(Rows())
-    made.append(Made(0, modes, sizes, (*outer, *inner), (rows, columns)))
+    made.append(Made(0, products, sizes, (*outer, *inner), (rows, columns)))
     if last_out is not None:
         n, r = last_out
         steps.append(Rows(math.prod([full[k] for k in outer[:-1]])))
@@ -97,14 +98,14 @@ def _native_links(shapes: Shapes, geometry: ConvGeometry) -> list[tuple[Step, Ma
     """List 1×1 by U_1, the kernel, 1×1 by U_0, in the order of an ordinary convolution."""
     core, factors = shapes
     first, second = factors[0], factors[1]
-    modes = in_order(range(2, len(core)), factors)
+    products = in_order(range(2, len(core)), core, factors)
     kernel = (*core[:2], *geometry.kernel)
     links: list[tuple[Step, Made]] = []
     if second is not None:
         links.append(_small(second, 2, geometry, shared=True, by_rank=True))
     # Without U_0 the kernel itself has one part per group.
     step = _convolve(geometry, geometry.axes, per_group=first is None)
-    links.append((step, Made(0, modes, kernel, tuple(range(len(kernel))), kernel)))
+    links.append((step, Made(0, products, kernel, tuple(range(len(kernel))), kernel)))
     if first is not None:
         links.append(_small(first, 1, geometry, shared=False, by_rank=False))
     return links
@@ -132,13 +133,14 @@ def _separable_links(
 
     The core goes to the side where it lowers the rank in between.
     """
-    (r0, r1), (first, second) = shapes
+    core, factors = shapes
+    (r0, r1), (first, second) = core, factors
     with_second = first is not None and (second is None or r0 <= r1)
     if with_second:
         ours = _Side(1, (), first is not None, r0)
-        theirs = _Side(0, () if second is None else (1,), False, r0)
+        theirs = _Side(0, in_order((1,), core, factors), False, r0)
     else:
-        ours = _Side(0, () if first is None else (0,), True, r1)
+        ours = _Side(0, in_order((0,), core, factors), True, r1)
         theirs = _Side(-1 if second is None else 2, (), True, r1)
     b = _side_link(theirs, split[1], geometry, shape, second=True)
     a = _side_link(ours, split[0], geometry, shape, second=False)
@@ -150,7 +152,7 @@ class _Side:
     """One matrix of a separable kernel: what it is made of, and whether its rank is its last axis or its first."""
 
     source: int
-    modes: tuple[int, ...]
+    products: tuple[Product, ...]
     rank_last: bool
     rank: int
 
@@ -170,10 +172,10 @@ def _side_link(
     if not spatial and (second or geometry.groups == 1):
         if geometry.transposed:
             head, matrix = head[::-1], matrix[::-1]
-        return Channels(geometry.groups), Made(side.source, side.modes, split, tuple(head), matrix)
+        return Channels(geometry.groups), Made(side.source, side.products, split, tuple(head), matrix)
     order = (*head, *(position[axis] for axis in rest))
     kernel = (*matrix, *(shape[a] if a in rest else 1 for a in range(2, len(shape))))
-    return _convolve(geometry, spatial, per_group=not second), Made(side.source, side.modes, split, order, kernel)
+    return _convolve(geometry, spatial, per_group=not second), Made(side.source, side.products, split, order, kernel)
 
 
 def _convolve(geometry: ConvGeometry, axes: Sequence[int], *, per_group: bool) -> Convolve:
