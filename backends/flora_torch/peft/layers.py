@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from typing_extensions import override
 
 from flora_torch.base_weight import check_writable, own_parameter
 from flora_torch.bilinear import FloraBilinear, FloraEmbeddingBag
@@ -31,6 +32,12 @@ class FloraTunerLayer(FloraLayer, BaseTunerLayer):  # pyright: ignore[reportInco
 
     adapter_layer_names: tuple[str, ...] = (PREFIX,)
     other_param_names: tuple[str, ...] = ()
+
+    @property
+    @override
+    def _tied_weights_keys(self) -> dict[str, str]:
+        # PEFT takes what is listed here for tied embeddings, and writes files without such weights itself.
+        return {}
 
     # --- switching
 
