@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import array_api_compat.numpy as xp
 import numpy as np
 import numpy.typing as npt
 
 from flora_tensor._algorithms import ENOUGH, Target, cheapest_order, hooi_of, st_hosvd_of
+from flora_tensor._arrays import array_namespace
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor.algebra import unfold
 
@@ -101,6 +101,7 @@ def _model(x: HostArray, ranks: Sequence[int]) -> list[HostArray]:
     """Return the factors (I_n, r_n) of HOOI."""
     if not any(ranks):
         return [np.zeros((n, 0), x.dtype) for n in x.shape]
+    xp = array_namespace("select_ranks", x)
     start = st_hosvd_of(xp, x, Target(tuple(ranks)), cheapest_order(x.shape, ranks), quick=True)
     return hooi_of(xp, x, start, _SWEEPS, ENOUGH)[0].factors
 

@@ -235,6 +235,8 @@ def test_importing_the_core_loads_no_framework():
     assert "flora_tensor" in loaded
     # SciPy takes as long to load as all the rest, and small tensors do without.
     assert not loaded & (FRAMEWORKS | {"matplotlib", "sklearn", "pandas", "scipy"})
+    # Nor what NumPy itself leaves for later, its tests among it: array_api_compat.numpy takes longer than NumPy does.
+    assert "unittest" not in loaded - loaded_by("import numpy")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("flora_tensor.") and "__main__" not in m])

@@ -32,6 +32,9 @@ def main(ctx: click.Context) -> None:
 
     A checkpoint is a .safetensors file, a *.safetensors.index.json file, or a directory that holds one of them. An
     adapter is a directory with adapter_config.json and adapter_model.safetensors.
+
+    Exit codes: 0 done, 2 a wrong argument, 3 bad input, 4 a file that cannot be read or written, 5 not enough memory or
+    a package that is missing, 130 or 143 interrupted.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

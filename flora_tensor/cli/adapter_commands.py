@@ -237,7 +237,7 @@ def convert(
     show_default=True,
     help="The directory for checkpoints, adapters and pictures.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the network, the data and the training.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the network, the data and the training.")
 @with_options(COMMON)
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Go the whole way with a small network.

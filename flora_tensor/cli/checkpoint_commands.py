@@ -36,10 +36,20 @@ __all__ = ["COMMANDS"]
 
 _BUDGET = (
     *budget("5% by default"),
-    click.option("--ranks", type=ranks, metavar="RANKS", help="The ranks themselves: 16, or 16,16,2,2."),
+    click.option(
+        "--ranks",
+        type=ranks,
+        metavar="RANKS",
+        help="The ranks themselves: 16 for every mode, or one a mode: 16,16,2,2.",
+    ),
 )
 _HEADS = click.option(
-    "--heads", type=heads, default="auto", show_default=True, metavar="N", help="Attention heads: N or none."
+    "--heads",
+    type=heads,
+    default="auto",
+    show_default=True,
+    metavar="N",
+    help="How many heads the attentions have, which may form a mode: auto (as config.json says), none, or a number.",
 )
 _STACK = click.option(
     "--stack",
@@ -50,12 +60,20 @@ _STACK = click.option(
 )
 _METHOD = (
     click.option(
-        "--arrangement", default="auto", show_default=True, metavar="PATTERN", help="Which axes form a mode: o (i h w)."
+        "--arrangement",
+        default="auto",
+        show_default=True,
+        metavar="PATTERN",
+        help="Which axes form a mode, such as 'o i h w' or 'o (i h w)'; auto chooses for each weight.",
     ),
     _STACK,
     _HEADS,
     click.option(
-        "--calibration", type=EXISTING, metavar="FILE", help="Second moments of the inputs: count errors of outputs."
+        "--calibration",
+        type=EXISTING,
+        metavar="FILE",
+        help="Minimize the error of the layers' outputs, by the second moments of their inputs that "
+        "flora_torch.collect_moments wrote here.",
     ),
     WEIGHTS,
     click.option(
@@ -64,7 +82,8 @@ _METHOD = (
         default="auto",
         show_default=True,
         metavar="NOISE",
-        help="Cap ranks at this noise per entry: auto (the rounding of the storage types), none, or a number.",
+        help="Spend no rank on noise of this standard deviation per entry: auto (the rounding of the types that the "
+        "checkpoints are stored in), none, or a number.",
     ),
     click.option(
         "--dtype",
@@ -109,8 +128,8 @@ _WRITING = (
 )
 _MACHINE = (
     MAX_MEMORY,
-    click.option("--device", help="A PyTorch device, such as cuda."),
-    click.option("--workers", type=int, metavar="N", help="Share the tensors among N processes."),
+    click.option("--device", help="A PyTorch device to compute on, such as cuda; NumPy by default."),
+    click.option("--workers", type=int, metavar="N", help="Share the tensors among N processes; none by default."),
     click.option("--executor", "address", metavar="ADDRESS", help="Or among a cluster: dask://host:port."),
 )
 
@@ -163,8 +182,8 @@ def extract(
 ) -> None:
     """Turn the difference of two checkpoints into an adapter.
 
-    Every changed weight becomes a Tucker tensor; the budget is spread so that the error of all of them together is
-    smallest.
+    BASE and TUNED are checkpoints of one model, before and after its fine-tuning. Every changed weight becomes a Tucker
+    tensor; the budget is spread so that the error of all of them together is smallest.
     """
     from flora_tensor.extraction import extract as run
 
@@ -197,7 +216,12 @@ def extract(
 @click.argument("base", type=EXISTING)
 @click.argument("tuned", type=EXISTING)
 @click.option(
-    "--budget", "budgets", type=share, metavar="SHARE", multiple=True, help="A budget to try, such as 5%; repeatable."
+    "--budget",
+    "budgets",
+    type=share,
+    metavar="SHARE",
+    multiple=True,
+    help="A budget to try, such as 5%, in place of a row from 0.5% to 50%; repeatable.",
 )
 @with_options(_STACK, _HEADS, picture("the singular values"), PAGE, MAX_MEMORY, SELECTION, PICKLE, PROGRESS, COMMON)
 def ranks_command(
@@ -238,7 +262,9 @@ def ranks_command(
 )
 @click.argument("base", type=EXISTING)
 @click.argument("adapter", type=EXISTING)
-@click.option("-o", "--out", type=OUTPUT, required=True, help="A .safetensors file or a directory.")
+@click.option(
+    "-o", "--out", type=OUTPUT, required=True, help="The file to write, if it ends in .safetensors, else a directory."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--max-shard-size", type=size, metavar="SIZE", help="The most bytes in a file; as in BASE by default.")
 @with_options(VERIFY_BASE, PICKLE, PROGRESS, COMMON)

@@ -194,8 +194,15 @@ PICKLE = click.option(
     help="Read .bin and .pt files, with weights_only=True. They are refused otherwise: a pickle can run code.",
 )
 SELECTION = (
-    click.option("--include", multiple=True, metavar="GLOB", help="Look only at these tensors; repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Do not look at these tensors; repeatable."),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        help="Look only at tensors whose whole name matches, such as '*.attn.*'; repeatable.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="GLOB", help="Do not look at tensors whose name matches; repeatable."
+    ),
 )
 PROGRESS = click.option(
     "--progress/--no-progress", "wanted", default=None, help="Show progress; by default on a terminal."
@@ -204,9 +211,14 @@ MAX_SHARD_SIZE = click.option(
     "--max-shard-size",
     type=size,
     metavar="SIZE",
-    help="Split the tensor file at this size; PEFT reads one file only.",
+    help="Split the tensor file at this size, such as 2GB; one file by default, as PEFT reads no more.",
 )
-MAX_MEMORY = click.option("--max-memory", type=size, metavar="SIZE", help="The most memory for one tensor's work.")
+MAX_MEMORY = click.option(
+    "--max-memory",
+    type=size,
+    metavar="SIZE",
+    help="The most memory for one tensor's work, such as 8GB; what is free by default.",
+)
 
 
 def budget(ratio: str) -> tuple[Decorator, ...]:
@@ -214,9 +226,19 @@ def budget(ratio: str) -> tuple[Decorator, ...]:
     shares = f"Numbers stored, as a share of the dense changes, {ratio}."
     return (
         click.option("--max-ratio", type=share, metavar="SHARE", help=shares),
-        click.option("--max-parameters", type=count, metavar="N", help="Numbers stored in all, such as 2000000 or 2M."),
+        click.option(
+            "--max-parameters",
+            type=count,
+            metavar="N",
+            help="Numbers stored in all Tucker tensors, such as 2000000 or 2M.",
+        ),
         click.option("--max-bytes", type=size, metavar="SIZE", help="Bytes of the numbers stored, such as 20MB."),
-        click.option("--rtol", type=tolerance, metavar="ERROR", help="The relative error to stay within: 0.1 or 10%."),
+        click.option(
+            "--rtol",
+            type=tolerance,
+            metavar="ERROR",
+            help="The relative error of all changes together to stay within: 0.1 or 10%.",
+        ),
     )
 
 
