@@ -344,7 +344,10 @@ def test_what_is_left_out_or_changed_is_told(row: Told, tmp_path: Path):
     )
     options = ["--ranks", "9", "-o", tmp_path / "out", *row.options.split()]
     result = run("extract", *paths, *options, "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
+    warned = (
+        f"warning: extract: {row.name!r} changed and cannot be stored" if "type" in row.says.get("reason", "") else ""
+    )
+    assert (result.exit_code, result.stderr.split(", for")[0]) == (0, warned)
     report = json.loads(result.stdout)
     (found,) = (entry for entry in report["tensors"] if entry["name"] == row.name)
     assert {key: found[key] for key in row.says} == row.says
