@@ -58,6 +58,7 @@ FLOORS = {
     "flora_torch.update": 11,
     "flora_torch.pytree": 10,
     "flora_torch.base_weight": 10,
+    "flora_torch.calling": 10,
     "flora_torch.rows": 11,
     "flora_torch.scaling": 11,
     "flora_torch.functional": 10,

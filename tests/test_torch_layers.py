@@ -25,7 +25,7 @@ from flora_torch import (
     FloraParameter,
     TuckerUpdate,
 )
-from flora_torch.base_weight import call_with
+from flora_torch.calling import call_with
 from support import tolerance
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")

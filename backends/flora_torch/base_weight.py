@@ -13,26 +13,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 __all__ = [
     "BaseWeight",
     "adaptable",
-    "call_method",
-    "call_with",
     "check_adaptable",
     "check_writable",
     "dense_value",
     "describe",
     "identity",
-    "is_own_method",
     "is_packed_for_inference",
     "is_quantized",
     "is_unpacked_linear",
     "own_parameter",
+    "parametrizations_of",
     "plain_with",
-    "stand_in",
     "weight_names",
 ]
 
@@ -100,7 +96,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     ('bias', 'weight')
     """
     own = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
-    computed = list(_parametrizations(module))
+    computed = list(parametrizations_of(module))
     unpacked = ["weight"] if is_unpacked_linear(module) else []
     return (*own, *computed, *unpacked)
 
@@ -115,7 +111,7 @@ def describe(module: nn.Module, name: str) -> BaseWeight | None:
     >>> describe(nn.ReLU(), "weight") is None
     True
     """
-    if name in _parametrizations(module):
+    if name in parametrizations_of(module):
         value = _computed(module, name)
         return BaseWeight("computed", tuple(value.shape), value.dtype, value.device, lambda: value)
     if name == "weight" and (packed := _quantized(module)) is not None:
@@ -301,117 +297,6 @@ def identity(module: nn.Module, name: str) -> int:
     return id(module) if weight is None else id(weight)
 
 
-def call_with(module: nn.Module, values: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module with other values in the places of some of its weights.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The module, which stays as it is.
-    values : mapping of str to Tensor
-        The weights by the module's own names.
-    args, kwargs
-        What the module is called with.
-
-    Returns
-    -------
-    object
-        What the module gives.
-
-    Examples
-    --------
-    >>> call_with(nn.Linear(2, 1, bias=False), {"weight": torch.ones(1, 2)}, (torch.ones(2),), {}).item()
-    2.0
-    """
-    own: Any = module
-    internals: Any = torch
-    # FullyShardedDataParallel also keeps views of its parameters in the object's own table, which come before them.
-    swaps = all(name in own._parameters and name not in vars(module) for name in values)
-    if swaps and not internals.jit.is_tracing():
-        # What is tied to a parameter inside the base has updates of its own: it would get them twice.
-        return functional_call(module, dict(values), args, kwargs, tie_weights=False)
-    return stand_in(module, values)(*args, **kwargs)
-
-
-def call_method(
-    module: nn.Module, method: str, values: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call a method of a module's own, with other values in the places of some of its weights.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The module; what the method writes to it stays.
-    method : str
-        The method's name.
-    values, args, kwargs
-        As for `call_with`.
-
-    Returns
-    -------
-    object
-        What the method gives.
-
-    Examples
-    --------
-    >>> call_method(nn.Linear(2, 1, bias=False), "forward", {"weight": torch.ones(1, 2)}, (torch.ones(2),), {}).item()
-    2.0
-    """
-    own: Any = module
-    if any(name in vars(module) or name not in own._parameters for name in values):
-        return getattr(stand_in(module, values), method)(*args, **kwargs)
-    inside = {f"module.{name}": value for name, value in values.items()}
-    return functional_call(_Method(module, method), inside, args, kwargs, tie_weights=False)
-
-
-class _Method(nn.Module):
-    """A module whose call is a method of another one."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module, self.method = module, method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.module, self.method)(*args, **kwargs)
-
-
-def is_own_method(module: nn.Module, name: str) -> bool:
-    """Tell whether a name is that of a method that a module's own class has, and that computes with its weights.
-
-    The methods of PyTorch's modules are for themselves alone, and what sets weights anew must meet the weights.
-
-    Examples
-    --------
-    >>> is_own_method(nn.LSTM(2, 2), "flatten_parameters"), is_own_method(nn.Linear(2, 2), "weight")
-    (False, False)
-    """
-    if name.startswith(("init", "_init", "reset", "_reset", "__")):
-        return False
-    owner = next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
-    return owner is not None and not owner.__module__.startswith("torch.") and callable(vars(owner)[name])
-
-
-def stand_in(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
-    """Return a shallow copy of a module that computes with other weights and shares everything else.
-
-    Examples
-    --------
-    >>> norm = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
-    >>> stand_in(norm, {"weight": torch.ones(1, 2)})(torch.ones(2)).item()
-    2.0
-    """
-    kind: Any = parametrize.type_before_parametrizations(module)
-    clone: Any = kind.__new__(kind)
-    rest = [name for name in _parametrizations(module) if name not in values]
-    clone.__dict__.update(vars(module))
-    clone.__dict__["_parameters"] = {k: v for k, v in module.__dict__["_parameters"].items() if k not in values}
-    # An attribute of the object comes before nn.Module's own look-up, and may be any object.
-    clone.__dict__.update({**{name: getattr(module, name) for name in rest}, **values})
-    if names := vars(module).get("_flat_weights_names"):
-        clone.__dict__["_flat_weights"] = [getattr(clone, name, None) for name in names]
-    return clone
-
-
 def plain_with(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """Return a module that keeps new values in the places of some of its weights, and shares everything else.
 
@@ -437,7 +322,7 @@ def plain_with(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """
     if "weight" in values and is_quantized(module) and not _has_plain_class(module):
         return _float_layer(module, values["weight"])
-    computed = [name for name in values if name in _parametrizations(module)]
+    computed = [name for name in values if name in parametrizations_of(module)]
     clone = _with_held(module, values, computed) if computed else _shallow(module)
     for name, value in values.items():
         if name not in computed:
@@ -464,14 +349,21 @@ def _shallow(module: nn.Module) -> Any:
 # --- computed weights --------------------------------------------------------------------------------
 
 
-def _parametrizations(module: nn.Module) -> Mapping[str, nn.Module]:
+def parametrizations_of(module: nn.Module) -> Mapping[str, nn.Module]:
+    """Return what computes the weights of a module that are computed, by their names.
+
+    Examples
+    --------
+    >>> list(parametrizations_of(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))))
+    ['weight']
+    """
     found: Any = module.__dict__["_modules"].get("parametrizations") if parametrize.is_parametrized(module) else None
     return {} if found is None else dict(found.items())
 
 
 def _computed(module: nn.Module, name: str) -> Tensor:
     """Compute a weight and change nothing: in training, a spectral norm moves its vectors whenever it is read."""
-    parts = list(_parametrizations(module)[name].modules())
+    parts = list(parametrizations_of(module)[name].modules())
     training = [part.training for part in parts]
     for part in parts:
         part.training = False
@@ -496,7 +388,7 @@ def _with_held(module: nn.Module, values: Mapping[str, Tensor], computed: list[s
     plain: Any = kind.__new__(kind)
     plain.__dict__.update(vars(_shallow(module)))
     del plain._modules["parametrizations"]
-    for name in _parametrizations(module):
+    for name in parametrizations_of(module):
         value = values[name] if name in values else _computed(module, name)
         plain.register_parameter(name, nn.Parameter(value, requires_grad=False))
     return plain

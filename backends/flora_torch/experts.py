@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flora_torch.base_weight import stand_in
+from flora_torch.calling import stand_in
 from flora_torch.chain import autocasts
 from flora_torch.layers import FloraParameter
 

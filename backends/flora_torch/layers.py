@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
-from flora_torch.base_weight import call_method, call_with, is_own_method, is_unpacked_linear
+from flora_torch.base_weight import is_unpacked_linear
+from flora_torch.calling import call_method, call_with, is_own_method
 from flora_torch.chain import Chain, Frozen
 from flora_torch.cost import conv_rule, embedding_rule, linear_rule, n_rows, sizes_of
 from flora_torch.flora_layer import FloraLayer

@@ -17,7 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from flora_torch._sharding import is_sharded, refuse_part
-from flora_torch.base_weight import call_with, dense_value, is_quantized
+from flora_torch.base_weight import dense_value, is_quantized
+from flora_torch.calling import call_with
 from flora_torch.chain import Chain, Frozen, Memory, autocasts, run_chain, run_step
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.functional import Factors, Path, shapes_of
