@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flora_tensor._arrays import (
+    conjugate,
     epsilon,
     float_squares,
     host_squares,
@@ -20,7 +21,7 @@ from flora_tensor._arrays import (
     suffix_sums,
     to_numpy,
 )
-from flora_tensor._bases import Basis, Keep, below_reach, by_gram, grams_of, mode_bases, mode_basis
+from flora_tensor._bases import Basis, Keep, below_reach, by_gram, grams_of, mode_bases, mode_basis, phases_of
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._gram import SHORT, is_long_pass
 from flora_tensor._typing import Array, Namespace
@@ -223,9 +224,33 @@ def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
     """Rotate the factors so that the core is all-orthogonal, and drop directions that the core cannot use; exact."""
     if 0 in result.core.shape:
         return result
+    if _is_diagonal(result.core):
+        return with_fixed_factors(xp, result)
     inner = [basis.vectors for basis in mode_bases(xp, result.core)]
     core = multi_mode_dot(result.core, inner, transpose=True)
-    return replace(result, core=core, factors=[xp.matmul(u, v) for u, v in zip(result.factors, inner)])
+    factors = [xp.matmul(u, v) for u, v in zip(result.factors, inner)]
+    return with_fixed_factors(xp, replace(result, core=core, factors=factors))
+
+
+def _is_diagonal(core: Array) -> bool:
+    """Tell whether a matrix on the host has its singular values on the diagonal, and nothing else."""
+    if not isinstance(core, np.ndarray) or core.ndim != 2 or core.shape[0] != core.shape[1]:
+        return False
+    values = np.diagonal(core)
+    sorted_ = not np.iscomplexobj(core) and bool((values[1:] <= values[:-1]).all()) and values[-1] > 0
+    return sorted_ and np.count_nonzero(core) == len(values)
+
+
+def with_fixed_factors(xp: Namespace, result: Truncation) -> Truncation:
+    """Make the entry of largest magnitude in each column of a factor positive, as in a HOSVD; exact."""
+    core, factors = result.core, list(result.factors)
+    for mode, factor in enumerate(factors):
+        if factor is None or 0 in factor.shape:
+            continue
+        phases = phases_of(xp, stop_gradient(factor))
+        factors[mode] = factor * phases[None, :]
+        core = core * xp.reshape(conjugate(xp, phases), tuple(-1 if k == mode else 1 for k in range(len(core.shape))))
+    return replace(result, core=core, factors=factors)
 
 
 def left_whole(xp: Namespace, result: Truncation, modes: Iterable[int]) -> Truncation:

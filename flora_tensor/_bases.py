@@ -300,19 +300,21 @@ def _triangular_factor(xp: Namespace, tall: Array) -> Array:
 
 def with_fixed_signs(xp: Namespace, vectors: Array) -> Array:
     """Make the entry of largest magnitude in each column real and positive, the first one where several are largest."""
-    if 0 in vectors.shape:
-        return vectors
+    return vectors if 0 in vectors.shape else vectors * phases_of(xp, vectors)[None, :]
+
+
+def phases_of(xp: Namespace, vectors: Array) -> Array:
+    """Return what to multiply the columns of a matrix (n, r) by for that: signs, or complex numbers of size 1."""
     if array_api_compat.is_numpy_array(vectors):  # the same in few calls, as most of these matrices are small
         entries = vectors[np.argmax(np.abs(vectors), axis=0), np.arange(vectors.shape[1])]
-        return vectors * (entries.conj() / np.abs(entries) if np.iscomplexobj(entries) else np.sign(entries))
+        return entries.conj() / np.abs(entries) if np.iscomplexobj(entries) else np.sign(entries)
     magnitudes = xp.abs(vectors)
     rows = xp.arange(vectors.shape[0], device=array_api_compat.device(vectors))
     chosen = rows[:, None] == xp.argmax(magnitudes, axis=0)[None, :]
     entries = xp.sum(xp.where(chosen, vectors, xp.zeros_like(vectors)), axis=0)
     if is_complex(xp, vectors.dtype):
-        sizes = xp.max(magnitudes, axis=0)
-        return vectors * (conjugate(xp, entries) / sizes)[None, :]
-    return vectors * xp.sign(entries)[None, :]
+        return conjugate(xp, entries) / xp.max(magnitudes, axis=0)
+    return xp.sign(entries)
 
 
 def _with_derivatives(xp: Namespace, matrix: Array, vectors: Array, values: Array) -> tuple[Array, Array]:

@@ -9,11 +9,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._algorithms import Target, Truncation, cheapest_order, st_hosvd_of
-from flora_tensor._arrays import epsilon, hermitian, to_numpy, widest_dtype
-from flora_tensor._bases import complement, gaussian, orthonormal_columns
+from flora_tensor._arrays import conjugate, epsilon, hermitian, is_complex, to_numpy, widest_dtype
+from flora_tensor._bases import Basis, below_reach, complement, gaussian, orthonormal_columns
 from flora_tensor._gram import column_blocks
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array, Namespace
@@ -38,6 +39,9 @@ WORTHWHILE, _TO_COME = 7e-4, 3
 # Columns this near to orthonormal are so to rounding after one more step; so many steps are made at most, and columns
 # whose lengths, orthogonal to one another, differ more than this are left to reflections.
 _NEARLY, _MOST_ROUNDS, _DEPENDENT = 1e-2, 4, 1e-5
+
+# Singular values that are no shorter than this share of the largest.
+_SHORT = 32
 
 # Rows of a tall matrix whose products are summed at a time, in float64.
 _ROWS = 1 << 11
@@ -136,11 +140,41 @@ def matrix_of(
     rank = min(ranks)
     width = max(block_width(rank), min(rank, _WHOLE))
     space = KrylovSpace(xp, x, mode, width, generator)
-    fill(space, rank, squares)
+    gram = fill(space, rank, squares)
     inside = xp.concat(space.rows, axis=mode)
-    inner = st_hosvd_of(xp, inside, Target(ranks), cheapest_order(inside.shape, ranks), quick=True)
+    inner = _svd_by_gram(xp, inside, mode, rank, gram)
+    if inner is None:
+        inner = st_hosvd_of(xp, inside, Target(ranks), cheapest_order(inside.shape, ranks), quick=True)
     factors = [xp.matmul(space.basis, u) if k == mode else u for k, u in enumerate(inner.factors)]
     return replace(inner, factors=factors, kind="leading"), space.products
+
+
+def _svd_by_gram(xp: Namespace, inside: Array, mode: int, rank: int, gram: "Gram") -> Truncation | None:
+    """Truncate B = U Σ Vᴴ, whose short side's Gram matrix is known; ``None`` where that one does not resolve B.
+
+    The rows of Uᴴ B = Σ Vᴴ are orthogonal. Where none is short, dividing by their lengths is as good as QR.
+    """
+    squares, vectors = np.linalg.eigh(gram.total)
+    lengths = np.sqrt(np.maximum(squares[::-1], 0.0))
+    values, short = _like(xp, inside, lengths), _like(xp, inside, vectors[:, ::-1][:, :rank])
+    if rank > len(lengths) or below_reach(xp, Basis(short, values), rank):
+        return None
+    images = xp.matmul(hermitian(xp, unfold(inside, mode)), short)
+    if _SHORT * lengths[rank - 1] > lengths[0]:
+        long = images / values[None, :rank]
+        core = xp.eye(rank, dtype=inside.dtype, device=array_api_compat.device(inside)) * values[None, :rank]
+    else:
+        long = orthonormal_columns(xp, images)
+        core = xp.matmul(hermitian(xp, images), long)
+    other = conjugate(xp, long)  # B = U Σ Vᴴ is U G Wᵀ with W the conjugate of V
+    core, factors = (core, [short, other]) if mode == 0 else (xp.permute_dims(core, (1, 0)), [other, short])
+    return Truncation(core, factors, [values, values], "leading")
+
+
+def _like(xp: Namespace, x: Array, host: Any) -> Array:
+    """Return a host array in the precision of ``x``, where ``x`` lies."""
+    dtype = x.dtype if np.iscomplexobj(host) or not is_complex(xp, x.dtype) else xp.real(x[:1, :1]).dtype
+    return xp.astype(xp.asarray(np.ascontiguousarray(host), device=array_api_compat.device(x)), dtype)
 
 
 def fill(space: KrylovSpace, rank: int, squares: float, floor: float = 0.0, rival: FloatArray | None = None) -> "Gram":
@@ -156,6 +190,8 @@ def fill(space: KrylovSpace, rank: int, squares: float, floor: float = 0.0, riva
     while space.width + space.block <= most:
         space.grow(fresh=fresh)
         gram.add(unfold(space.rows[-1], space.mode))
+        if len(space.rows) < _FEWEST_BLOCKS - 1:
+            continue
         values = gram.values()[:rank]
         before, captured = captured, np.cumsum(np.where(values > floor, values, 0.0))
         if len(space.rows) < _FEWEST_BLOCKS or (len(values) < rank and values[-1] > floor):

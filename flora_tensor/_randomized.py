@@ -150,14 +150,14 @@ def randomized_of(
 def _gain_to_come(gains: Sequence[float], left: float) -> float:
     """Estimate what all further products will gain, given what those after the second did and the squared error left.
 
-    Where the spectrum decays, each gains less than a quarter of the one before: the next ones form a geometric series.
+    Where the spectrum decays, each gains less than half of the one before: the next ones form a geometric series.
     On flat spectra gains fall like 1/k² (measured), so that after k products k times the last is to come. As one side
     may have much to gain where the other has little, the last gain is the mean of two. A series so small that even this
     would hardly matter is trusted.
     """
     ratios = [b / a if a > 0 else math.inf for a, b in itertools.pairwise(gains[-3:])]
     ratio = max(ratios) if len(gains) > 2 else math.inf
-    if ratio < 1 / 4 and 2 * gains[-1] <= _WORTHWHILE * left:
+    if ratio < 1 / 2 and 2 * gains[-1] <= _WORTHWHILE * left:
         return gains[-1] * ratio / (1 - ratio)
     return (gains[-2] + gains[-1]) / 2 * (len(gains) + 2)
 

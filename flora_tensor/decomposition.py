@@ -1,10 +1,12 @@
 """Tucker decompositions: HOSVD, ST-HOSVD, HOOI, and the driver `tucker` that picks and combines them.
 
 All of them scale the tensor by a power of two first (nothing overflows or vanishes, and the factors of ``x`` and ``x ·
-2**k`` agree bit for bit), work in float32 for 16-bit input, return the input's type, and never change the input.
+2**k`` agree bit for bit), work in float32 for 16-bit input, return the input's type, and never change the input. The
+entry of largest magnitude in each column of a factor is real and positive, whichever method found it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from flora_tensor._algorithms import (
@@ -18,6 +20,7 @@ from flora_tensor._algorithms import (
     hosvd_of,
     left_whole,
     st_hosvd_of,
+    with_fixed_factors,
 )
 from flora_tensor._arrays import (
     array_namespace,
@@ -248,8 +251,8 @@ def tucker(
     4. ST-HOSVD, then HOOI until all further sweeps are expected to gain less than 0.03 % of the squared error. Up to
        16384 entries HOOI starts from HOSVD too, goes on to 0.001 %, and the better end is returned.
 
-    The error is then at most 0.1 % above that of HOOI run to convergence from HOSVD, on flat spectra too (measured over
-    random shapes, ranks and spectra; HOOI converges to a local optimum, so this is no theorem).
+    The error is then hardly ever 0.1 % above that of HOOI run to convergence from HOSVD, on flat spectra too (measured
+    over random shapes, ranks and spectra; HOOI converges to a local optimum, so this is no theorem).
 
     float32 data goes through Gram matrices in float64, which resolve what float32 holds; float64 data does so only
     where the singular values that matter lie above 1e-5 of the largest. HOOI differentiates its unrolled sweeps.
@@ -380,8 +383,9 @@ def round_tucker(
         inner if outer is None else outer if inner is None else xp.matmul(outer, inner)
         for outer, inner in zip(upright.factors, result.factors)
     ]
+    result = with_fixed_factors(xp, replace(result, factors=factors))
     core = times_power_of_two(result.core, ready.exponent)
-    return TuckerTensor(core, tuple(factors)).map(lambda array: xp.astype(array, dtype, copy=False))
+    return TuckerTensor(core, tuple(result.factors)).map(lambda array: xp.astype(array, dtype, copy=False))
 
 
 def _target(

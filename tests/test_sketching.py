@@ -85,13 +85,15 @@ def test_tolerances_and_budgets_are_kept_at_size(method, shape, ranks):
 
 @pytest.mark.parametrize("name", ["torch", "array_api_strict"])
 def test_every_library_sketches_alike(name):
-    """The random numbers come from one generator whatever the library, so the results agree to rounding."""
+    """The random numbers come from one generator whatever the library, so the results agree to rounding, with signs."""
     shape, ranks = LARGE[2]
     x = noisy(shape, ranks, "float64", 0.1)
     ours = ft.tucker(as_array(support.namespace(name), x), ranks, method="randomized", rng=0)
     theirs = ft.tucker(x, ranks, method="randomized", rng=0)
     assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-6)
     assert distance(ours.tucker.to_tensor(), theirs.tucker.to_tensor()) <= 1e-4 * frobenius(x)
+    for u, v in zip(ours.tucker.factors, theirs.tucker.factors):
+        assert (np.sum(support.to_numpy(u) * v, axis=0) > 0.99).all()
 
 
 @pytest.mark.parametrize("shape", [(1500, 1400), (2000, 300), (400, 300, 3), (60, 50, 40)])
