@@ -133,7 +133,7 @@ def randomized_of(
             gains.append(captured - before)
         left = max(squares - captured, 0.0)
         enough = products >= _FEWEST_PRODUCTS and (
-            max(gains[-2:]) <= epsilon(xp, x.dtype) * squares or _gain_to_come(gains, left) <= _WORTHWHILE * left
+            max(gains[-2:]) <= epsilon(xp, x.dtype) * squares or _gain_to_come(gains) <= _WORTHWHILE * left
         )
         if enough or products == _MOST_PRODUCTS:
             break
@@ -147,19 +147,15 @@ def randomized_of(
     return Truncation(inner.core, factors, values, "leading"), products
 
 
-def _gain_to_come(gains: Sequence[float], left: float) -> float:
-    """Estimate what all further products will gain, given what those after the second did and the squared error left.
+def _gain_to_come(gains: Sequence[float]) -> float:
+    """Estimate what all further products will gain at most, given what those after the second did.
 
-    Where the spectrum decays, each gains less than half of the one before: the next ones form a geometric series.
     On flat spectra gains fall like 1/k² (measured), so that after k products k times the last is to come. As one side
-    may have much to gain where the other has little, the last gain is the mean of two. A series so small that even this
-    would hardly matter is trusted.
+    may have much to gain where the other has little, the last gain is the mean of two, but where they fall steadily.
     """
     ratios = [b / a if a > 0 else math.inf for a, b in itertools.pairwise(gains[-3:])]
-    ratio = max(ratios) if len(gains) > 2 else math.inf
-    if ratio < 1 / 2 and 2 * gains[-1] <= _WORTHWHILE * left:
-        return gains[-1] * ratio / (1 - ratio)
-    return (gains[-2] + gains[-1]) / 2 * (len(gains) + 2)
+    steady = len(gains) > 2 and max(ratios) < 1 / 2
+    return (gains[-1] if steady else (gains[-2] + gains[-1]) / 2) * (len(gains) + 2)
 
 
 def _directions(
