@@ -177,6 +177,7 @@ def hooi_of(
     modes = [k for k in by_shrinkage(x.shape, ranks) if k not in full]
     last_gain, sweeps = math.inf, 0
     while sweeps < most:
+        core = None  # no two are held
         core, sweeps = _sweep(xp, x, modes, factors), sweeps + 1
         if not math.isfinite(squares):
             continue

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import array_api_compat
@@ -29,6 +29,8 @@ from flora_tensor._range_finder import Found, find_range
 from flora_tensor._residual import residual_norm as host_residual_norm
 from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
+from flora_tensor._unformed import UnformedSpectrum
+from flora_tensor.algebra import LARGE, multi_mode_dot
 from flora_tensor.ranks import partial_ranks
 from flora_tensor.spectra import spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
@@ -80,29 +82,44 @@ def fit_to(
         allowed = None if target.max_parameters is not None else target.rtol**2 * ready.norm() ** 2
         generator = np.random.default_rng(0 if rng is None else rng)
         found = find_range(ready, target.accuracy, allowed, lambda s: _best_ranks(s, shape, target)[0], generator)
+        if found is not None and target.max_parameters is None:
+            return _fit_found(ready, shape, target, found)
         if found is not None:
-            return _fit_found(ready, shape, target, found, generator)
+            spectrum, chosen, ran = found.spectrum, found.ranks, found.ran
+            lower = spectrum.lower_bound(chosen) * spectrum.norm
+            del found, spectrum  # as much memory as the fit to come
+            fit = _fit_directly(ready, Target(chosen), "auto", generator)
+            return replace(fit, lower=max(lower, fit.lower), ran=f"{ran} for the ranks, then {fit.ran}")
         why = ": their bases are not small beside the sizes"
     else:
         why = ", differentiable" if method == "auto" else ", as asked"
-    spectrum = spectrum_of(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
+    spectrum = _spectrum(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
     chosen, kept = _best_ranks(spectrum, shape, target, whole)
     if method not in ("auto", "hooi"):
         return _fit_directly(ready, Target(chosen), method, rng)
-    result = _truncated(ready.xp, ready.x, spectrum, chosen)
+    start = _truncated(ready.xp, ready.x, spectrum, chosen)
     lower, upper = (bound(chosen) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
     if len(shape) <= 2 or chosen == spectrum.max_ranks:
-        return Fit(result, lower, upper, f"hosvd at the best ranks{why}", kept)
+        return Fit(start, lower, upper, f"hosvd at the best ranks{why}", kept)
+    del spectrum  # its bases are as large as all ranks
     if kept:  # a mode that is not cut may have more directions than the others now carry
-        result = all_orthogonal(ready.xp, result)
-    start = result
+        start = all_orthogonal(ready.xp, start)
     result, sweeps = hooi_of(ready.xp, ready.x, start, MOST_SWEEPS, ENOUGH, ready.squares)
     if target.max_parameters is None:
-        spare = target.rtol**2 * spectrum.norm**2
-        spare -= squared_residual(ready.xp, stop_gradient(ready.x), result, spectrum.norm**2)
-        # Where the error is all but rounding, sweeps may raise it.
-        result, kept = (start, kept) if spare < 0 else _trimmed(ready.xp, result, shape, spare, whole, kept)
+        squares = ready.norm() ** 2
+        spare = target.rtol**2 * squares - squared_residual(ready.xp, stop_gradient(ready.x), result, squares)
+        if spare < 0:  # where the error is all but rounding, sweeps may raise it
+            result = start
+        else:
+            del start
+            result, kept = _trimmed(ready.xp, result, shape, spare, whole, kept)
     return Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi{why}", kept)
+
+
+def _spectrum(ready: Prepared, accuracy: float = 0.0) -> Spectrum:
+    """Compute the full HOSVD; of a large tensor without its core, which takes as much memory."""
+    large = len(ready.x.shape) > 2 and array_api_compat.is_numpy_array(ready.x) and ready.x.size >= LARGE
+    return UnformedSpectrum.of(ready, accuracy) if large else spectrum_of(ready, accuracy)
 
 
 def _best_ranks(
@@ -114,20 +131,14 @@ def _best_ranks(
     return found or (spectrum.max_ranks, ())
 
 
-def _fit_found(
-    ready: Prepared, shape: tuple[int, ...], target: Target, found: Found, generator: np.random.Generator
-) -> Fit:
-    """Decompose to ranks that the range finder chose.
+def _fit_found(ready: Prepared, shape: tuple[int, ...], target: Target, found: Found) -> Fit:
+    """Decompose to ranks that the range finder chose for a tolerance.
 
-    Under a budget as for given ranks. For a tolerance the truncation of what was found keeps it, so that is what
-    improves: HOOI inside the core that the bases leave, where sweeps cost next to nothing.
+    The truncation of what was found keeps it, so that is what improves: HOOI inside the core that the bases leave,
+    where sweeps cost next to nothing.
     """
     spectrum, ranks = found.spectrum, found.ranks
     lower, upper = (bound(ranks) * spectrum.norm for bound in (spectrum.lower_bound, spectrum.upper_bound))
-    ran = f"adaptive range finder ({found.directions} directions, {found.products} products with x)"
-    if target.max_parameters is not None:
-        fit = _fit_directly(ready, Target(ranks), "auto", generator)
-        return Fit(fit.result, max(lower, fit.lower), fit.upper, f"{ran} for the ranks, then {fit.ran}")
     xp, core = ready.xp, spectrum.core
     eyes = [xp.eye(n, r, dtype=core.dtype, device=array_api_compat.device(core)) for n, r in zip(core.shape, ranks)]
     start = Truncation(core[tuple(slice(r) for r in ranks)], eyes, list(spectrum.values), "leading")
@@ -138,7 +149,9 @@ def _fit_found(
     factors = [xp.matmul(u, v) for u, v in zip(spectrum.factors, inner.factors)]
     result = Truncation(inner.core, factors, inner.values, inner.kind)
     then = f", then {sweeps} sweeps of hooi inside it" if len(shape) > 2 else ""
-    return Fit(result, lower, upper, f"{ran}{then}: the ranks that the tolerance needs are small beside the sizes")
+    return Fit(
+        result, lower, upper, f"{found.ran}{then}: the ranks that the tolerance needs are small beside the sizes"
+    )
 
 
 def _fit_directly(ready: Prepared, target: Target, method: Method, rng: Random) -> Fit:
@@ -230,8 +243,12 @@ def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ..
     """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
     if is_differentiated(x):
         return hosvd_of(xp, x, Target(ranks))
-    core = spectrum.core[tuple(slice(r) for r in ranks)]
     factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
+    if spectrum.core is None:  # not formed
+        factors = [xp.asarray(u, copy=True) for u in factors]  # nor is more of the bases to be held from here on
+        core = multi_mode_dot(x, factors, transpose=True)
+    else:
+        core = spectrum.core[tuple(slice(r) for r in ranks)]
     return Truncation(core, factors, list(spectrum.values), "exact")
 
 
@@ -247,7 +264,7 @@ def _trimmed(
     left = float_squares("tucker", xp, result.core)
     if spare <= 0 or left == 0:
         return result, kept
-    inner = spectrum_of(Prepared(xp, stop_gradient(result.core), 0, left))
+    inner = _spectrum(Prepared(xp, stop_gradient(result.core), 0, left))
     chosen = partial_ranks(inner, shape, whole, relative_squares=spare / left)
     if chosen is None or chosen[0] == tuple(result.core.shape):
         return result, kept

@@ -100,10 +100,9 @@ def tucker_of(
 
 
 class _Measured(NamedTuple):
-    """What ran, its result, that in the type of the input, and its relative error."""
+    """What ran and its result, that in the type of the input, and its relative error."""
 
     fit: Fit
-    result: Truncation
     decomposed: TuckerTensor
     error: float
 
@@ -112,9 +111,10 @@ def _measured(
     ready: Prepared, x: Array, target: Target, method: Method, rng: Random, whole: Iterable[int]
 ) -> _Measured:
     fit = fit_to(ready, tuple(x.shape), target, method, rng)
-    result = left_whole(ready.xp, all_orthogonal(ready.xp, fit.result), whole)
-    decomposed = finished("tucker", x, result, ready.exponent)
-    return _Measured(fit, result, decomposed, _relative_error(ready, result, decomposed, target.rtol))
+    fit = replace(fit, result=all_orthogonal(ready.xp, fit.result))  # what it replaces is not held any longer
+    fit = replace(fit, result=left_whole(ready.xp, fit.result, whole))
+    decomposed = finished("tucker", x, fit.result, ready.exponent)
+    return _Measured(fit, decomposed, _relative_error(ready, fit.result, decomposed, target.rtol))
 
 
 def _breaks(x: Array, target: Target, error: float, decomposed: TuckerTensor) -> bool:
@@ -128,7 +128,7 @@ def _breaks(x: Array, target: Target, error: float, decomposed: TuckerTensor) ->
 def _told(ready: Prepared, x: Array, found: _Measured) -> TuckerFit:
     """Put together what `tucker` returns."""
     norm, k = ready.norm(), ready.exponent
-    fit, result, decomposed, error = found
+    fit, decomposed, error = found
     return TuckerFit(
         tucker=decomposed,
         relative_error=error,
@@ -137,10 +137,10 @@ def _told(ready: Prepared, x: Array, found: _Measured) -> TuckerFit:
         error_bound=max(fit.upper / norm, error) if norm else 0.0,
         lower_bound=min(fit.lower / norm, error) if norm else 0.0,
         spectra=ModeSpectra(
-            tuple(times_power_of_two(like(x, v), k) for v in result.values),
+            tuple(times_power_of_two(like(x, v), k) for v in fit.result.values),
             math.ldexp(norm, k),
             tuple(x.shape),
-            result.kind,
+            fit.result.kind,
         ),
         method=fit.ran,
     )

@@ -84,6 +84,13 @@ class KrylovSpace:
         self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
         self.products += 2
 
+    def joined(self) -> Array:
+        """Return X projected onto the whole basis; ``rows`` become views of it, so that both are held once."""
+        whole = self.xp.concat(self.rows, axis=self.mode)
+        before, ends = (slice(None),) * self.mode, range(0, self.width, self.block)
+        self.rows = [whole[(*before, slice(start, start + self.block))] for start in ends]
+        return whole
+
 
 def _extension(xp: Namespace, basis: Array | None, new: Array) -> Array:
     """Return orthonormal columns, orthogonal to those of a basis, that with it span what ``new`` does."""
@@ -141,7 +148,7 @@ def matrix_of(
     width = max(block_width(rank), min(rank, _WHOLE))
     space = KrylovSpace(xp, x, mode, width, generator)
     gram = fill(space, rank, squares)
-    inside = xp.concat(space.rows, axis=mode)
+    inside = space.joined()
     inner = _svd_by_gram(xp, inside, mode, rank, gram)
     if inner is None:
         inner = st_hosvd_of(xp, inside, Target(ranks), cheapest_order(inside.shape, ranks), quick=True)

@@ -67,15 +67,23 @@ class PartialSpectrum(Spectrum):
     def table(self) -> ErrorTable:
         """The errors of all rank tuples within the core, and of some beyond it."""
         inside = Spectrum(self.values, self.core, (), self.norm, tuple(self.core.shape)).table
-        errors, grid = inside.errors + self._missed, list(inside.grid)
-        for mode, most in enumerate(self.max_ranks):
-            points, gains = self._beyond(mode, most)
-            if len(points):
-                last = np.take(errors, [-1], axis=mode)
-                shape = [-1 if k == mode else 1 for k in range(errors.ndim)]
-                errors = np.concatenate([errors, last - gains.reshape(shape)], axis=mode)
-                grid[mode] = np.concatenate([grid[mode], points])
-        return ErrorTable(np.maximum(errors, 0.0), tuple(grid), inside.total + self._missed)
+        total, sizes = inside.total + self._missed, [len(points) for points in inside.grid]
+        beyond = [self._beyond(mode, most) for mode, most in enumerate(self.max_ranks)]
+        grid = tuple(np.concatenate([g, points]) for g, (points, _) in zip(inside.grid, beyond))
+        errors = np.empty([len(g) for g in grid])  # filled in place: nothing beside the core is as large
+        here = [slice(size) for size in sizes]
+        np.add(inside.errors, self._missed, out=errors[tuple(here)])
+        del inside
+        for mode, (size, (_, gains)) in enumerate(zip(sizes, beyond)):
+            last = errors[(*here[:mode], slice(size - 1, size), *here[mode + 1 :])]
+            shape = [-1 if k == mode else 1 for k in range(errors.ndim)]
+            np.subtract(last, gains.reshape(shape), out=errors[(*here[:mode], slice(size, None), *here[mode + 1 :])])
+            here[mode] = slice(None)
+        return ErrorTable(np.maximum(errors, 0.0, out=errors), grid, total)
+
+    def table_within(self, low: Sequence[int], high: Sequence[int]) -> None:
+        """Return nothing: beyond the core bounds on errors are no errors."""
+        del low, high
 
     def table_around(self, ranks: Sequence[int], coarse: ErrorTable) -> ErrorTable:
         """Return the same table: it is complete within the core."""
@@ -136,6 +144,11 @@ class Found:
     directions: int
     products: int
 
+    @property
+    def ran(self) -> str:
+        """What it took, in words."""
+        return f"adaptive range finder ({self.directions} directions, {self.products} products with x)"
+
 
 def find_range(
     ready: Prepared,
@@ -187,6 +200,7 @@ def find_range(
         if mode in narrow:
             wanted = ranks[mode] / _TRUSTED
             wanted = max(space.width + block, wanted if 2 * space.width > widest else min(wanted, 2 * space.width))
+        del spectrum  # before the next one, beside its table, is there
         for k in narrow:
             widths[k] = max(widths[k], min(2 * widths[k], math.ceil(ranks[k] / _TRUSTED)))
     return None
@@ -231,7 +245,7 @@ def _spectrum(
 ) -> PartialSpectrum:
     """Take the HOSVD of what the space, and bases of the other modes of given widths, capture."""
     xp, x, mode = ready.xp, ready.x, space.mode
-    core = xp.concat(space.rows, axis=mode)
+    core = space.joined()
     missed = _outside(xp, x, mode, space.basis, core, space.squares)
     bases: dict[int, Array] = {mode: space.basis}
     for k in sorted(range(len(core.shape)), key=lambda k: -core.shape[k]):

@@ -5,20 +5,34 @@ read slab by slab: beside a table no second array of its size is ever held.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ErrorTable", "FloatArray", "IntArray", "discarded", "rank_grid", "table_of"]
+__all__ = [
+    "ErrorTable",
+    "FloatArray",
+    "IntArray",
+    "Slabs",
+    "discarded",
+    "grid_within",
+    "longest_mode",
+    "rank_grid",
+    "table_of",
+]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Slabs = Iterable[tuple[int, npt.NDArray[Any]]]
 
 # A full table beyond this many rank tuples (256 MiB) gives way to one on a coarse grid, exact at its points.
 _MAX_TABLE = 1 << 25
+
+# Full tables up to this size are not worth asking which part is needed.
+_SMALL_TABLE = 1 << 16
 
 # Entries of the core that are squared at a time.
 _SLAB = 1 << 18
@@ -35,11 +49,14 @@ class ErrorTable:
     @classmethod
     def of_core(cls, core: npt.NDArray[Any], exponent: int, grid: tuple[IntArray, ...]) -> "ErrorTable":
         """Build the table of a core at the points of ``grid``, each from 0 to the core's size."""
-        if all(len(points) == n + 1 for points, n in zip(grid, core.shape)):
-            errors = table_of(core, exponent)
-        else:
-            sums = _block_sums(core, exponent, grid)
-            errors = _table(sums.shape, lambda out: np.copyto(out, sums))
+        mode = longest_mode(core.shape)
+        return cls.of_slabs(((slab[mode].start, core[slab]) for slab in _slabs(core.shape)), exponent, grid, mode)
+
+    @classmethod
+    def of_slabs(cls, slabs: Slabs, exponent: int, grid: tuple[IntArray, ...], mode: int) -> "ErrorTable":
+        """Build the table of a core that is given as slabs of ``mode``, each with the index that it starts at."""
+        shape = tuple(len(points) - 1 for points in grid)
+        errors = _table(shape, lambda out: _add_blocks(out, slabs, exponent, grid, mode))
         return cls(errors, grid, float(errors[(0,) * errors.ndim]))
 
     def up_to(self, caps: Sequence[int]) -> "ErrorTable":
@@ -79,6 +96,14 @@ def rank_grid(max_ranks: Sequence[int], most: int | None = None) -> tuple[IntArr
     return tuple(_thinned(m, count) for m, count in zip(max_ranks, counts))
 
 
+def grid_within(low: Sequence[int], high: Sequence[int], max_ranks: Sequence[int]) -> tuple[IntArray, ...] | None:
+    """Return the ranks from ``low`` to ``high``, 0 and the full one; None where that saves little or is too much."""
+    bounds = list(zip(low, high, max_ranks))
+    grid = tuple(np.unique(np.concatenate([[0], np.arange(a, b + 1), [m]])) for a, b, m in bounds)
+    listed, every = math.prod(len(points) for points in grid), math.prod(m + 1 for m in max_ranks)
+    return None if every <= _SMALL_TABLE or 2 * listed > every or listed > _MAX_TABLE else grid
+
+
 def _thinned(most: int, count: int) -> IntArray:
     if count > most:
         return np.arange(most + 1)
@@ -89,12 +114,7 @@ def _thinned(most: int, count: int) -> IntArray:
 
 def table_of(core: npt.NDArray[Any], exponent: int = 0) -> FloatArray:
     """Return the squared errors of all rank tuples, shape (m_0 + 1, …); see `spectra.error_table`."""
-
-    def write(out: FloatArray) -> None:
-        for slab in _slabs(core.shape):
-            out[slab] = _squares_of(core[slab], exponent)
-
-    return _table(core.shape, write)
+    return ErrorTable.of_core(core, exponent, tuple(np.arange(n + 1) for n in core.shape)).errors
 
 
 def discarded(core: npt.NDArray[Any], exponent: int, ranks: tuple[int, ...]) -> float:
@@ -134,34 +154,29 @@ def _table(shape: tuple[int, ...], write: Callable[[FloatArray], None]) -> Float
     return np.transpose(errors, back)
 
 
-def _block_sums(core: npt.NDArray[Any], exponent: int, grid: tuple[IntArray, ...]) -> FloatArray:
-    """Sum the core's squares over the blocks between the points of a grid."""
-    longest = max(range(core.ndim), key=lambda k: core.shape[k])
-    sums = np.zeros(tuple(len(points) - 1 for points in grid))
-    for first, end in _runs(grid[longest], _SLAB * core.shape[longest] // max(core.size, 1)):
-        points = grid[longest][first : end + 1]
-        before = (slice(None),) * longest
-        slab = _squares_of(core[(*before, slice(int(points[0]), int(points[-1])))], exponent)
-        for mode, starts in enumerate(grid):
-            starts = points - points[0] if mode == longest else starts
-            if len(starts) <= slab.shape[mode]:
-                slab = np.add.reduceat(slab, starts[:-1], axis=mode)
-        sums[(*before, slice(first, end))] = slab
-    return sums
+def _add_blocks(sums: FloatArray, slabs: Slabs, exponent: int, grid: tuple[IntArray, ...], longest: int) -> None:
+    """Add the core's squares, over the blocks between the points of a grid, to zeros."""
+    rows = grid[longest]
+    for start, slab in slabs:
+        part = _squares_of(slab, exponent)
+        # The rows of a slab may begin and end inside a block.
+        cuts = rows[(rows > start) & (rows < start + slab.shape[longest])] - start
+        first = int(np.searchsorted(rows, start, side="right")) - 1
+        for mode, points in enumerate(grid):
+            starts = np.append(0, cuts) if mode == longest else points[:-1]
+            if len(starts) < part.shape[mode]:
+                part = np.add.reduceat(part, starts, axis=mode)
+        sums[(*(slice(None),) * longest, slice(first, first + len(cuts) + 1))] += part
 
 
-def _runs(points: IntArray, rows: int) -> Iterator[tuple[int, int]]:
-    """Split the blocks between successive points into runs of about ``rows`` rows, of one block at least."""
-    first = 0
-    while first < len(points) - 1:
-        end = max(first + 1, int(np.searchsorted(points, points[first] + rows, side="right")) - 1)
-        yield first, end
-        first = end
+def longest_mode(shape: Sequence[int]) -> int:
+    """Return the first mode of most entries."""
+    return max(range(len(shape)), key=lambda k: shape[k])
 
 
 def _slabs(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """Split an array along its longest mode into slabs of about `_SLAB` entries."""
-    longest = max(range(len(shape)), key=lambda k: shape[k])
+    longest = longest_mode(shape)
     rows = max(1, _SLAB * shape[longest] // max(math.prod(shape), 1))
     for start in range(0, shape[longest], rows):
         yield (*(slice(None),) * longest, slice(start, start + rows))

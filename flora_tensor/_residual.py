@@ -19,6 +19,9 @@ PLAIN = 0.1
 # Numbers of the change that are compared at a time: what stays in the processor's cache.
 _SLAB = 1 << 18
 
+# Entries of all modes but the first that are multiplied out at a time.
+_COLUMNS = 1 << 19
+
 # float32 products are taken where their rounding cannot show: ε‖X‖ (ε = 6e-8), spread at random over n entries,
 # changes a residual of size ‖R‖ by a share of about ε‖X‖/(‖R‖√n) + (ε‖X‖/‖R‖)²/2, here below 3e-7.
 _COARSE, _MANY = 1e-3, 1 << 16
@@ -36,19 +39,41 @@ def residual_norm(x: np.ndarray, stored: TuckerTensor, norm: float) -> float:
         scaled = TuckerTensor(np.ldexp(stored.core.astype(np.float64), -exponent), stored.factors)
         return math.ldexp(residual_norm(np.ldexp(x, -exponent), scaled, math.ldexp(norm, -exponent)), exponent)
     if x.dtype == np.float32 and x.size >= _MANY:
-        found = math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float32)), np.float32))
+        found = math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float32, copy=False)), np.float32))
         if found >= _COARSE * norm:
             return found
-    return math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float64)), np.float64))
+    return math.sqrt(_squares(x, stored.map(lambda a: a.astype(np.float64, copy=False)), np.float64))
 
 
 def _squares(x: np.ndarray, stored: TuckerTensor, dtype: type) -> float:
-    """Sum the squares of X − X̂ over slabs of the first mode."""
+    """Sum the squares of X − X̂.
+
+    All modes but the first are multiplied out once, unless that is not much smaller than X: of the longest of them, a
+    part at a time.
+    """
+    first, along = stored.factors[0], max(range(x.ndim), key=lambda k: (k > 0, x.shape[k]))
+    if first is None or along == 0 or 4 * first.shape[1] > first.shape[0]:
+        return _squares_of_part(x, stored, dtype, wide=False)
+    step = max(1, _COLUMNS * x.shape[0] * x.shape[along] // (first.shape[1] * x.size))
+    total = 0.0
+    for start in range(0, x.shape[along], step):
+        here = slice(start, start + step)
+        total += _squares_of_part(x[(*(slice(None),) * along, here)], _cut(stored, along, here), dtype, wide=True)
+    return total
+
+
+def _cut(stored: TuckerTensor, mode: int, rows: slice) -> TuckerTensor:
+    """Return some rows of a mode."""
+    factors = tuple(u if u is None or k != mode else u[rows] for k, u in enumerate(stored.factors))
+    core = stored.core[(*(slice(None),) * mode, rows)] if stored.factors[mode] is None else stored.core
+    return TuckerTensor(core, factors)
+
+
+def _squares_of_part(x: np.ndarray, stored: TuckerTensor, dtype: type, *, wide: bool) -> float:
+    """Sum the squares of X − X̂ over slabs of the first mode; ``wide``: multiply out all others before."""
     rows = max(1, _SLAB * x.shape[0] // x.size)
     first = stored.factors[0]
     rest = {k: u for k, u in enumerate(stored.factors) if k and u is not None}
-    # All modes but the first are multiplied out once, unless that is not much smaller than X.
-    wide = first is not None and 4 * first.shape[1] <= first.shape[0]
     core = multi_mode_dot(stored.core, list(rest.values()), modes=list(rest)) if wide else stored.core
     buffer = np.empty((rows, x.size // x.shape[0]), dtype)
     total = 0.0

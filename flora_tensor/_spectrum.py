@@ -11,7 +11,7 @@ import numpy as np
 from flora_tensor._arrays import suffix_sums, to_numpy
 from flora_tensor._checks import as_int
 from flora_tensor._frontiers import Choices, Frontier
-from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, rank_grid
+from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, grid_within, rank_grid
 from flora_tensor._typing import Array
 
 __all__ = ["ModeSpectra", "Spectrum"]
@@ -99,7 +99,30 @@ class Spectrum:
     @cached_property
     def table(self) -> ErrorTable:
         """The errors of all rank tuples (on a grid where the whole table would not fit), as relative squares."""
-        return ErrorTable.of_core(to_numpy(self.core), self.exponent, rank_grid(self.max_ranks))
+        return self._table_on(rank_grid(self.max_ranks))
+
+    def table_within(self, low: Sequence[int], high: Sequence[int]) -> ErrorTable | None:
+        """Compute the errors of the rank tuples within bounds only, where that is a small part of all.
+
+        Parameters
+        ----------
+        low, high : sequence of int
+            The least and the greatest rank of each mode.
+
+        Returns
+        -------
+        ErrorTable or None
+            The exact errors from ``low`` to ``high``, and of rank 0; None where there are as good as all.
+
+        References
+        ----------
+        The errors are those of `error_table`.
+        """
+        grid = grid_within(low, high, self.max_ranks)
+        return None if grid is None else self._table_on(grid).up_to(high)
+
+    def _table_on(self, grid: tuple[IntArray, ...]) -> ErrorTable:
+        return ErrorTable.of_core(to_numpy(self.core), self.exponent, grid)
 
     def table_around(self, ranks: Sequence[int], coarse: ErrorTable) -> ErrorTable:
         """Compute the errors on a grid that is finer between the neighbors of ``ranks`` on a coarse one.
@@ -120,7 +143,7 @@ class Spectrum:
         ----------
         The errors are those of `error_table`.
         """
-        return ErrorTable.of_core(to_numpy(self.core), self.exponent, coarse.grid_around(ranks, self.max_ranks))
+        return self._table_on(coarse.grid_around(ranks, self.max_ranks))
 
     def error(self, ranks: Sequence[int]) -> float:
         """Return the exact relative error ‖X − X_r‖ / ‖X‖ of the HOSVD truncated to ``ranks``.
@@ -268,7 +291,7 @@ class Spectrum:
 
     @cached_property
     def _frontier_table(self) -> ErrorTable:
-        return ErrorTable.of_core(to_numpy(self.core), self.exponent, rank_grid(self.max_ranks, _MAX_FRONTIER))
+        return self._table_on(rank_grid(self.max_ranks, _MAX_FRONTIER))
 
     def feasible_errors(self) -> tuple[IntArray, FloatArray]:
         """List the rank tuples that `frontier` compares, and their squared errors.

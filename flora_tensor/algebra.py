@@ -7,7 +7,7 @@ accept the arrays of any array-API library and return arrays of that library; al
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -44,7 +44,7 @@ _SHORT, _JOINED = 64, 1 << 12
 _BAND, _BAND_ROWS, _BAND_INNER = 1 << 21, 64, 128
 
 # Tensors from this many entries on are multiplied along several modes in so many parts, to save memory.
-_LARGE, _PARTS = 1 << 20, 16
+LARGE, PARTS = 1 << 20, 16
 
 
 def unfold(x: Array, mode: int) -> Array:
@@ -251,7 +251,11 @@ def multiply(xp: Namespace, x: Array, steps: Sequence[tuple[int, Array]], out: A
     order = contraction_order([m.shape[1] for _, m in steps], [m.shape[0] for _, m in steps])
     steps = [steps[i] for i in order]
     if out is None and _holds_much(x, steps):
-        return xp.reshape(_multiply_in_parts(xp, x, steps), shape)
+        ratios, along = [m.shape[0] / m.shape[1] for _, m in steps], _cut_along(x.shape, [k for k, _ in steps])
+        if along not in {k for k, _ in steps} or 2 * math.prod(ratios) < ratios[0]:
+            return xp.reshape(_multiply_in_parts(xp, x, steps, along), shape)
+        if steps[0][1].shape[0] >= PARTS:
+            return xp.reshape(_put_together(xp, x, steps), shape)
     for i, (k, m) in enumerate(steps):
         x, m = promote(xp, x, m)
         x = contract(xp, x, m, k, out if i == len(steps) - 1 else None)
@@ -330,31 +334,65 @@ def contraction_order(inner: Sequence[int], outer: Sequence[int]) -> list[int]:
 
 
 def _holds_much(x: Array, steps: Sequence[tuple[int, Array]]) -> bool:
-    """Tell whether the first of several products leaves much of a large tensor, and the last one little."""
-    if len(steps) < 2 or is_torch(x) or not array_api_compat.is_numpy_array(x) or x.size < _LARGE:
+    """Tell whether the first of several products leaves much of a large tensor."""
+    if len(steps) < 2 or is_torch(x) or not array_api_compat.is_numpy_array(x) or x.size < LARGE:
         return False
-    ratios = [m.shape[0] / m.shape[1] for _, m in steps]
-    return 4 * ratios[0] > 1 and 2 * math.prod(ratios) < ratios[0]
+    first = steps[0][1]
+    return 4 * first.shape[0] > first.shape[1]
 
 
-def _multiply_in_parts(xp: Namespace, x: Any, steps: Sequence[tuple[int, Any]]) -> Any:
-    """Multiply along several modes, of a part of the tensor at a time: no tensor between it and the result is held."""
+def _cut_along(shape: Sequence[int], multiplied: Sequence[int]) -> int:
+    """Choose the mode to cut a tensor into parts along: one that stays as it is, else the last to be multiplied.
+
+    It is to be long enough, or the longest.
+    """
+    order = [k for k in range(len(shape)) if k not in multiplied] + list(reversed(multiplied))
+    return max(order, key=lambda k: (min(shape[k], PARTS), -order.index(k)))
+
+
+def _multiply_in_parts(xp: Namespace, x: Any, steps: Sequence[tuple[int, Any]], along: int) -> Any:
+    """Multiply along several modes, a part of the tensor at a time, where little is left or a mode stays as it is."""
     matrices = dict(steps)
-    along = max(range(x.ndim), key=lambda k: (k not in matrices and x.shape[k] >= _PARTS, x.shape[k]))
     shape = [matrices[k].shape[0] if k in matrices else n for k, n in enumerate(x.shape)]
     result = np.zeros(shape, np.result_type(x, *matrices.values()))
-    rows = -(-x.shape[along] // _PARTS)
+    rows = -(-x.shape[along] // PARTS)
     for start in range(0, x.shape[along], rows):
         here = (*(slice(None),) * along, slice(start, start + rows))
         part = x[here]
-        for k, m in steps:
-            part, m = promote(xp, part, m[:, start : start + rows] if k == along else m)
-            part = contract(xp, part, m, k)
+        for k, m in sorted(steps, key=lambda step: step[0] == along):  # last, as a part has few of its entries
+            left, right = promote(xp, part, m[:, start : start + rows] if k == along else m)
+            part = contract(xp, left, right, k)
         if along in matrices:
             result += part
         else:
             result[here] = part
     return result
+
+
+def _put_together(xp: Namespace, x: Any, steps: Sequence[tuple[int, Any]]) -> Any:
+    """Multiply along several modes, a part of the result at a time, where much is left in the end."""
+    matrices, mode = dict(steps), steps[0][0]
+    shape = [matrices[k].shape[0] if k in matrices else n for k, n in enumerate(x.shape)]
+    result = np.empty(shape, np.result_type(x, *matrices.values()))
+    for start, part in product_slabs(xp, x, steps, mode):
+        result[(*(slice(None),) * mode, slice(start, start + part.shape[mode]))] = part
+    return result
+
+
+def product_slabs(
+    xp: Namespace, x: Array, steps: Sequence[tuple[int, Array]], mode: int
+) -> Iterator[tuple[int, Array]]:
+    """Multiply along several modes, ``mode`` among them, and give the result slab by slab of it, with where it starts.
+
+    It takes what multiplying along that mode first takes; of the result and of what lies between no more than a slab is
+    held, a sixteenth of the tensor at most where no mode grows.
+    """
+    matrices = dict(steps)
+    first = matrices.pop(mode)
+    rows = -(-x.shape[mode] // PARTS)
+    for start in range(0, first.shape[0], rows):
+        part, m = promote(xp, x, first[start : start + rows, :])
+        yield start, multiply(xp, contract(xp, part, m, mode), list(matrices.items()))
 
 
 def contract(xp: Namespace, x: Array, matrix: Array, mode: int, out: Array | None = None) -> Array:

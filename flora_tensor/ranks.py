@@ -17,6 +17,7 @@ import numpy.typing as npt
 from flora_tensor._arrays import is_low_precision, to_numpy
 from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, feasible_ranks
 from flora_tensor._frontiers import n_parameters_of
+from flora_tensor._rank_bounds import Bounds, ranks_for_budget, ranks_for_tolerance, stored_numbers
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
 from flora_tensor._typing import Array
 from flora_tensor.noise import bic, doubts, evbmf, gavish_donoho, projected_edge
@@ -341,7 +342,11 @@ def fewest_parameters(
         tail = spectrum.squared_tails[0]
         rank = max(1, int(np.argmax(tail <= relative_squares * tail[0] * _SLACK)))
         return _uncut(spectrum, (rank,) * len(shape), kept) if rank <= min(caps) else None
-    found = _search(spectrum, caps, lambda table: _fewest(table, shape, relative_squares * table.total * _SLACK, kept))
+    allowed, blur = relative_squares * float(spectrum.squared_tails[0][0]), _blur(spectrum)
+    bounds = ranks_for_tolerance(spectrum.squared_tails, shape, allowed, blur, caps, kept)
+    found = _search(
+        spectrum, caps, bounds, lambda table: _fewest(table, shape, relative_squares * table.total * _SLACK, kept)
+    )
     return found and _uncut(spectrum, found, kept)
 
 
@@ -365,7 +370,8 @@ def smallest_error(
         affordable = stored_numbers([ranks] * len(shape), shape, kept) <= budget
         errors = np.where(affordable, spectrum.squared_tails[0][ranks], np.inf)
         return _uncut(spectrum, (int(ranks[np.argmin(errors)]),) * len(shape), kept)
-    found = _search(spectrum, caps, lambda table: _best(table, shape, budget, kept))
+    bounds = ranks_for_budget(spectrum.squared_tails, shape, budget, _blur(spectrum), caps, kept)
+    found = _search(spectrum, caps, bounds, lambda table: _best(table, shape, budget, kept))
     return _uncut(spectrum, found or (1,) * len(shape), kept)
 
 
@@ -398,12 +404,6 @@ def partial_ranks(
     return min(found, key=merit) if len(found) > 1 else found[0] if found else None
 
 
-def stored_numbers(ranks: Sequence[Any], shape: Sequence[int], kept: Collection[int] = ()) -> Any:
-    """Return ∏ r_k + Σ I_k r_k, where the modes in ``kept`` fill the core and have no factor."""
-    core = [n if mode in kept else r for mode, (r, n) in enumerate(zip(ranks, shape))]
-    return n_parameters_of(core, [0 if mode in kept else n for mode, n in enumerate(shape)])
-
-
 def check_budget(where: str, shape: Sequence[int], budget: int, whole: Collection[int] = ()) -> None:
     """Refuse a budget that the smallest Tucker tensor of ``shape`` exceeds; modes in ``whole`` need no factor."""
     least = min(int(stored_numbers((1,) * len(shape), shape, kept)) for kept in _subsets(whole))
@@ -427,10 +427,25 @@ def _uncut(spectrum: Spectrum, ranks: tuple[int, ...], kept: Collection[int]) ->
 _SLACK = 1 + 1e-13
 
 
+def _blur(spectrum: Spectrum) -> float:
+    """Bound by how much roots of sums of squares differ between the core and the singular values, for rounding.
+
+    The core comes from products of length I_k: its error, relative to ‖X‖, grows as √I_k · ε.
+    """
+    reach = 4 * math.sqrt(max(spectrum.shape)) * float(np.finfo(spectrum.dtype).eps)
+    return reach * math.sqrt(float(spectrum.squared_tails[0][0]))
+
+
 def _search(
-    spectrum: Spectrum, caps: Sequence[int], pick: Callable[[ErrorTable], tuple[int, ...] | None]
+    spectrum: Spectrum,
+    caps: Sequence[int],
+    bounds: Bounds,
+    pick: Callable[[ErrorTable], tuple[int, ...] | None],
 ) -> tuple[int, ...] | None:
-    """Apply ``pick`` to the errors of all tuples, or, beyond memory, to grids that close in on the best."""
+    """Apply ``pick`` to the errors of all tuples within bounds, or, beyond memory, to grids that close in."""
+    table = spectrum.table_within(*bounds)
+    if table is not None and (chosen := pick(table)) is not None:
+        return chosen
     table = spectrum.table.up_to(caps)
     chosen = pick(table)
     while chosen is not None and not table.is_dense_around(chosen):

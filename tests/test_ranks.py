@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
+from flora_tensor._rank_errors import ErrorTable
+from flora_tensor.ranks import fewest_parameters, smallest_error
 from support import (
     FLOATING,
     LOW_PRECISION,
@@ -151,6 +153,60 @@ def test_choices_keep_their_promise_in_every_library(xp, sample):
     assert Truth.of(truth.x).error(t) <= 0.3 + rounding
     budget = sum(sample.shape) + 20
     assert ft.select_ranks(x, max_parameters=budget).n_parameters <= budget
+
+
+# --- bounds ------------------------------------------------------------------------------------------
+
+
+def stored_with_whole(ranks, shape, whole) -> int:
+    core = [n if k in whole else r for k, (r, n) in enumerate(zip(ranks, shape))]
+    return math.prod(core) + sum(n * r for k, (r, n) in enumerate(zip(ranks, shape)) if k not in whole)
+
+
+def feasible_with_whole(ranks, shape, whole) -> bool:
+    carried = [n if k in whole else r for k, (r, n) in enumerate(zip(ranks, shape))]
+    return all(k in whole or r <= math.prod(carried) // carried[k] for k, r in enumerate(ranks))
+
+
+@pytest.mark.parametrize("whole", [(), (0,), (2,)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((12, 9, 3), "float64"), ((7, 8, 9), "float32"), ((9, 8, 2, 3), "float64")]
+)
+def test_the_best_ranks_lie_within_their_bounds(monkeypatch, shape, dtype, decay, whole):
+    """Looked for between bounds from singular values alone, they are those of a search through all tuples."""
+    monkeypatch.setattr("flora_tensor._rank_errors._SMALL_TABLE", 0)
+    x = np.random.default_rng(len(shape)).standard_normal(shape)
+    for k, n in enumerate(shape):
+        x = x * (np.arange(1, n + 1) ** -decay).reshape([-1 if j == k else 1 for j in range(len(shape))])
+    spectrum = ft.hosvd_spectrum(x.astype(dtype))
+    table = ft.error_table(spectrum.core) / float(ft.error_table(spectrum.core).flat[0])
+    every = itertools.product(*([m] if k in whole else range(1, m + 1) for k, m in enumerate(spectrum.max_ranks)))
+    listed = [r for r in every if feasible_with_whole(r, shape, whole)]
+    costs = np.array([stored_with_whole(r, shape, whole) for r in listed])
+    errors = np.array([table[r] for r in listed])
+    for rtol in (0.9, 0.4, 0.1, 0.03, 1e-3):
+        found = fewest_parameters(spectrum, shape, rtol**2, kept=whole)
+        assert table[found] <= rtol**2 * (1 + 1e-12)
+        assert stored_with_whole(found, shape, whole) == costs[errors <= rtol**2 * (1 - 1e-12)].min()
+    for budget in np.linspace(costs.min(), costs.max(), 7, dtype=int).tolist():
+        found = smallest_error(spectrum, shape, budget, kept=whole)
+        assert stored_with_whole(found, shape, whole) <= budget
+        assert table[found] <= errors[costs <= budget].min() + 1e-13
+
+
+def test_bounds_leave_little_to_search(monkeypatch):
+    """Of 130 × 120 × 3 × 3 the whole table is never asked for, though it is there without bounds."""
+    x = np.random.default_rng(0).standard_normal((130, 120, 3, 3))
+    x *= np.arange(1, 131)[:, None, None, None] ** -0.7 * np.arange(1, 121)[:, None, None] ** -0.7
+    asked: list[int] = []
+    of_core = ErrorTable.of_core
+    monkeypatch.setattr(
+        ErrorTable, "of_core", lambda *given: asked.append(of_core(*given).errors.size) or of_core(*given)
+    )
+    for options in ({"rtol": 0.1}, {"rtol": 0.01}, {"max_ratio": 0.05}, {"max_ratio": 0.2}):
+        ft.select_ranks(ft.hosvd_spectrum(x), **options)
+    assert max(asked) < 131 * 121 * 4 * 4 / 3
 
 
 # --- coarse grids ------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_tensor as ft
+from flora_tensor._prepared import prepare
 from flora_tensor._rank_errors import ErrorTable, rank_grid
+from flora_tensor._unformed import UnformedSpectrum
 from flora_tensor.spectra import cheapest_spectrum
 from support import (
     EVERY_DTYPE,
@@ -306,6 +308,28 @@ def test_a_table_on_a_grid_is_the_full_table_at_its_points(core, most, seed):
     table, full = ErrorTable.of_core(core, 0, grid), ft.error_table(core)
     assert np.allclose(table.errors, full[np.ix_(*grid)], rtol=1e-12, atol=1e-14 * float(full.flat[0]))
     assert table.total == pytest.approx(float(full.flat[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("shape", [(40, 36, 3, 3), (3, 70, 20), (5, 4, 3)])
+def test_errors_are_those_of_the_core_that_is_not_formed(shape, dtype):
+    x = Sample(shape, dtype=dtype, kind="graded").values
+    formed, unformed = ft.hosvd_spectrum(x), UnformedSpectrum.of(prepare("test", x), 0.0)
+    assert unformed.max_ranks == formed.max_ranks
+    assert unformed.dtype == formed.dtype
+    rng = np.random.default_rng(0)
+    grid = tuple(np.unique(np.concatenate([[0, m], rng.integers(0, m + 1, 4)])) for m in formed.max_ranks)
+    full = ft.error_table(formed.core)
+    rounding = tolerance(dtype, sum(shape)) * np.sqrt(full.flat[0])
+    table = unformed.table_within([g[1] for g in grid], formed.max_ranks)
+    for errors, points in ((unformed._table_on(grid).errors, grid), *(((table.errors, table.grid),) if table else ())):
+        # Roots of sums of squares differ by no more than the core does.
+        errors = np.ldexp(errors, 2 * unformed.exponent)
+        scale = math.ldexp(1.0, prepare("test", x).exponent)
+        assert np.abs(np.sqrt(errors) * scale - np.sqrt(full[np.ix_(*points)])).max() <= rounding
+    for _ in range(5):
+        ranks = tuple(int(rng.integers(0, m + 1)) for m in formed.max_ranks)
+        assert unformed.error(ranks) == pytest.approx(formed.error(ranks), rel=1e-4, abs=tolerance(dtype, sum(shape)))
 
 
 @given(shape=shapes(min_dim=1, max_dim=300, max_size=10**9, max_ndim=4), most=st.sampled_from((100, 10_000, 1 << 20)))
