@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from decomposition_cases import FORCED, for_all, slack, small
+from flora_tensor._driver import RELIABLE
 from support import (
     EVERY_DTYPE,
     FLOATING,
@@ -22,6 +23,7 @@ from support import (
     distance,
     frobenius,
     library,
+    normal,
     orthonormal,
     ranked_samples,
     same_bits,
@@ -146,3 +148,23 @@ def test_repr_of_a_fit_is_its_summary():
     text = repr(ft.tucker(np.diag([2.0, 1.0]), 1))
     assert text.startswith("TuckerFit(TuckerTensor(shape=(2, 2), ranks=(1, 1), ")
     assert "relative_error=0.4472" in text
+
+
+@pytest.mark.parametrize("times", [3.0, 1.1, 0.9, 0.1])
+@pytest.mark.parametrize("shape", [(60, 50, 3, 3), (70, 60)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_the_error_is_the_true_one_on_both_sides_of_the_change_to_the_residual(dtype, shape, times):
+    """Down to an error e with e² = 10⁴ ε, √(‖X‖² − ‖G‖²)/‖X‖ is reported; below, the residual.
+
+    If rounding moves ‖G‖² by c ε ‖X‖², it moves the squared error by c/10⁴ of itself at most, and the error by half of
+    that: 1e-3 allows c = 20.
+    """
+    rng, ranks = np.random.default_rng(0), (5, 5, 3, 3)[: len(shape)]
+    planted = dense(normal(rng, ranks, dtype), [orthonormal(rng, n, r, dtype) for n, r in zip(shape, ranks)])
+    noise = normal(rng, shape, dtype)
+    size = times * math.sqrt(RELIABLE * np.finfo(dtype).eps)
+    x = (planted + size * frobenius(planted) / frobenius(noise) * noise).astype(dtype)
+    fit = ft.tucker(x, ranks, method="st_hosvd")
+    rebuilt = dense(fit.tucker.core.astype("complex128"), [u.astype("complex128") for u in fit.tucker.factors])
+    true = frobenius(x.astype("complex128") - rebuilt) / frobenius(x)
+    assert fit.relative_error == pytest.approx(true, rel=1e-3)
