@@ -24,11 +24,18 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int | None, ...], set[tuple[int, .
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1.0, -2.5])
-def test_the_tensor_and_its_gradients_are_those_of_ordinary_contractions(name: str, scale: float):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_tensor_and_its_gradients_are_those_of_ordinary_contractions(name: str, scale: float, transposed: bool):
     shape, sizes, together = CASES[name]
     core = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     pairs = [None if n is None else (n, r) for n, r in zip(sizes, shape)]
     factors = [None if p is None else torch.randn(p, dtype=torch.float64, requires_grad=True) for p in pairs]
+    if transposed:
+        # The same shapes with the other order in memory, as parametrizations give them.
+        core, *factors = (
+            None if p is None else p.detach().mT.contiguous().mT.requires_grad_() for p in (core, *factors)
+        )
+        assert core is not None
     assert {product.modes for product in in_order(range(len(shape)), shape, pairs)} == together
     ours = form((core, *factors), scale)
     theirs: Tensor = core * scale

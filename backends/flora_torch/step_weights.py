@@ -127,8 +127,13 @@ def _kronecker(parameters: Parameters, modes: tuple[int, ...]) -> list[Tensor]:
     for k in reversed(modes):
         factor = parameters[1 + k]
         assert factor is not None
-        products.insert(0, torch.kron(factor, products[0]) if products else factor)
+        products.insert(0, _kronecker_of_two(factor, products[0]) if products else factor)
     return products
+
+
+def _kronecker_of_two(a: Tensor, b: Tensor) -> Tensor:
+    # `torch.kron` refuses some matrices that are not contiguous, such as transposed ones.
+    return (a[:, None, :, None] * b[:, None, :]).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def _factor_gradients(
