@@ -56,7 +56,9 @@ def test_it_is_accurate_on_both_sides_of_the_change_of_type(residual: float):
     exact = stored.map(lambda a: a.astype(np.float64)).to_tensor()
     x = (exact + residual * np.linalg.norm(exact) / np.linalg.norm(noise) * noise).astype(np.float32)
     norm = float(np.linalg.norm(x.astype(np.float64)))
-    assert residual_norm(x, stored, norm) == pytest.approx(dense(x, stored), rel=1e-6)
+    # Rounding of 3e-7 ‖X‖, at random over 55,296 entries, changes a residual of 1e-3 ‖X‖ by a share of 1.3e-6; four
+    # times that is hardly ever reached.
+    assert residual_norm(x, stored, norm) == pytest.approx(dense(x, stored), rel=5e-6)
 
 
 def test_no_copy_of_the_change_is_made():
