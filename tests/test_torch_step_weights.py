@@ -31,11 +31,8 @@ def test_the_tensor_and_its_gradients_are_those_of_ordinary_contractions(name: s
     pairs = [None if n is None else (n, r) for n, r in zip(sizes, shape)]
     factors = [None if p is None else torch.randn(p, dtype=torch.float64, requires_grad=True) for p in pairs]
     if transposed:
-        # The same shapes with the other order in memory, as parametrizations give them.
-        core, *factors = (
-            None if p is None else p.detach().mT.contiguous().mT.requires_grad_() for p in (core, *factors)
-        )
-        assert core is not None
+        # Parametrizations and loaded states give factors in either order of memory, also side by side.
+        factors[-1] = None if factors[-1] is None else factors[-1].detach().mT.contiguous().mT.requires_grad_()
     assert {product.modes for product in in_order(range(len(shape)), shape, pairs)} == together
     ours = form((core, *factors), scale)
     theirs: Tensor = core * scale

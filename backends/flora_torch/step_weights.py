@@ -132,7 +132,7 @@ def _kronecker(parameters: Parameters, modes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _kronecker_of_two(a: Tensor, b: Tensor) -> Tensor:
-    # `torch.kron` refuses some matrices that are not contiguous, such as transposed ones.
+    # `torch.kron` refuses a matrix beside one in the other order of memory.
     return (a[:, None, :, None] * b[:, None, :]).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
