@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._checks import prefix_between
+from flora_tensor._checks import feasible_ranks, prefix_between
 from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._frontiers import Frontier, n_parameters_of
@@ -376,14 +376,18 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
     """Give a weight the ranks that the user asked for, as far as it can have them."""
     weight.arrangement = weight.arrangements[0]
     asked, weight.ranks = settings.ranks_of(weight.row.name, weight.arranged_shape)
-    if weight.ranks != asked and not isinstance(settings.ranks, int):
+    note = ""
+    if weight.ranks == weight.arranged_shape:
+        note = f"kept as it is: a Tucker tensor of ranks {asked} is no smaller"
+    elif weight.ranks != asked and not isinstance(settings.ranks, int):
         note = f"ranks {asked} lowered to {weight.ranks}"
+    if note:
         weight.row = replace(weight.row, notes=(*weight.row.notes, note))
     if settings.dry_run:
         arranged = on_device(weight.arrangement.arrange(delta), settings.device)
-        spectrum = hosvd_spectrum(arranged)
-        weight.predicted = spectrum.error(weight.ranks)
-        weight.bound = spectrum.lower_bound(weight.ranks)
+        spectrum, ranks = hosvd_spectrum(arranged), feasible_ranks(weight.ranks, weight.arranged_shape)
+        weight.predicted = spectrum.error(ranks)
+        weight.bound = spectrum.lower_bound(ranks)
 
 
 def choose(
