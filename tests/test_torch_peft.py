@@ -686,7 +686,10 @@ def test_models_are_loaded_without_a_copy_in_memory(options, tmp_path):
     }
     loaded = PeftModel.from_pretrained(base, saved(model, tmp_path / "a"), low_cpu_mem_usage=True)
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
-    assert torch.equal(loaded(IMAGES), model.eval()(IMAGES))
+    trained = dict(model.named_parameters())
+    assert all(torch.equal(p, trained[name]) for name, p in loaded.named_parameters())
+    # These parameters lie in the file, at addresses that PyTorch rounds small products differently for.
+    assert close(loaded(IMAGES), model.eval()(IMAGES))
 
 
 def test_hot_swapping_goes_by_copying_or_is_refused(tmp_path):
