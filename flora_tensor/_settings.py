@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from flora_tensor._checks import as_int, check_limit, feasible_ranks
-from flora_tensor._frontiers import n_parameters_of
 from flora_tensor._heads import Heads, heads_beside, with_heads
 from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
@@ -131,7 +130,7 @@ class Settings:
         return (self.arrangement,)
 
     def ranks_of(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ranks asked for, and those to store: feasible, and the shape itself where that is not larger."""
+        """Return the ranks asked for, and those to store: feasible, and the shape where they truncate nothing."""
         ranks = self.ranks
         if isinstance(ranks, Mapping):
             found = [r for pattern, r in ranks.items() if fnmatch.fnmatchcase(name, pattern)]
@@ -148,8 +147,7 @@ class Settings:
         if min(asked) < 1:
             raise ValueError(f"extract: rank {min(asked)} for {name!r}; pass at least 1")
         feasible = feasible_ranks(asked, shape)
-        stays = n_parameters_of(feasible, shape, partial=True) >= math.prod(shape)
-        return tuple(asked), tuple(shape) if stays else feasible
+        return tuple(asked), tuple(shape) if feasible == feasible_ranks(shape, shape) else feasible
 
 
 def checked_budget(budget: Mapping[str, Any], ranks: RanksOption | None) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def _take_ranks(weight: Weight, delta: np.ndarray, settings: Settings) -> None:
     asked, weight.ranks = settings.ranks_of(weight.row.name, weight.arranged_shape)
     note = ""
     if weight.ranks == weight.arranged_shape:
-        note = f"kept as it is: a Tucker tensor of ranks {asked} is no smaller"
+        note = f"kept as it is: ranks {asked} truncate nothing"
     elif weight.ranks != asked and not isinstance(settings.ranks, int):
         note = f"ranks {asked} lowered to {weight.ranks}"
     if note:

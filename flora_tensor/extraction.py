@@ -106,8 +106,8 @@ def extract(
     out : path or None
         The adapter directory to write; may be ``None`` in a dry run.
     ranks : int, sequence of int, or mapping of glob to either, optional
-        Ranks instead of a budget, lowered to what each weight can have. A change that would not be smaller so is stored
-        as it is.
+        Ranks instead of a budget, lowered to what each weight can have. A change of which they truncate nothing is
+        stored as it is.
     rtol : float, optional
         The relative error of all changes together to stay within, with as few numbers as possible. With
         ``weights="uniform"`` it is the root mean square of their relative errors.
