@@ -281,11 +281,15 @@ def _joined(x: Any, matrices: dict[int, Any], shape: tuple[int, ...]) -> tuple[A
             room = _SHORT if k in matrices else 0
         room //= length
     x = x.reshape([math.prod(x.shape[k] for k in run) for run in runs])
-    return x, [(i, reduce(_kronecker, (matrices[k] for k in run))) for i, run in enumerate(runs) if run[0] in matrices]
+    return x, [(i, reduce(kronecker, (matrices[k] for k in run))) for i, run in enumerate(runs) if run[0] in matrices]
 
 
-def _kronecker(a: Any, b: Any) -> Any:
-    """Return the Kronecker product of two matrices; NumPy's own takes several times as long where they are small."""
+def kronecker(a: Array, b: Array) -> Array:
+    """Return the Kronecker product of two matrices of NumPy or PyTorch, in any order of memory.
+
+    NumPy's own takes several times as long where they are small, and PyTorch's refuses a matrix beside one in the other
+    order of memory.
+    """
     product = a[:, None, :, None] * b[None, :, None, :]
     return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from flora_tensor.algebra import contraction_order
+from flora_tensor.algebra import contraction_order, kronecker
 
 __all__ = ["Made", "Parameters", "Product", "in_order"]
 
@@ -127,13 +127,8 @@ def _kronecker(parameters: Parameters, modes: tuple[int, ...]) -> list[Tensor]:
     for k in reversed(modes):
         factor = parameters[1 + k]
         assert factor is not None
-        products.insert(0, _kronecker_of_two(factor, products[0]) if products else factor)
+        products.insert(0, kronecker(factor, products[0]) if products else factor)
     return products
-
-
-def _kronecker_of_two(a: Tensor, b: Tensor) -> Tensor:
-    # `torch.kron` refuses a matrix beside one in the other order of memory.
-    return (a[:, None, :, None] * b[:, None, :]).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def _factor_gradients(
