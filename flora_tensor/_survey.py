@@ -28,7 +28,7 @@ from flora_tensor.allocation import (
     stack_scales,
 )
 from flora_tensor.arrangement import Arrangement
-from flora_tensor.checkpoint import Checkpoint, is_float
+from flora_tensor.checkpoint import Checkpoint, is_float, same_bits
 from flora_tensor.noise import worth_storing
 from flora_tensor.report import TensorRow
 from flora_tensor.spectra import hosvd_spectrum
@@ -281,14 +281,9 @@ def _undecomposable(base: Checkpoint, tuned: Checkpoint, row: TensorRow) -> str 
 
 
 def _left_out(base: Checkpoint, tuned: Checkpoint, row: TensorRow, reason: str) -> TensorRow:
-    if _is_unchanged(base, tuned, row.name):
+    if same_bits(base, row.name, tuned, row.name):
         return replace(row, reason="unchanged", changed=False)
     return replace(row, reason=reason, changed=True)
-
-
-def _is_unchanged(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
-    same_type = base.info(name).dtype == tuned.info(name).dtype
-    return same_type and np.array_equal(base.read_raw(name), tuned.read_raw(name))
 
 
 def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarray:
@@ -344,7 +339,7 @@ def _noise_note(caps: Sequence[int]) -> str:
 
 def _scan_whole(base: Checkpoint, tuned: Checkpoint, row: TensorRow, settings: Settings) -> TensorRow:
     """Look at a vector."""
-    if _is_unchanged(base, tuned, row.name):
+    if same_bits(base, row.name, tuned, row.name):
         return replace(row, reason="unchanged", changed=False)
     row = replace(row, changed=True)
     check_finite(base.path, row.name, base.read(row.name))

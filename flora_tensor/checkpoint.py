@@ -509,6 +509,12 @@ def _shard_path(index: Path, shard: str) -> Path:
     return path
 
 
+def same_bits(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
+    """Tell whether tensors of two checkpoints, or of one, agree in type, shape and every bit."""
+    x, y = a.info(name), b.info(other)
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and np.array_equal(a.read_raw(name), b.read_raw(other))
+
+
 def is_float(info: TensorInfo) -> bool:
     """Tell whether a tensor's type is one that can be decomposed: F64, F32, F16, BF16 or an 8-bit float."""
     return info.dtype in FLOATS

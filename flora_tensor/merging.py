@@ -26,7 +26,7 @@ from flora_tensor._version import __version__
 from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_tensor.adapter_file import as_adapter
-from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint
+from flora_tensor.checkpoint import Checkpoint, TensorInfo, is_float, open_checkpoint, same_bits
 from flora_tensor.checkpoint_writer import plan_shards, write_checkpoint
 from flora_tensor.report import format_table
 from flora_tensor.tucker_tensor import TuckerTensor
@@ -235,7 +235,7 @@ def _for_all_names(adapter: Adapter, base: Checkpoint) -> Adapter:
     copies: dict[str, str] = {}
     for name in adapter:
         for other in noted_names(adapter.config, name):
-            if other in stored and (name not in base or _same_bits(base, name, other)):
+            if other in stored and (name not in base or same_bits(base, name, base, other)):
                 copies[other] = name
     if not copies:
         return adapter
@@ -248,11 +248,6 @@ def _for_all_names(adapter: Adapter, base: Checkpoint) -> Adapter:
 
     options = ("tensors", "arrangements", "scales", "shapes", "dtypes", "magnitudes", "channels")
     return replace(adapter, **{option: table(getattr(adapter, option)) for option in options})
-
-
-def _same_bits(base: Checkpoint, a: str, b: str) -> bool:
-    x, y = base.info(a), base.info(b)
-    return (x.dtype, x.shape) == (y.dtype, y.shape) and np.array_equal(base.read_raw(a), base.read_raw(b))
 
 
 def _check_fit(base: Checkpoint, adapter: Adapter, resized: Mapping[str, tuple[int, int]]) -> None:
@@ -478,7 +473,7 @@ def _diff_rows(a: Checkpoint, b: Checkpoint, names: Sequence[str], progress: Pro
         dtype = " → ".join(dict.fromkeys((x.dtype, y.dtype)))
         if x.shape != y.shape:
             yield DiffRow(name, "shape differs", x.shape, dtype)
-        elif x.dtype == y.dtype and np.array_equal(a.read_raw(name), b.read_raw(name)):
+        elif same_bits(a, name, b, name):
             yield DiffRow(name, "equal", x.shape, dtype, 0.0, 0.0, x.n_elements)
         elif x.dtype in READABLE and y.dtype in READABLE and not (scale_of(a, name) or scale_of(b, name)):
             yield _diff_values(name, dtype, a.read(name), b.read(name))
