@@ -9,7 +9,7 @@ import numpy as np
 
 from flora_tensor._frontiers import n_parameters_of
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.arrangement import Arrangement
+from flora_tensor.arrangement import Arrangement, side_text
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["Combination", "Term", "combine"]
@@ -162,10 +162,7 @@ def _arrangement(groups: Sequence[_Group], splits: Sequence[Sequence[int]]) -> A
         for k in range(len(split))
     }
 
-    def side(listed: Sequence[_Group]) -> str:
-        words = [" ".join(names[atom] for atom in group) for group in listed]
-        return " ".join(f"({word})" if len(group) > 1 else word for word, group in zip(words, listed))
-
     left = [tuple((axis, k) for k in range(len(split))) for axis, split in enumerate(splits)]
+    sides = [side_text([[names[atom] for atom in group] for group in side]) for side in (left, groups)]
     sizes = {names[axis, k]: n for axis, split in enumerate(splits) if len(split) > 1 for k, n in enumerate(split)}
-    return Arrangement(f"{side(left)} -> {side(groups)}", sizes)
+    return Arrangement(" -> ".join(sides), sizes)

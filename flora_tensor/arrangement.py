@@ -15,7 +15,7 @@ from flora_tensor._arrays import array_namespace
 from flora_tensor._checks import as_int
 from flora_tensor._typing import Array
 
-__all__ = ["Arrangement"]
+__all__ = ["Arrangement", "side_text"]
 
 # The names of a weight's axes in PyTorch's order (out, in/groups, *kernel), by their number.
 _AXES = {1: "o", 2: "o i", 3: "o i w", 4: "o i h w", 5: "o i d h w", 6: "o i t d h w"}
@@ -322,6 +322,17 @@ class Arrangement:
 
     def _refuse(self, why: str) -> None:
         raise ValueError(f"Arrangement {self.pattern!r} {why}")
+
+
+def side_text(groups: Sequence[Sequence[str]]) -> str:
+    """Write one side of a pattern: the inverse of reading it.
+
+    Examples
+    --------
+    >>> side_text([("o", "h"), ("i",)])
+    '(o h) i'
+    """
+    return " ".join(f"({' '.join(group)})" if len(group) > 1 else group[0] for group in groups)
 
 
 def _rearrange(x: Array, left: _Groups, right: _Groups, sizes: Mapping[str, int]) -> Array:

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-import array_api_compat
-
-from flora_tensor._arrays import array_namespace
-from flora_tensor._typing import Array
-from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
+from flora_tensor.tucker_tensor import TuckerTensor, check_tucker, explicit_factor
 
 __all__ = ["from_tensorly", "to_tensorly"]
 
@@ -55,7 +51,7 @@ def to_tensorly(tucker: TuckerTensor) -> Any:
     check_tucker("to_tensorly", tucker)
     # Their constructor checks shapes through the global backend, which may be one that does not know these arrays.
     result = Theirs.__new__(Theirs)
-    result.core, result.factors = tucker.core, [_explicit(tucker, mode) for mode in range(tucker.ndim)]
+    result.core, result.factors = tucker.core, [explicit_factor(tucker, mode) for mode in range(tucker.ndim)]
     result.shape, result.rank = tucker.shape, tucker.ranks
     return result
 
@@ -95,12 +91,3 @@ def from_tensorly(tucker: Any) -> TuckerTensor:
         return TuckerTensor(core, tuple(factors))
     except (TypeError, AttributeError) as error:
         raise TypeError(f"from_tensorly: got {type(tucker).__name__}; pass a pair (core, factors)") from error
-
-
-def _explicit(tucker: TuckerTensor, mode: int) -> Array:
-    """Return a factor, with the identity spelled out."""
-    factor = tucker.factors[mode]
-    if factor is not None:
-        return factor
-    xp = array_namespace("to_tensorly", tucker.core)
-    return xp.eye(tucker.ranks[mode], dtype=tucker.dtype, device=array_api_compat.device(tucker.core))

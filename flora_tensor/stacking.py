@@ -5,12 +5,11 @@ A stack of L weights, each arranged as ``o i``, is a tensor ``layer o i``. Decom
 of its own.
 """
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
-from flora_tensor.arrangement import Arrangement
+from flora_tensor.arrangement import Arrangement, side_text
 from flora_tensor.tucker_algebra import select_slice
 from flora_tensor.tucker_tensor import TuckerTensor
 
@@ -22,7 +21,7 @@ LAYER = "layer"
 
 def stacked_arrangement(arrangement: Arrangement) -> Arrangement:
     """Put the mode of the layers before an arrangement of each of them: ``o (i h w)`` → ``layer o (i h w)``."""
-    sides = [f"{LAYER} {_side(groups)}" for groups in (arrangement.left, arrangement.right)]
+    sides = [f"{LAYER} {side_text(groups)}" for groups in (arrangement.left, arrangement.right)]
     return Arrangement(sides[0] if sides[0] == sides[1] else " -> ".join(sides), arrangement.sizes)
 
 
@@ -35,13 +34,9 @@ def member_arrangement(arrangement: Arrangement) -> Arrangement | None:
         return Arrangement.native(len(left) - 1)
     sizes = {name: size for name, size in arrangement.sizes.items() if (name,) != left[0]}
     with suppress(ValueError):  # a pattern without its left side means the standard axes
-        if (short := Arrangement(_side(right[1:]), sizes)).left == left[1:]:
+        if (short := Arrangement(side_text(right[1:]), sizes)).left == left[1:]:
             return short
-    return Arrangement(f"{_side(left[1:])} -> {_side(right[1:])}", sizes)
-
-
-def _side(groups: Sequence[Sequence[str]]) -> str:
-    return " ".join(f"({' '.join(group)})" if len(group) > 1 else group[0] for group in groups)
+    return Arrangement(f"{side_text(left[1:])} -> {side_text(right[1:])}", sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from flora_tensor._arrays import (
 from flora_tensor._checks import as_int, check_mode
 from flora_tensor._typing import Array, DType, Namespace
 from flora_tensor.algebra import mode_dot, multi_mode_dot
-from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
+from flora_tensor.tucker_tensor import TuckerTensor, check_tucker, explicit_factor
 
 __all__ = ["add", "inner", "norm", "orthogonalize", "permute_modes", "scale", "select_slice", "stack"]
 
@@ -385,7 +385,7 @@ def _beside(xp: Namespace, tensors: Sequence[TuckerTensor]) -> tuple[list[Array]
         if all(t.factors[mode] is shared for t in tensors):
             factors.append(shared)
             continue
-        factors.append(xp.concat(promote(xp, *(_explicit(xp, t, mode) for t in tensors)), axis=1))
+        factors.append(xp.concat(promote(xp, *(explicit_factor(t, mode) for t in tensors)), axis=1))
         ranks = [t.ranks[mode] for t in tensors]
         cores = [_pad(xp, core, mode, sum(ranks[:k]), sum(ranks[k + 1 :])) for k, core in enumerate(cores)]
     return cores, tuple(factors)
@@ -424,14 +424,6 @@ def _gram(xp: Namespace, u: Array | None, v: Array | None) -> Array | None:
         return v if u is None else hermitian(xp, u)
     u, v = promote(xp, u, v)
     return xp.matmul(hermitian(xp, u), v)
-
-
-def _explicit(xp: Namespace, a: TuckerTensor, mode: int) -> Array:
-    """Return a mode's factor, the identity spelled out where none is stored."""
-    factor = a.factors[mode]
-    if factor is not None:
-        return factor
-    return xp.eye(a.ranks[mode], dtype=a.dtype, device=array_api_compat.device(a.core))
 
 
 def _pad(xp: Namespace, x: Array, mode: int, before: int, after: int) -> Array:

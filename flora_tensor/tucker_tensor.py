@@ -18,7 +18,7 @@ from flora_tensor._checks import type_text
 from flora_tensor._typing import Array, DType
 from flora_tensor.algebra import multi_mode_dot, multiply
 
-__all__ = ["TuckerTensor", "check_tucker", "reconstruct"]
+__all__ = ["TuckerTensor", "check_tucker", "explicit_factor", "reconstruct"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,6 +156,15 @@ def check_tucker(where: str, *tensors: Any) -> None:
     for tensor in tensors:
         if not isinstance(tensor, TuckerTensor):
             raise TypeError(f"{where}: got {type_text(tensor)}; pass a TuckerTensor, such as tucker(x, ranks).tucker")
+
+
+def explicit_factor(tucker: TuckerTensor, mode: int) -> Array:
+    """Return a mode's factor, the identity spelled out where none is stored."""
+    factor = tucker.factors[mode]
+    if factor is not None:
+        return factor
+    xp = array_namespace("TuckerTensor", tucker.core)
+    return xp.eye(tucker.ranks[mode], dtype=tucker.dtype, device=array_api_compat.device(tucker.core))
 
 
 def reconstruct(tucker: TuckerTensor, *, out: Array | None = None) -> Array:
