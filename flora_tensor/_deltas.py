@@ -13,9 +13,10 @@ import numpy as np
 
 from flora_tensor._errors import InputError
 from flora_tensor._memory import require_memory
-from flora_tensor._safetensors import BITS, decode_into
+from flora_tensor._safetensors import BITS, decode_into, dtype_code
 from flora_tensor._typing import Array, PathLike
 from flora_tensor.checkpoint import Checkpoint
+from flora_tensor.noise import FORMATS
 
 __all__ = [
     "Change",
@@ -30,7 +31,6 @@ __all__ = [
     "read_digest",
 ]
 
-
 # Numbers that are read, subtracted and measured at a time: what the processor's cache holds of them and their copies.
 _PIECE = 1 << 17
 
@@ -38,8 +38,8 @@ _PIECE = 1 << 17
 # such a sum, about 1e-7 and random, falls with the root of their number. In large tensors less than 1e-8 is left.
 _ROW = 1 << 8
 
-# Bits of the significand, the hidden one included, and the least exponent of a normal number, of each stored type.
-_FORMATS = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
+# `flora_tensor.noise.FORMATS` by the names that files have for the types.
+_FORMATS = {dtype_code(name): parts for name, parts in FORMATS.items()}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from flora_tensor._files import create_exclusive, naming, parse_json, write_at
 
 __all__ = [
     "BITS",
+    "CODES",
     "FLOATS",
     "MAX_HEADER_BYTES",
     "READABLE",
@@ -97,7 +98,8 @@ _NUMPY = {
     **dict.fromkeys(_FLOAT8, "|u1"),
 }
 READABLE = tuple(_NUMPY)
-_CODES = {
+# How NumPy, PyTorch and JAX call the types that are written.
+CODES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -142,9 +144,9 @@ class Header:
 def dtype_code(dtype: Any) -> str:
     """Return the format's name of an array's data type, of any library; a TypeError where it has none."""
     name = str(dtype).rsplit(".", maxsplit=1)[-1]
-    if name not in _CODES:
-        raise TypeError(f"safetensors: arrays of type {name} cannot be stored; cast to one of {', '.join(_CODES)}")
-    return _CODES[name]
+    if name not in CODES:
+        raise TypeError(f"safetensors: arrays of type {name} cannot be stored; cast to one of {', '.join(CODES)}")
+    return CODES[name]
 
 
 def decode(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

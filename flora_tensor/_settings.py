@@ -9,12 +9,13 @@ from typing import Any, Literal, TypeAlias
 
 from flora_tensor._checks import as_int, check_limit, feasible_ranks
 from flora_tensor._heads import Heads, heads_beside, with_heads
+from flora_tensor._safetensors import dtype_code
 from flora_tensor._weighting import Calibration
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint
 
 __all__ = [
-    "CODES",
+    "STORED",
     "Progress",
     "RanksOption",
     "Settings",
@@ -31,7 +32,8 @@ __all__ = [
 
 Progress: TypeAlias = Callable[[str, int, int, str], None]
 RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]
-CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# The types that cores and factors are stored in.
+STORED = {name: dtype_code(name) for name in ("float64", "float32", "float16", "bfloat16")}
 _CRITERIA = "ranks, rtol, max_parameters, max_ratio and max_bytes"
 _DEFAULT_RATIO = 0.05
 
@@ -82,15 +84,11 @@ class Settings:
             "arrangements": self.arrangement.pattern if self.arrangement else "auto",
             **({"heads": [heads.query for heads in self.heads]} if self.heads else {}),
             **({"weights": self.weights} if self.weights != "norm" else {}),
-            **(
-                {"calibration": self.calibration.told, "calibration_sha256": self.calibration.digest}
-                if self.calibration
-                else {}
-            ),
+            **(self.calibration.options() if self.calibration else {}),
             "vectors": self.vectors,
             **({"resized": self.resized} if self.resized != "error" else {}),
             "noise_floor": self.noise_floor,
-            "dtype": {code: name for name, code in CODES.items()}[self.dtype],
+            "dtype": {code: name for name, code in STORED.items()}[self.dtype],
         }
 
     def of_a_task(self) -> dict[str, Any]:

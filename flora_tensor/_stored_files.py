@@ -14,7 +14,7 @@ import numpy as np
 
 from flora_tensor._errors import InputError
 from flora_tensor._files import open_regular
-from flora_tensor._safetensors import BITS, TensorInfo, read_header, read_into, read_span
+from flora_tensor._safetensors import BITS, CODES, TensorInfo, read_header, read_into, read_span
 
 __all__ = ["PICKLE_SUFFIXES", "PickleFile", "SafetensorsFile", "StackedFile", "StoredFile", "open_stored_file"]
 
@@ -213,19 +213,12 @@ class StackedFile:
 
 
 _TORCH_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
-    "complex64": "C64",
+    **CODES,
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 
 

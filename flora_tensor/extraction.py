@@ -23,7 +23,7 @@ from flora_tensor._files import check_target, locked, staged_directory, write_fi
 from flora_tensor._journal import Journal
 from flora_tensor._resized import NEW_ROWS, crop, new_rows, resized_between, with_resized
 from flora_tensor._settings import (
-    CODES,
+    STORED,
     Progress,
     RanksOption,
     Settings,
@@ -249,7 +249,7 @@ def extract(
         choice("on_mismatch", on_mismatch, ("error", "skip")),
         choice("resized", resized, ("error", "pad", "skip")),
         allow_missing,
-        CODES[choice("dtype", dtype, tuple(CODES))],
+        STORED[choice("dtype", dtype, tuple(STORED))],
         checked_device(device),
         max_memory,
         noise_option(noise_floor),

@@ -33,7 +33,7 @@ _MOST_ROUNDS = 50
 _MOST_BALANCINGS = 8
 
 # Bits of the significand, hidden one included, and the exponent of the smallest normal number.
-_FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
+FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
 
 
 def rounding_noise(stored: Array, dtype: str) -> float:
@@ -71,9 +71,9 @@ def rounding_noise(stored: Array, dtype: str) -> float:
     >>> bool(np.isclose(rounding_noise(np.ones(10), "bfloat16"), 2.0**-7 / 12**0.5))
     True
     """
-    if dtype not in _FORMATS:
-        raise ValueError(f"rounding_noise: dtype is {dtype!r}; pass one of {', '.join(map(repr, _FORMATS))}")
-    bits, lowest = _FORMATS[dtype]
+    if dtype not in FORMATS:
+        raise ValueError(f"rounding_noise: dtype is {dtype!r}; pass one of {', '.join(map(repr, FORMATS))}")
+    bits, lowest = FORMATS[dtype]
     flat = np.ravel(to_numpy(stored))
     total = 0.0
     for start in range(0, flat.size, 1 << 20):
