@@ -10,6 +10,7 @@ from flora_tensor._typing import Array, Ranks
 
 __all__ = [
     "as_int",
+    "check_choice",
     "check_finite",
     "check_fraction",
     "check_limit",
@@ -232,6 +233,13 @@ def check_fraction(where: str, name: str, value: Any, *, zero: bool = False) -> 
     if not (0.0 if zero else math.ulp(0.0)) <= number <= 1.0:
         raise ValueError(f"{where}: {name} is {number}; pass a number {'from 0' if zero else 'above 0'} to 1")
     return number
+
+
+def check_choice(where: str, name: str, value: Any, allowed: Sequence[str]) -> Any:
+    """Return an option that has to be one of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} is {value!r}; pass one of {', '.join(map(repr, allowed))}")
+    return value
 
 
 def exactly_one(where: str, **options: Any) -> str:

@@ -21,7 +21,6 @@ __all__ = [
     "Settings",
     "arrangement_option",
     "checked_budget",
-    "choice",
     "globs",
     "heads_option",
     "matches",
@@ -47,7 +46,6 @@ class Settings:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     arrangement: Arrangement | None
-    heads: tuple[Heads, ...]
     calibration: Calibration | None
     weights: str
     vectors: str
@@ -59,6 +57,7 @@ class Settings:
     max_memory: int | None
     noise_floor: float | Literal["auto"] | None
     dry_run: bool
+    heads: tuple[Heads, ...] = ()
     share: float | None = None  # the budget as a share of what the headers list, where it is one
     stack: tuple[str, ...] = ()
     max_shard_size: int | None = None  # how the result is laid out in files: no outcome depends on it
@@ -196,12 +195,6 @@ def _meant(pattern: str, names: Sequence[str]) -> str:
 def nearest(part: str, names: Sequence[str]) -> str:
     """Say which names there are, those most like ``part``."""
     return f"there are {', '.join(difflib.get_close_matches(part, names, n=3, cutoff=0.4) or names[:3])}"
-
-
-def choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"extract: {name} is {value!r}; pass one of {', '.join(map(repr, allowed))}")
-    return value
 
 
 def noise_option(given: Any) -> float | Literal["auto"] | None:

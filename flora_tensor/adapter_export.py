@@ -18,6 +18,7 @@ from flora_tensor._adapter_keys import PREFIX
 from flora_tensor._adapter_shards import MODEL_NAME
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_layer
+from flora_tensor._checks import check_choice
 from flora_tensor._errors import InputError
 from flora_tensor._files import staged_directory, staged_file, write_file
 from flora_tensor._lora_names import DIFFUSERS_NAME, FOLDERS, METADATA_KEY, kohya_prefix
@@ -233,8 +234,7 @@ def _folders(source: Adapter) -> list[str]:
 
 
 def _check_whole(where: str, source: Adapter, whole: str) -> None:
-    if whole not in ("error", "skip"):
-        raise ValueError(f"{where}: whole is {whole!r}; pass 'error' or 'skip'")
+    check_choice(where, "whole", whole, ("error", "skip"))
     if source.whole and whole == "error":
         name = next(iter(source.whole))
         raise ValueError(

@@ -30,6 +30,7 @@ from flora_tensor._arrays import (
 )
 from flora_tensor._checks import (
     as_int,
+    check_choice,
     check_finite,
     check_mode,
     check_ranks,
@@ -305,8 +306,7 @@ def tucker(
     >>> tucker(x, max_parameters=40).tucker.ranks
     (1, 2, 2)
     """
-    if method not in get_args(Method):
-        raise ValueError(f"tucker: method is {method!r}; pass one of {', '.join(map(repr, get_args(Method)))}")
+    check_choice("tucker", "method", method, get_args(Method))
     ready = prepare("tucker", x)
     target = _target("tucker", tuple(x.shape), ranks, rtol, max_parameters)
     if target.max_parameters is not None:

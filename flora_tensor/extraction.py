@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flora_tensor._checks import check_shard_size, some_names
+from flora_tensor._checks import check_choice, check_shard_size, some_names
 from flora_tensor._deltas import check_distinct, checked_device
 from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
@@ -29,7 +29,6 @@ from flora_tensor._settings import (
     Settings,
     arrangement_option,
     checked_budget,
-    choice,
     globs,
     heads_option,
     noise_option,
@@ -235,26 +234,26 @@ def extract(
     """
     if out is None and not dry_run:
         raise ValueError("extract: out is None; pass a directory, or dry_run=True")
+    where = "extract"
     budget = {"rtol": rtol, "max_parameters": max_parameters, "max_ratio": max_ratio, "max_bytes": max_bytes}
     settings = Settings(
-        checked_budget(budget, ranks),
-        ranks,
-        globs(include),
-        globs(exclude),
-        arrangement_option(arrangements),
-        (),
-        None if calibration is None else Calibration.of(calibration),
-        choice("weights", weights, ("norm", "uniform")),
-        choice("vectors", vectors, ("keep", "skip", "error")),
-        choice("on_mismatch", on_mismatch, ("error", "skip")),
-        choice("resized", resized, ("error", "pad", "skip")),
-        allow_missing,
-        STORED[choice("dtype", dtype, tuple(STORED))],
-        checked_device(device),
-        max_memory,
-        noise_option(noise_floor),
-        dry_run,
-        max_shard_size=check_shard_size("extract", max_shard_size),
+        budget=checked_budget(budget, ranks),
+        ranks=ranks,
+        include=globs(include),
+        exclude=globs(exclude),
+        arrangement=arrangement_option(arrangements),
+        calibration=None if calibration is None else Calibration.of(calibration),
+        weights=check_choice(where, "weights", weights, ("norm", "uniform")),
+        vectors=check_choice(where, "vectors", vectors, ("keep", "skip", "error")),
+        on_mismatch=check_choice(where, "on_mismatch", on_mismatch, ("error", "skip")),
+        resized=check_choice(where, "resized", resized, ("error", "pad", "skip")),
+        allow_missing=allow_missing,
+        dtype=STORED[check_choice(where, "dtype", dtype, tuple(STORED))],
+        device=checked_device(device),
+        max_memory=max_memory,
+        noise_floor=noise_option(noise_floor),
+        dry_run=dry_run,
+        max_shard_size=check_shard_size(where, max_shard_size),
     )
     before, after = (open_checkpoint(path, allow_pickle=allow_pickle) for path in (base, tuned))
     settings, before, after = _fitted(settings, before, after, heads=heads, stack=stack)

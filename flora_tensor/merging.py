@@ -10,7 +10,7 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_names
-from flora_tensor._checks import check_shard_size, prefix_between, some_names
+from flora_tensor._checks import check_choice, check_shard_size, prefix_between, some_names
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
@@ -146,8 +146,7 @@ def merge_checkpoint(
     >>> load_file(here / "merged.safetensors")["fc.weight"].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    if verify_base not in ("warn", "error", "ignore"):
-        raise ValueError(f"merge: verify_base is {verify_base!r}; pass 'warn', 'error' or 'ignore'")
+    check_choice("merge", "verify_base", verify_base, ("warn", "error", "ignore"))
     check_shard_size("merge", max_shard_size)
     if Path(out).suffix in PICKLE_SUFFIXES:
         raise ValueError(f"merge: {out} is no name of a safetensors file; pass one, or a directory")

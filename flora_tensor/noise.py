@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._checks import feasible_ranks
+from flora_tensor._checks import check_choice, feasible_ranks
 from flora_tensor._gram import gram_of, leading_eigenvectors
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array
@@ -71,9 +71,7 @@ def rounding_noise(stored: Array, dtype: str) -> float:
     >>> bool(np.isclose(rounding_noise(np.ones(10), "bfloat16"), 2.0**-7 / 12**0.5))
     True
     """
-    if dtype not in FORMATS:
-        raise ValueError(f"rounding_noise: dtype is {dtype!r}; pass one of {', '.join(map(repr, FORMATS))}")
-    bits, lowest = FORMATS[dtype]
+    bits, lowest = FORMATS[check_choice("rounding_noise", "dtype", dtype, tuple(FORMATS))]
     flat = np.ravel(to_numpy(stored))
     total = 0.0
     for start in range(0, flat.size, 1 << 20):

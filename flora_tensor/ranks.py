@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flora_tensor._arrays import is_low_precision, to_numpy
-from flora_tensor._checks import as_int, check_fraction, check_tolerance, exactly_one, feasible_ranks
+from flora_tensor._checks import as_int, check_choice, check_fraction, check_tolerance, exactly_one, feasible_ranks
 from flora_tensor._frontiers import n_parameters_of
 from flora_tensor._rank_bounds import Bounds, ranks_for_budget, ranks_for_tolerance, stored_numbers
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
@@ -258,8 +258,7 @@ def certificate_of(error: float, lower_bound: float) -> float:
 def _by_noise_rule(
     where: str, spectrum: Spectrum, method: str, floor: float | None, caps: tuple[int, ...]
 ) -> RankChoice:
-    if method not in get_args(NoiseRule):
-        raise ValueError(f"{where}: method is {method!r}; pass one of {', '.join(map(repr, get_args(NoiseRule)))}")
+    check_choice(where, "method", method, get_args(NoiseRule))
     likely = bic(spectrum)
     rules: dict[str, Callable[[], tuple[int, ...]]] = {
         "noise": lambda: projected_edge(spectrum, floor, likely)[0],

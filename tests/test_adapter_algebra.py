@@ -413,7 +413,7 @@ def test_different_bases_are_told(tmp_path: Path):
         ft.subtract_adapters(a, b, verify_base="error")
     assert ft.add_adapters([a, b], weights=[0.5, 0.5], verify_base="ignore").adapter
     assert ft.add_adapters([a, a], weights=[0.5, 0.5]).adapter.config["base_fingerprint"] == "x"
-    with pytest.raises(ValueError, match="verify_base is 'no'; pass 'warn', 'error' or 'ignore'"):
+    with pytest.raises(ValueError, match="verify_base is 'no'; pass one of 'warn', 'error', 'ignore'"):
         ft.add_adapters([a], verify_base="no")  # type: ignore[arg-type]
     base = save(tmp_path / "base.safetensors", {"fc.bias": np.zeros(2)})
     with pytest.warns(ft.FloraWarning, match="different base models"):

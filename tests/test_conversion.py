@@ -568,7 +568,10 @@ def tensor(shape: tuple[int, ...] = (2, 2)) -> ft.TuckerTensor:
         ),
         (lambda out: ft.to_lycoris({"a.b.weight": tensor(), "a_b.weight": tensor()}, out), "underscores for dots"),
         (lambda out: ft.to_lycoris(ft.Adapter({"a.weight": tensor()}, whole={"b": UP}), out), "'b' is stored whole"),
-        (lambda out: ft.to_lycoris({"a.weight": tensor()}, out, whole="no"), "whole is 'no'; pass 'error' or 'skip'"),
+        (
+            lambda out: ft.to_lycoris({"a.weight": tensor()}, out, whole="no"),
+            "whole is 'no'; pass one of 'error', 'skip'",
+        ),
         (lambda out: convert.to_lycoris({"a.weight": tensor()}, out, adapter_name="x"), "the source is one adapter"),
         (
             lambda out: convert.to_peft_lora({"block.0.weight": tensor((12, 4, 3, 2))}, out, model=net(groups=2)),

@@ -259,7 +259,7 @@ def test_what_diffusers_has_no_place_for_is_refused(tmp_path: Path):
         ValueError, match=r"to_diffusers: 'fc\.bias' is stored whole, which the format has no place for"
     ):
         ft.to_diffusers(adapter, tmp_path / "out")
-    with pytest.raises(ValueError, match="to_diffusers: whole is 'no'; pass 'error' or 'skip'"):
+    with pytest.raises(ValueError, match="to_diffusers: whole is 'no'; pass one of 'error', 'skip'"):
         ft.to_diffusers(adapter, tmp_path / "out", whole="no")  # type: ignore[arg-type]
     ft.to_diffusers(adapter, tmp_path / "out", whole="skip")
     assert set(load(tmp_path / "out" / NAME)) == {"fc.lora_A.weight", "fc.lora_B.weight"}

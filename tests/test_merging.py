@@ -155,7 +155,7 @@ def test_another_base_is_noticed(tmp_path: Path):
         with pytest.warns(ft.FloraWarning, match="their fingerprints differ"):
             ft.merge_checkpoint(other, tmp_path / "a", tmp_path / "x", overwrite=True)
         ft.merge_checkpoint(other, tmp_path / "a", tmp_path / "x", overwrite=True, verify_base="ignore")
-    with pytest.raises(ValueError, match="verify_base is 'no'; pass 'warn', 'error' or 'ignore'"):
+    with pytest.raises(ValueError, match="verify_base is 'no'; pass one of 'warn', 'error', 'ignore'"):
         ft.merge_checkpoint(base, tmp_path / "a", tmp_path / "x", verify_base="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is or holds the input"):
         ft.merge_checkpoint(base, tmp_path / "a", base, overwrite=True)

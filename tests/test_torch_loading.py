@@ -236,7 +236,7 @@ class TestOtherModels:
         with pytest.warns(FloraWarning, match="the values of 'fc.weight'"):  # into the adapter that is there
             load_adapter(model, written)
         load_adapter(model, written, verify_base="ignore")
-        with pytest.raises(ValueError, match="verify_base is 'maybe'; pass one of warn, error, ignore"):
+        with pytest.raises(ValueError, match="verify_base is 'maybe'; pass one of 'warn', 'error', 'ignore'"):
             load_adapter(model, written, verify_base="maybe")
         with pytest.raises(ValueError, match="verify_base is 'maybe'"):
             attach_adapter(net(), written, verify_base="maybe")

@@ -144,7 +144,7 @@ def test_an_older_peft_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": "lora_only"}, "bias is 'lora_only'; pass one of none, all, flora_only"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'; pass one of 'none', 'all', 'flora_only'"),
         ({"scaling": "big"}, "scaling is 'big'"),
         ({"memory": "none"}, "memory is 'none'"),
         ({"init_weights": "gaussian"}, "init_weights is 'gaussian'; pass True, False, or one of orthonormal"),

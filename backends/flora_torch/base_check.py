@@ -4,12 +4,13 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from flora_tensor._base_notes import LAYERS, SAMPLES, noted_layer, sample_positions, samples_agree, text_of_samples
+from flora_tensor._checks import check_choice
 from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import gathered, is_sharded
@@ -23,7 +24,6 @@ from flora_torch.weight_layer import is_conv1d_of_transformers
 __all__ = ["VerifyBase", "check_layer", "check_option", "check_samples", "describe_bases", "dtype_codes"]
 
 VerifyBase: TypeAlias = Literal["warn", "error", "ignore"]
-_OPTIONS = ("warn", "error", "ignore")
 dtype_codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """How files call the types of weights."""
 _KINDS = {
@@ -118,8 +118,7 @@ def check_option(where: str, verify_base: str) -> None:
     --------
     >>> check_option("here", "warn")
     """
-    if verify_base not in _OPTIONS:
-        raise ValueError(f"{where}: verify_base is {verify_base!r}; pass one of {', '.join(_OPTIONS)}")
+    check_choice(where, "verify_base", verify_base, get_args(VerifyBase))
 
 
 def check_layer(where: str, adapter: Adapter, name: str, site: Site) -> None:

@@ -8,6 +8,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from flora_tensor._adapter_config import WeightTables, check_format
+from flora_tensor._checks import check_choice
 from flora_torch.attachment import UpdateOptions
 from flora_torch.chain import MEMORIES
 from flora_torch.initialize import DECOMPOSING, INITS
@@ -175,8 +176,7 @@ class FloraConfig(PeftConfig):
             "scaling": ("rank", "rank_stabilized", "init"),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"FloraConfig: {name} is {getattr(self, name)!r}; pass one of {', '.join(known)}")
+            check_choice("FloraConfig", name, getattr(self, name), known)
         if isinstance(self.init_weights, str) and self.init_weights in DECOMPOSING:
             raise ValueError(
                 f"FloraConfig: init_weights={self.init_weights!r} starts from data, which a config cannot hold; attach "
