@@ -22,6 +22,7 @@ from flora_tensor.algebra import fold, mode_dot, multi_mode_dot, unfold
 from flora_tensor.allocation import Allocation, RankAssignment, allocate_ranks
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint
+from flora_tensor.comparison import DiffReport, DiffRow, diff_checkpoints
 from flora_tensor.conversion import (
     convert_adapter,
     from_diffusers,
@@ -32,7 +33,7 @@ from flora_tensor.conversion import (
 from flora_tensor.decomposition import TuckerFit, hooi, hosvd, round_tucker, st_hosvd, tucker
 from flora_tensor.extraction import extract
 from flora_tensor.interop import from_tensorly, to_tensorly
-from flora_tensor.merging import DiffReport, DiffRow, MergeReport, diff_checkpoints, merge_checkpoint
+from flora_tensor.merging import MergeReport, merge_checkpoint
 from flora_tensor.moments import Moments, load_moments, save_moments
 from flora_tensor.noise import rounding_noise
 from flora_tensor.rank_study import BudgetRow, RankStudy, study_ranks

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 from flora_tensor._errors import ResourceError
 from flora_tensor._journal import Journal
-from flora_tensor._settings import Progress
+from flora_tensor._progress import Progress
 from flora_tensor._tasks import Job, Outcome, Task, pack, perform, perform_job, unpack
 from flora_tensor.checkpoint import Checkpoint
 

@@ -1,12 +1,19 @@
-"""A line on stderr that says how far a command is, how fast, and how long it will take."""
+"""How far a long function is: what it calls to say so, and a line on stderr that tells it, with rate and time left."""
 
 import time
 from collections.abc import Callable, Mapping
-from typing import IO
+from typing import IO, TypeAlias
 
 from flora_tensor._checks import printable
 
-__all__ = ["ProgressLine"]
+__all__ = ["Progress", "ProgressLine", "silent"]
+
+Progress: TypeAlias = Callable[[str, int, int, str], None]
+"""Called as ``progress(phase, done, total, name)``."""
+
+
+def silent(phase: str, done: int, total: int, name: str) -> None:
+    """Show no progress."""
 
 
 class ProgressLine:

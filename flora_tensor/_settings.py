@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +16,6 @@ from flora_tensor.checkpoint import Checkpoint
 
 __all__ = [
     "STORED",
-    "Progress",
     "RanksOption",
     "Settings",
     "arrangement_option",
@@ -25,11 +24,9 @@ __all__ = [
     "heads_option",
     "matches",
     "noise_option",
-    "silent",
     "stack_option",
 ]
 
-Progress: TypeAlias = Callable[[str, int, int, str], None]
 RanksOption: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 # The types that cores and factors are stored in.
 STORED = {name: dtype_code(name) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -235,7 +232,3 @@ def stack_option(given: str | Sequence[str] | None, settings: Settings) -> tuple
             "extract: stack with ranks: a stack is used where it is smaller at a budget; pass a budget or rtol"
         )
     return patterns
-
-
-def silent(phase: str, done: int, total: int, name: str) -> None:
-    """Show no progress."""

@@ -21,10 +21,10 @@ from flora_tensor._errors import InputError
 from flora_tensor._execution import Run
 from flora_tensor._files import check_target, locked, staged_directory, write_file
 from flora_tensor._journal import Journal
+from flora_tensor._progress import Progress, silent
 from flora_tensor._resized import NEW_ROWS, crop, new_rows, resized_between, with_resized
 from flora_tensor._settings import (
     STORED,
-    Progress,
     RanksOption,
     Settings,
     arrangement_option,
@@ -32,7 +32,6 @@ from flora_tensor._settings import (
     globs,
     heads_option,
     noise_option,
-    silent,
     stack_option,
 )
 from flora_tensor._stacks import (

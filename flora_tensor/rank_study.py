@@ -1,7 +1,7 @@
 """What ranks a fine-tuning needs: the spectra of every weight's change, and what each budget would buy."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from flora_tensor._deltas import check_memory, read_delta
 from flora_tensor._errors import InputError
 from flora_tensor._heads import with_heads
 from flora_tensor._layer_grid import natural_key
+from flora_tensor._progress import Progress, silent
 from flora_tensor._reporting import Report
 from flora_tensor._scaled import scale_of, weight_of
 from flora_tensor._settings import check_globs, globs, heads_option, matches
@@ -188,7 +189,7 @@ def study_ranks(
     heads: int | Literal["auto"] | None = "auto",
     allow_pickle: bool = False,
     max_memory: int | None = None,
-    progress: Callable[[str, int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> RankStudy:
     """Compute the spectra of every weight's change, and what each budget would give.
 
@@ -248,18 +249,17 @@ def study_ranks(
     >>> study.energy_ranks("fc.weight", 0.99), study.budgets[0].n_parameters
     ((1, 1), 16)
     """
-    shares = [check_fraction("study_ranks", "budget", budget) for budget in budgets]
+    shares = [check_fraction("ranks", "budget", budget) for budget in budgets]
     before, after = open_checkpoint(base, allow_pickle=allow_pickle), open_checkpoint(tuned, allow_pickle=allow_pickle)
-    check_globs("study_ranks", list(dict.fromkeys((*before.names(), *after.names()))), include, exclude)
+    check_globs("ranks", list(dict.fromkeys((*before.names(), *after.names()))), include, exclude)
     names = [name for name in before.names() if _is_pair(before, after, name) and matches(name, include, exclude)]
     _warn_of_missing(before, after, include, exclude)
     stacks = find_stacks("ranks", before, after, names, tuple(dict.fromkeys(globs(stack))))
-    found = heads_option(heads, before, after)
+    found, say = heads_option(heads, before, after), progress or silent
     spectra: dict[str, ModeSpectra] = {}
     frontiers: dict[str, list[Frontier]] = {}
     for done, name in enumerate((*names, *stacks)):
-        if progress:
-            progress("reading", done, len(names) + len(stacks), name)
+        say("reading", done, len(names) + len(stacks), name)
         sides, of_one, members = (before, after), name, ()
         if name in stacks:
             stacks[name] = members = tuple(member for member in stacks[name] if member in spectra)
@@ -306,8 +306,8 @@ def _is_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
 
 def _study(delta: np.ndarray, arrangements: Iterable[Arrangement]) -> tuple[ModeSpectra, list[Frontier]]:
     """Return the spectra of a change's own modes, and the frontiers of all its arrangements."""
-    native = cheapest_spectrum("study_ranks", delta)
-    rest = (cheapest_spectrum("study_ranks", a.arrange(delta)) for a in arrangements if not a.is_native)
+    native = cheapest_spectrum("ranks", delta)
+    rest = (cheapest_spectrum("ranks", a.arrange(delta)) for a in arrangements if not a.is_native)
     # Only values are kept: cores and factors of all weights together are as large as the model.
     spectra = ModeSpectra(tuple(np.array(v) for v in native.values), native.norm, native.shape)
     return spectra, [spectrum.frontier(partial=True, one_whole=True) for spectrum in (native, *rest)]

@@ -238,7 +238,7 @@ def test_every_kind_of_error_has_its_code(
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", fail)
+    monkeypatch.setattr("flora_tensor.comparison.diff_checkpoints", fail)
     result = run("diff", *pair)
     assert result.exit_code == code
     assert result.stderr.startswith(f"error: {message}")
@@ -250,7 +250,7 @@ def test_a_closed_pipe_is_no_error(pair: tuple[Path, Path], monkeypatch: pytest.
     def fail(*args: Any, **options: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", fail)
+    monkeypatch.setattr("flora_tensor.comparison.diff_checkpoints", fail)
     result = run("diff", *pair)
     assert (result.exit_code, result.stderr) == (0, "")
 

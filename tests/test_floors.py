@@ -78,6 +78,7 @@ FLOORS = {
     "flora_tensor.adapter_fit": 4,
     "flora_tensor.conversion": 4,
     "flora_tensor.adapter_export": 4,
+    "flora_tensor.comparison": 4,
     "flora_tensor.merging": 4,
     "flora_tensor.rank_study": 4,
     "flora_tensor.report": 4,

@@ -181,7 +181,7 @@ def test_a_study_of_stacks_agrees_with_extraction_and_is_shown_everywhere(tmp_pa
     with pytest.raises(ValueError, match=r"ranks: the stack 'x\*' matches no tensor to compare"):
         ft.study_ranks(*paths, stack="x*")
     for option in ("include", "exclude"):
-        with pytest.raises(ValueError, match=rf"study_ranks: {option} pattern 'fc' matches no tensor; .*'\*fc\*'"):
+        with pytest.raises(ValueError, match=rf"ranks: {option} pattern 'fc' matches no tensor; .*'\*fc\*'"):
             ft.study_ranks(*paths, **{option: "fc"})
     with pytest.raises(ft.ResourceError, match=r"ranks: 'layers.\*.fc.weight' of shape \(5, 12, 10\) needs"):
         ft.study_ranks(*paths, stack=pattern, max_memory=20_000)

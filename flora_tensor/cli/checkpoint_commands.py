@@ -285,7 +285,7 @@ def merge(base: Path, adapter: Path, out: Path, wanted: bool | None, as_json: bo
 @with_options(PICKLE, PROGRESS, COMMON)
 def diff(a: Path, b: Path, allow_pickle: bool, wanted: bool | None, as_json: bool) -> None:
     """Compare two checkpoints tensor by tensor."""
-    from flora_tensor.merging import diff_checkpoints
+    from flora_tensor.comparison import diff_checkpoints
 
     with shown_progress(a, b, wanted=wanted, allow_pickle=allow_pickle) as progress:
         report = diff_checkpoints(a, b, allow_pickle=allow_pickle, progress=progress)

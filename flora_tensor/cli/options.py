@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from flora_tensor._progress import ProgressLine
+from flora_tensor._progress import Progress, ProgressLine
 
 __all__ = [
     "COMMON",
@@ -306,7 +306,7 @@ def write_page(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def shown_progress(
     *checkpoints: Path, wanted: bool | None = None, allow_pickle: bool = False
-) -> Generator[Callable[[str, int, int, str], None] | None]:
+) -> Generator[Progress | None]:
     """Give a callback that shows progress on stderr, if that is a terminal or it is ``wanted``."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
