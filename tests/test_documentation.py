@@ -275,6 +275,16 @@ def test_the_readme_runs(tmp_path, monkeypatch):
             exec(compile(block, f"README.md, block {number}", "exec"), scope)
 
 
+def test_the_readme_names_every_public_function():
+    text, missing = (ROOT / "README.md").read_text(), []
+    for name in public_names():
+        package, _, attribute = name.partition(".")
+        public = getattr(importlib.import_module(package), attribute)
+        if isinstance(public, FunctionType) and not re.search(rf"\b{attribute}\b", text):
+            missing.append(name)
+    assert not missing, f"README.md, which function for which job, lacks {', '.join(missing)}"
+
+
 def commands(document: str) -> list[list[str]]:
     """Return every `make …` and `flora-tensor …` of a document's shell blocks and code spans, in words."""
     lines = [
