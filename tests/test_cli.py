@@ -378,10 +378,11 @@ def test_a_signal_ends_a_run_that_can_be_continued(number: int, code: int, tmp_p
         "runpy.run_module('flora_tensor', run_name='__main__')"
     )
     command = [sys.executable, "-c", start, "extract", str(base), str(tuned), "-o", str(tmp_path / "out")]
-    data = tmp_path / "out.partial" / "results.bin"
+    lines = tmp_path / "out.partial" / "journal.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 60
-        while not (data.exists() and data.stat().st_size) and time.monotonic() < deadline:
+        # Two lines: of a last one it is not known whether the run has counted it yet.
+        while not (lines.exists() and lines.read_bytes().count(b"\n") > 1) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
