@@ -9,7 +9,7 @@ OLDEST = .venv-oldest/bin/python
 # One thread for each worker: the test suite runs two of them, and oversubscribed BLAS is many times slower.
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test doctest lint types notebooks bench check oldest clean
+.PHONY: help install demo test doctest lint types notebooks bench tables check oldest clean
 
 help:
 	@echo "make install    make .venv with the library, every extra and the development tools"
@@ -19,7 +19,8 @@ help:
 	@echo "make types      check types"
 	@echo "make notebooks  execute the notebooks and check that they are stored without outputs"
 	@echo "make bench      run the benchmark programs on small sizes"
-	@echo "make check      all of the above except the demo"
+	@echo "make tables     measure the tables of the README anew, on one thread"
+	@echo "make check      all of the above except the demo and the tables"
 	@echo "make oldest     run the core's tests on the oldest NumPy, SciPy, … that are allowed, without PyTorch and JAX"
 	@echo "make clean      remove what the other targets left, except .venv"
 
@@ -59,6 +60,15 @@ bench: $(READY)
 		echo "== $$program --small"; \
 		$(ONE_THREAD) $(BIN)/python "$$program" --small || exit 1; \
 	done
+
+tables: $(READY)
+	$(ONE_THREAD) $(BIN)/flora-tensor demo
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/extraction_quality.py
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/decompositions.py --threads 1
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/real_deltas.py --threads 1
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/layers.py --threads 1 --rank 16
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/layers.py --threads 1 --models
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/extraction.py
 
 check: lint types test notebooks bench
 
