@@ -21,6 +21,7 @@ __all__ = [
     "epsilon",
     "float_squares",
     "hermitian",
+    "host_numbers",
     "host_squares",
     "host_view",
     "is_complex",
@@ -323,9 +324,19 @@ def float_squares(where: str, xp: Namespace, x: Array) -> float:
     squares = squared_norm(xp, x)
     if squares is None:
         raise ValueError(
-            f"{where}: x is traced by jit or vmap, and the numbers in it decide here; pass ranks to st_hosvd"
+            f"{where}: x is traced by jit or vmap, and the numbers in it decide here; call it outside of them, or "
+            "hosvd, st_hosvd or hooi with ranks"
         )
     return squares
+
+
+def host_numbers(where: str, x: Array) -> Any:
+    """Return an array as a constant of NumPy; what must not be a symbol is refused if it is one."""
+    try:
+        return to_numpy(stop_gradient(x))
+    except (TypeError, RuntimeError):  # JAX's error and PyTorch's
+        float_squares(where, array_namespace(where, x), x)
+        raise
 
 
 # Entries that are cast to float64 at a time: what the processor's cache holds.

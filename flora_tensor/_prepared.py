@@ -32,10 +32,11 @@ class Prepared(NamedTuple):
     x: Array  # the tensor, times 2**-exponent
     exponent: int
     squares: float | None  # ‖x‖² of the scaled tensor; None where it is only a symbol
+    where: str = "tucker"  # the function that an error names
 
     def norm(self) -> float:
         """Return ‖x‖ of the scaled tensor, where the numbers are known."""
-        return math.sqrt(float_squares("norm", self.xp, self.x) if self.squares is None else self.squares)
+        return math.sqrt(float_squares(self.where, self.xp, self.x) if self.squares is None else self.squares)
 
 
 def prepare(where: str, x: Array, squares: float | None = None) -> Prepared:
@@ -53,16 +54,16 @@ def prepare(where: str, x: Array, squares: float | None = None) -> Prepared:
             squares = squared_norm(xp, work)
     if squares is None:  # a symbol under jit or vmap, or what has no numbers yet
         check_loaded(where, x)
-        return Prepared(xp, work, 0, None)
+        return Prepared(xp, work, 0, None, where)
     if 1e-200 < squares < 1e200:
         k = math.frexp(squares)[1] // 2
         if abs(k) <= 16:  # nothing can overflow or vanish, and scaling would only copy. The bits agree either way.
-            return Prepared(xp, work, 0, squares)
-        return Prepared(xp, times_power_of_two(work, -k), k, math.ldexp(squares, -2 * k))
+            return Prepared(xp, work, 0, squares, where)
+        return Prepared(xp, times_power_of_two(work, -k), k, math.ldexp(squares, -2 * k), where)
     check_tensor(where, x)
     k = power_of_two(xp, work)
     work = times_power_of_two(work, -k)
-    return Prepared(xp, work, k, squared_norm(xp, work))
+    return Prepared(xp, work, k, squared_norm(xp, work), where)
 
 
 def on_host(ready: Prepared) -> Prepared:

@@ -229,7 +229,8 @@ def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     """Round to bfloat16, returned as its bits in uint16."""
-    single = np.ascontiguousarray(_to_float32_odd(array) if array.dtype == np.float64 else array.astype(np.float32))
+    short = _to_float32_odd(array) if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+    single = np.ascontiguousarray(short)
     bits = single.view(np.uint32)
     # Adding just under half of the last place carries into the upper half exactly where rounding goes up; the kept
     # part's own last bit makes ties go to even.

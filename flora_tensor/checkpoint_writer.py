@@ -190,6 +190,7 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     beside: Mapping[str, Path] = MappingProxyType({}),
+    where: str = "write_checkpoint",
 ) -> Generator[CheckpointWriter]:
     """Open a checkpoint for writing; it appears when the block ends, and not at all if the block fails.
 
@@ -206,6 +207,8 @@ def write_checkpoint(
         Whether an existing file, or a directory that holds nothing but a checkpoint, is replaced.
     beside : mapping of str to Path
         Files to copy into the directory, by what they are called there; a directory that is replaced may hold them.
+    where : str, default "write_checkpoint"
+        The function or command that errors name.
 
     Yields
     ------
@@ -238,15 +241,15 @@ def write_checkpoint(
     target = Path(out)
     if target.suffix == ".safetensors":
         if len(layout) != 1:
-            raise ValueError(f"write_checkpoint: {len(layout)} shards for the file {target}; pass a directory")
+            raise ValueError(f"{where}: {len(layout)} shards for the file {target}; pass a directory")
         with (
-            staged_file("write_checkpoint", target, overwrite=overwrite) as stage,
+            staged_file(where, target, overwrite=overwrite) as stage,
             _finished(dict.fromkeys(layout, stage), layout, metadata) as writer,
         ):
             yield writer
         return
     with (
-        staged_directory("write_checkpoint", target, overwrite=overwrite, owned=(*OWNED_NAMES, *beside)) as stage,
+        staged_directory(where, target, overwrite=overwrite, owned=(*OWNED_NAMES, *beside)) as stage,
         write_files(stage, layout, metadata=metadata) as writer,
     ):
         for name, file in beside.items():

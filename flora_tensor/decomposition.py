@@ -331,7 +331,8 @@ def round_tucker(
     a : TuckerTensor
         The tensor, of shape (I_0, …, I_{N-1}); of any ranks, for example the sum of several.
     ranks : int or sequence of int, optional
-        The new ranks, at most the present ones and at most I_n.
+        The new ranks, at most the present ones and at most I_n. The only choice where ``a`` is traced by ``jit`` or
+        ``vmap``.
     rtol : float, optional
         The error to stay within, relative to ‖A‖. ``rtol=0`` only drops what is exactly redundant.
     max_parameters : int, optional
@@ -375,10 +376,16 @@ def round_tucker(
     whole = [mode for mode, u in enumerate(upright.factors) if u is None]
     if target.max_parameters is not None:
         check_budget("round_tucker", a.shape, target.max_parameters, whole)
-    fit = fit_to(ready, a.shape, target, "auto", None, whole)
-    result = all_orthogonal(xp, fit.result)
+    kept: tuple[int, ...] = ()
+    if ready.squares is None and target.ranks is not None:  # a symbol, whose error is not known: as `hooi` does
+        start = _start(ready, target.ranks, "st_hosvd")
+        result, _ = hooi_of(xp, ready.x, start, MOST_SWEEPS, ENOUGH)
+    else:
+        fit = fit_to(ready, a.shape, target, "auto", None, whole)
+        result, kept = fit.result, fit.kept
+    result = all_orthogonal(xp, result)
     stay = [mode for mode in whole if result.core.shape[mode] == upright.ranks[mode]]
-    result = left_whole(xp, result, {*stay, *fit.kept, *whole_modes(ranks)})
+    result = left_whole(xp, result, {*stay, *kept, *whole_modes(ranks)})
     factors = [
         inner if outer is None else outer if inner is None else xp.matmul(outer, inner)
         for outer, inner in zip(upright.factors, result.factors)

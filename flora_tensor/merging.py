@@ -166,7 +166,7 @@ def merge_checkpoint(
     metadata = source.metadata or {"format": "pt"}
     beside, say = {} if is_file else _beside(source.original), progress or silent
     _check_sizes_told(source, beside, resized)
-    with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite, beside=beside) as writer:
+    with write_checkpoint(out, layout, metadata=metadata, overwrite=overwrite, beside=beside, where="merge") as writer:
         for done, info in enumerate(infos):
             say("merging", done, len(infos), info.name)
             writer.write(info.name, _merged(source, info, change))

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from flora_tensor._arrays import is_low_precision, to_numpy
+from flora_tensor._arrays import is_low_precision, stop_gradient, to_numpy
 from flora_tensor._checks import as_int, check_choice, check_fraction, check_tolerance, exactly_one, feasible_ranks
 from flora_tensor._frontiers import n_parameters_of
 from flora_tensor._rank_bounds import Bounds, ranks_for_budget, ranks_for_tolerance, stored_numbers
@@ -233,7 +233,7 @@ def effective_ranks(x: Array | Spectrum) -> EffectiveRanks:
     >>> effective_ranks(np.eye(3)).stable
     (3.0, 3.0)
     """
-    values = x.values if isinstance(x, Spectrum) else mode_spectra(x).values
+    values = x.values if isinstance(x, Spectrum) else mode_spectra(stop_gradient(x)).values
     rows: list[tuple[float, float, float]] = []
     for v in values:
         s = to_numpy(v).astype(np.float64)

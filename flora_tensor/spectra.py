@@ -13,10 +13,10 @@ import math
 from flora_tensor._arrays import (
     conjugate,
     epsilon,
+    host_numbers,
     result_dtype,
     stop_gradient,
     times_power_of_two,
-    to_numpy,
     working_dtype,
 )
 from flora_tensor._bases import (
@@ -72,6 +72,7 @@ def mode_spectra(x: Array) -> ModeSpectra:
     """
     ready = prepare("mode_spectra", x)
     xp, scaled, k = ready.xp, ready.x, ready.exponent
+    norm = math.ldexp(ready.norm(), k)
     if len(x.shape) == 2:  # both sides have the same: take the shorter one's
         short = 0 if x.shape[0] <= x.shape[1] else 1
         values = (times_power_of_two(mode_values(xp, scaled, short), k),) * 2
@@ -79,7 +80,6 @@ def mode_spectra(x: Array) -> ModeSpectra:
         values = tuple(times_power_of_two(v, k) for v in all_mode_values(xp, scaled))
     dtype = result_dtype(xp, x.dtype)
     real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
-    norm = math.ldexp(ready.norm(), k)
     return ModeSpectra(tuple(xp.astype(v, real, copy=False) for v in values), norm, tuple(x.shape))
 
 
@@ -166,6 +166,7 @@ def _tall_spectrum(ready: Prepared, tall: int) -> Spectrum:
 def spectrum_of(ready: Prepared, accuracy: float = 0.0) -> Spectrum:
     """Compute the `Spectrum` of a prepared tensor, with singular values right down to ``accuracy`` of the largest."""
     xp, x, k = ready.xp, ready.x, ready.exponent
+    norm = math.ldexp(ready.norm(), k)  # first, as it refuses a symbol
     if len(x.shape) == 2:
         bases, core = _matrix_bases(xp, x, accuracy)
     else:
@@ -175,7 +176,7 @@ def spectrum_of(ready: Prepared, accuracy: float = 0.0) -> Spectrum:
         values=tuple(times_power_of_two(b.values, k) for b in bases),
         core=times_power_of_two(core, k),
         factors=tuple(b.vectors for b in bases),
-        norm=math.ldexp(ready.norm(), k),
+        norm=norm,
         shape=tuple(x.shape),
     )
 
@@ -232,4 +233,4 @@ def error_table(core: Array) -> FloatArray:
            [5., 1., 0.]])
     """
     check_tensor("error_table", core)
-    return table_of(to_numpy(core))
+    return table_of(host_numbers("error_table", core))

@@ -33,7 +33,8 @@ def inner(a: TuckerTensor, b: TuckerTensor) -> Array:
     Returns
     -------
     array, shape ()
-        The inner product, conjugate-linear in ``a``. For ⟨A, A⟩ with cancellation in mind use `norm`.
+        The inner product, conjugate-linear in ``a``. For ⟨A, A⟩ with cancellation in mind use `norm`. As there, 16-bit
+        floats are computed and returned in float32, and integers are promoted.
 
     Raises
     ------
@@ -54,6 +55,7 @@ def inner(a: TuckerTensor, b: TuckerTensor) -> Array:
     36.0
     """
     xp = _same_shape("inner", a, b)
+    a, b = (_at_working_precision(xp, t) for t in (a, b))
     grams = [_gram(xp, u, v) for u, v in zip(a.factors, b.factors)]
     projected = multi_mode_dot(b.core, grams)
     left, right = promote(xp, a.core, projected)
@@ -74,7 +76,8 @@ def norm(a: TuckerTensor) -> Array:
     Returns
     -------
     array, shape ()
-        The norm, real, of the core's (real) data type; 16-bit floats are computed and returned in float32.
+        The norm, real, of the core's (real) data type; 16-bit floats are computed and returned in float32,
+        integers are promoted.
 
     Raises
     ------

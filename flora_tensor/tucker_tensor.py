@@ -51,7 +51,8 @@ class TuckerTensor:
     Notes
     -----
     Instances are immutable, compare by identity, unpack as ``core, factors = tucker``, and are pytrees in JAX. `map`
-    applies a function to every array, for example to move it to another device.
+    applies a function to every array, for example to move it to another device. Booleans and integers of 8 or 16 bits
+    are held, but no function of this library computes with them.
 
     References
     ----------
@@ -151,11 +152,21 @@ class TuckerTensor:
         )
 
 
+# Told by name, as `is_low_precision` does: not every library's types know their size.
+_SHORT_INTEGERS = frozenset(("bool", "int8", "uint8", "int16", "uint16"))
+
+
 def check_tucker(where: str, *tensors: Any) -> None:
-    """Refuse what is no Tucker tensor, such as the dense array or the fit that one was made of."""
+    """Refuse what is no Tucker tensor, such as the dense array or the fit that one was made of, and what overflows."""
     for tensor in tensors:
         if not isinstance(tensor, TuckerTensor):
             raise TypeError(f"{where}: got {type_text(tensor)}; pass a TuckerTensor, such as tucker(x, ranks).tucker")
+        for array in (tensor.core, *(u for u in tensor.factors if u is not None)):
+            if str(array.dtype).rsplit(".", maxsplit=1)[-1] in _SHORT_INTEGERS:
+                raise TypeError(
+                    f"{where}: got a core or factor of type {array.dtype}, in which sums of products overflow; "
+                    "pass floats, as t.map(lambda a: a.astype('float32')) gives, times their scale if they have one"
+                )
 
 
 def explicit_factor(tucker: TuckerTensor, mode: int) -> Array:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -47,6 +47,9 @@ def test_the_way_from_two_checkpoints_to_a_merged_one(pair: tuple[Path, Path], t
     assert "1 weight, 1 tensor whole" in inspected.stdout
     result = run("merge", pair[0], adapter, "-o", merged)
     assert result.stdout == "1 tensors merged, 1 replaced, 1 copied: merged.safetensors\n"
+    assert run("merge", pair[0], adapter, "-o", merged).stderr.startswith(
+        "error: merge: the file exists; choose another"
+    )
     for name, tensor in load(pair[1]).items():
         torch.testing.assert_close(load(merged)[name], tensor, rtol=1e-12, atol=1e-12)
     different = run("diff", pair[0], merged)
@@ -367,7 +370,22 @@ def test_a_real_process(pair: tuple[Path, Path], tmp_path: Path):
     assert "Traceback" not in again.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_nohup_starts_hears_no_terminal_close(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    def close_the_terminal(*_: object, **__: object) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise ft.InputError("went on")
+
+    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", close_the_terminal)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = run("diff", *pair)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.exit_code, result.stderr) == (3, "error: went on\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_that_can_be_continued(number: int, code: int, tmp_path: Path):
     x = np.random.default_rng(0).standard_normal((600, 600)).astype(np.float32)
     base = save(tmp_path / "b.safetensors", {f"w{k}": x for k in range(30)})

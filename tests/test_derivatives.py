@@ -133,3 +133,49 @@ def test_the_driver_refuses_traced_input():
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match=r"tucker: x is traced by jit or vmap, .*; call hosvd, st_hosvd or hooi"):
         jax.jit(lambda x: ft.tucker(x, 2).tucker.core)(jax.numpy.ones((3, 3)))
+
+
+def test_rounding_to_given_ranks_can_be_jitted():
+    jax = pytest.importorskip("jax")
+    core, *factors = (jax.numpy.asarray(normal(np.random.default_rng(7), s)) for s in ((4, 3, 2), (9, 4), (8, 3)))
+    t, whole = ft.TuckerTensor(core, (*factors, None)), dense(to_numpy(core), [*map(to_numpy, factors), None])
+    for ranks in ((4, 3, 2), (2, 2, None)):
+        eager = ft.round_tucker(t, ranks=ranks)
+        jitted = jax.jit(lambda t, ranks=ranks: ft.round_tucker(t, ranks=ranks))(t)
+        assert jitted.ranks == eager.ranks
+        # Sweeps under a trace are five, and not as many as they gain something.
+        lost, least = (distance(r.to_tensor(), whole) for r in (jitted, eager))
+        assert lost <= 1.01 * least + tolerance(core.dtype, 4, 3, 2, norm=frobenius(whole))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (ft.error_table, "error_table"),
+        (ft.mode_spectra, "mode_spectra"),
+        (ft.effective_ranks, "mode_spectra"),
+        (lambda x: ft.select_ranks(x, rtol=0.1), "hosvd_spectrum"),
+        (lambda x: ft.round_tucker(ft.TuckerTensor(x, (None, None)), rtol=0.1), "round_tucker"),
+    ],
+)
+def test_what_looks_at_numbers_refuses_symbols_by_its_name(call, name):
+    jax = pytest.importorskip("jax")
+    torch = pytest.importorskip("torch")
+    for traced in (lambda: jax.jit(call)(jax.numpy.ones((3, 2))), lambda: torch.func.vmap(call)(torch.ones(4, 3, 2))):
+        with pytest.raises(ValueError, match=f"^{name}: x is traced by jit or vmap, .*; call it outside of them, or"):
+            traced()
+
+
+def test_tables_and_effective_ranks_are_constants_where_somebody_differentiates():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(Sample((4, 3, 5)).values)
+    seen = []
+
+    def through(x):
+        seen.append((ft.error_table(x), ft.effective_ranks(x)))
+        return x.sum()
+
+    jax.grad(through)(x)
+    ((table, ranks),) = seen
+    assert np.array_equal(table, ft.error_table(np.asarray(x)))
+    assert ranks == ft.effective_ranks(x)

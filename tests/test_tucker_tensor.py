@@ -438,6 +438,31 @@ def test_sixteen_bit_floats_are_factorized_in_float32(xp, sample):
     assert distance(q.to_tensor(), sample.dense) <= limit(sample)
     assert dtype_name(ft.norm(t).dtype) == "float32"
     assert abs(float(ft.norm(t)) - frobenius(sample.dense)) <= limit(sample, dtype="float32")
+    assert dtype_name(ft.inner(t, t).dtype) == "float32"
+
+
+def test_inner_of_sixteen_bit_floats_does_not_overflow(xp):
+    if not supports(xp, "float16"):
+        pytest.skip("the array-API standard has no 16-bit floats")
+    t = TuckerTensor(xp.full((1, 1), 300.0, dtype=xp.float16), [xp.ones((2, 1), dtype=xp.float16)] * 2)
+    assert float(ft.inner(t, t)) == 4 * 300.0**2
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "bool"])
+def test_types_in_which_sums_overflow_are_held_but_not_computed_with(xp, dtype):
+    if library(xp) == "torch" and dtype == "uint16":
+        pytest.skip("PyTorch has hardly a function for it")
+    short = getattr(xp, dtype if dtype != "bool" or hasattr(xp, "bool") else "bool_")
+    t = TuckerTensor(xp.ones((2, 2), dtype=xp.float32), [None, xp.ones((3, 2), dtype=short)])
+    calls = [lambda f=f: f(t) for f in (ft.norm, ft.reconstruct, ft.orthogonalize)]
+    calls += [lambda: ft.inner(t, t), lambda: ft.add(t, t), lambda: ft.scale(t, 2.0), lambda: ft.select_slice(t, 0, 0)]
+    for call in (*calls, lambda: ft.round_tucker(t, ranks=1)):
+        with pytest.raises(
+            TypeError, match=f"got a core or factor of type .*{dtype}.* overflow; pass floats, as t.map"
+        ):
+            call()
+    wide = t.map(lambda a: xp.astype(a, xp.float32))
+    assert float(ft.inner(wide, wide)) == 4.0 * 6
 
 
 def test_integers_are_promoted(xp):
@@ -447,6 +472,8 @@ def test_integers_are_promoted(xp):
     assert "float" in dtype_name(q.dtype)
     assert distance(q.to_tensor(), expected) <= tolerance(q.dtype, 6, norm=frobenius(expected))
     assert float(ft.norm(t)) == pytest.approx(frobenius(expected), rel=tolerance(q.dtype, 6))
+    large = TuckerTensor(xp.asarray([[40000]], dtype=xp.int32), [xp.asarray([[2]], dtype=xp.int32)] * 2)
+    assert float(ft.inner(large, large)) == 160000.0**2  # beyond int32
 
 
 @for_all(sample=tucker_samples(), shuffle=st.randoms(use_true_random=False))

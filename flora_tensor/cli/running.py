@@ -1,7 +1,7 @@
 """How every command runs: what ends it, what is said on stderr, and the exit code.
 
 Exit codes: 0 done, 2 a wrong argument, 3 bad input, 4 a file that cannot be read or written, 5 not enough memory or a
-package that is missing, 130 interrupted, 143 terminated, 1 a mistake of ours.
+package that is missing, 130 interrupted, 143 terminated, 129 the terminal was closed, 1 a mistake of ours.
 """
 
 import contextlib
@@ -24,16 +24,20 @@ __all__ = ["Commands"]
 
 
 class _InterruptedError(Exception):
-    """Ctrl-C or SIGTERM; click would print a line of its own for a bare KeyboardInterrupt."""
+    """Ctrl-C, SIGTERM or SIGHUP; click would print a line of its own for a bare KeyboardInterrupt."""
 
     def __init__(self, cause: KeyboardInterrupt) -> None:
         kept = getattr(cause, "__notes__", ["nothing was written"])
         super().__init__(f"interrupted; {'; '.join(kept)}")
-        self.exit_code = 143 if isinstance(cause, _Terminated) else 130
+        self.exit_code = 128 + (cause.number if isinstance(cause, _Terminated) else signal.SIGINT)
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which cleans up as Ctrl-C does."""
+    """A signal that ends a process, which cleans up as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Commands(click.Group):
@@ -65,8 +69,9 @@ class Commands(click.Group):
             if "--debug" in given:
                 traceback.print_exc()
             code, text = _verdict(error)
-            if text:
-                click.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                if text:
+                    click.echo(f"error: {printable(' '.join(text.split()))}", err=True)
         sys.exit(code or 0)
 
 
@@ -96,19 +101,22 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Generator[None]:
-    """Let SIGTERM clean up as Ctrl-C does."""
+    """Let SIGTERM, and a terminal that is closed, clean up as Ctrl-C does; what `nohup` has ignored stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_: Any) -> None:
-        raise _Terminated
+    def interrupt(number: int, *_: Any) -> None:
+        raise _Terminated(number)
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no terminals that hang up
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
