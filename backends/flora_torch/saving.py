@@ -145,7 +145,7 @@ def _one_adapter(model: nn.Module, adapter_name: str | None, where: str) -> str:
 
 
 def _as_numpy(tensor: Tensor) -> Any:
-    # One copy: an array of a parameter's own memory would change as it is trained, and torch could not free that memory.
+    # One copy: an array of a parameter's own memory would change as it is trained, nor could torch free that memory.
     dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
     whole = gathered(tensor.detach())
     return whole.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format).numpy()
