@@ -375,7 +375,7 @@ def test_what_nohup_starts_hears_no_terminal_close(pair: tuple[Path, Path], monk
         os.kill(os.getpid(), signal.SIGHUP)
         raise ft.InputError("went on")
 
-    monkeypatch.setattr("flora_tensor.merging.diff_checkpoints", close_the_terminal)
+    monkeypatch.setattr("flora_tensor.comparison.diff_checkpoints", close_the_terminal)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         result = run("diff", *pair)
