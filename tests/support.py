@@ -143,6 +143,14 @@ def tolerance(dtype: Any, *sizes: int, norm: float = 1.0, factor: float = 30.0, 
     return factor * root * max(eps * max(float(norm), tiny), flushed)
 
 
+def bfloat16_tolerance(x: Any) -> float:
+    """Return how far ``x`` may move where products take numbers rounded to 16 bits, and sum in 32.
+
+    Each of some eight operations in a row rounds once what it takes and gives; sizes do not count, for sums are wider.
+    """
+    return tolerance("bfloat16", norm=frobenius(x.detach()), factor=8.0)
+
+
 def frobenius(x: Any) -> float:
     """Return the Frobenius norm of an array of any library, in float64 and safe from overflow and underflow."""
     x = to_numpy(x)

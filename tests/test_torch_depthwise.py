@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 import flora_torch.chain
 from flora_torch import FloraConv, FloraConvTranspose
 from flora_torch.depthwise import has_slow_kernel_gradient, kernel_gradient
-from support import tolerance
+from support import bfloat16_tolerance, tolerance
 
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="it stands in for oneDNN's gradient")
 
@@ -177,7 +177,7 @@ def test_autocast_computes_it_in_its_type_and_returns_float32():
     for a, b in zip(ours, theirs):
         assert a.dtype == torch.float32
         # Rounded four times: input, weight, output and its gradient.
-        assert float((a - b).norm()) <= 4 * tolerance("bfloat16", 25, norm=float(b.norm()))
+        assert float((a - b).norm()) <= bfloat16_tolerance(b)
 
 
 @ONEDNN

@@ -20,7 +20,7 @@ from flora_torch import FloraConv, FloraConvTranspose, FloraEmbedding, FloraLaye
 from flora_torch.functional import dense_delta, tucker_conv, tucker_embedding, tucker_linear
 from flora_torch.geometry import pad, unpad
 from flora_torch.rebuild import rebuilding
-from support import tolerance
+from support import bfloat16_tolerance, tolerance
 
 HEADS = Arrangement("(heads d) i -> heads d i", {"heads": 4})
 
@@ -239,7 +239,7 @@ def test_autocast_with_low_memory_keeps_the_input_alone(name: str, path: str):
     allowed = [x.numel()] if path == "dense" else [x.numel(), layer.base_layer.weight.numel()]
     assert all(math.prod(shape) in allowed for shape in saved(lambda: run(layer), own))
     reference = dense(layer, x)
-    bound = tolerance("bfloat16", layer.base_layer.weight.numel(), norm=float(reference.detach().norm()))
+    bound = bfloat16_tolerance(reference)
     output = run(layer)
     assert float((output.float() - reference).detach().norm()) <= bound
     assert {g.dtype for g in torch.autograd.grad(output.float().sum(), parameters)} == {torch.float32}

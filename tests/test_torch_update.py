@@ -22,7 +22,7 @@ from flora_torch.initialize import (
     resolve_ranks,
     start_update,
 )
-from support import tolerance
+from support import bfloat16_tolerance, tolerance
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -127,7 +127,7 @@ class TestDecomposedStarts:
         assert update.core.dtype == torch.float32
         assert from_delta(delta, (4, 4), dtype=torch.bfloat16).core.dtype == torch.bfloat16
         # What is left is the rounding to bfloat16 of the delta itself, spread over all of its other directions.
-        assert float((update.to_tensor() - delta.float()).norm()) <= tolerance("bfloat16", norm=float(delta.norm()))
+        assert float((update.to_tensor() - delta.float()).norm()) <= bfloat16_tolerance(delta)
 
     def test_principal_trains_the_weights_largest_part(self):
         weight = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_torch.chain import transforming
+from flora_torch.chain import autocasts, transforming
 
 __all__ = ["Lent", "rebuilding"]
 
@@ -25,11 +25,13 @@ class _Recipe:
     make: Callable[[], Tensor]
     sources: Sequence[Tensor]
     versions: tuple[int, ...] = field(init=False)
+    mode: contextlib.AbstractContextManager[Any] = field(init=False)
     # One backward pass may ask several times; nothing is kept alive between them.
     last: "weakref.ref[Tensor] | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.versions = self._now()
+        self.mode = _autocast_now(self.sources[0])
 
     def again(self) -> Tensor:
         if self._now() != self.versions:
@@ -39,7 +41,7 @@ class _Recipe:
             )
         made = None if self.last is None else self.last()
         if made is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.mode:
                 made = self.make()
             self.last = weakref.ref(made)
         return made
@@ -140,6 +142,14 @@ def rebuilding(make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Lent:
         return kept.tensor() if isinstance(kept, _View) else outer_unpack(kept)
 
     return Lent(made, torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+
+
+def _autocast_now(source: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return what brings the autocast of this moment back: a backward pass runs without, or in another one."""
+    if source.is_meta:
+        return contextlib.nullcontext()
+    kind = source.device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=autocasts(source))
 
 
 def _outer_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:

@@ -321,7 +321,7 @@ class WeightLayer(FloraLayer):
         dtype: torch.dtype = x.dtype if self._is_quantized else self.base_layer.weight.dtype  # type: ignore[assignment]
         if self.training and (update.rank_dropout or update.module_dropout):
             return self._change_by(update.delta(drop=True).to(dtype), x, *args, **kwargs)
-        with rebuilding(lambda: update.delta().to(dtype), [*update.parameters()]) as delta:
+        with rebuilding(lambda: self._as_used(update.delta().to(dtype)), [*update.parameters()]) as delta:
             return self._change_by(delta, x, *args, **kwargs)
 
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
