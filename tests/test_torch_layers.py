@@ -229,10 +229,10 @@ class LayerCase:
         assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
     def test_compiles_without_a_graph_break(self):
-        inputs = self.inputs_in(torch.float64)
+        inputs = self.inputs_in(torch.float32)
         for path, backend in zip(self.paths, ("eager", "aot_eager")):
             torch._dynamo.reset()
-            layer = self.with_path(self.made(), path)
+            layer = self.with_path(self.made(torch.float32), path)
             compiled = torch.compile(layer, fullgraph=True, backend=backend)
             output, expected = self.result(compiled(*inputs)), self.result(layer(*inputs))
             assert close(output, expected, *self.sizes)
