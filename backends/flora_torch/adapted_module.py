@@ -44,8 +44,13 @@ class AdaptedModule(nn.Module):
         self.training = base_layer.training
         freeze(base_layer)
 
+    @property
+    def _base(self) -> Any:
+        # Asked several times at every call, and nn.Module's own search takes longer than a small product.
+        return self.__dict__["_modules"]["base_layer"]
+
     def __getattr__(self, name: str) -> Any:
-        # Asked several times at every call; while unpickling there are no modules yet.
+        # While unpickling there are no modules yet.
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
             return modules[name]
@@ -305,6 +310,10 @@ class AdaptedModule(nn.Module):
             known = ", ".join(self.tucker_update) or "none"
             raise ValueError(f"{type(self).__name__}: there is no adapter {adapter_name!r}; it has {known}")
 
+    def _update(self, adapter_name: str, parameter: str) -> TuckerUpdate | None:
+        """Return an adapter's update of a parameter; ``None`` where it has none."""
+        return self.updates(adapter_name).get(parameter)
+
     def running(self, parameter: str = "weight") -> list[TuckerUpdate]:
         """Return the updates of a parameter that take part in the output now.
 
@@ -328,10 +337,11 @@ class AdaptedModule(nn.Module):
         """
         if not self._enabled:
             return []
-        if self.merged_adapters:
+        active, merged = self._active_adapters, self.merged_adapters
+        if merged:
             self._check_not_training()
-        active = [adapter for adapter in self._active_adapters if adapter not in self.merged_adapters]
-        found = [self.updates(adapter).get(parameter) for adapter in active]
+            active = [adapter for adapter in active if adapter not in merged]
+        found = [self._update(adapter, parameter) for adapter in active]
         return [update for update in found if update is not None]
 
     def _check_not_training(self) -> None:

@@ -343,7 +343,7 @@ def run_conv(
 
 def shapes_of(core: Tensor, factors: Factors) -> Shapes:
     """Return the shapes of a Tucker tensor's parts: what a plan is made from."""
-    return core.shape, tuple(None if u is None else u.shape for u in factors)  # type: ignore[return-value]
+    return core.shape, tuple([None if u is None else u.shape for u in factors])  # type: ignore[return-value]
 
 
 def _per_axis(value: int | Sequence[int], n: int) -> tuple[int, ...]:

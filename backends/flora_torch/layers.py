@@ -91,7 +91,7 @@ class FloraLinear(WeightLayer):
 
     @property
     def _transposed(self) -> bool:
-        return not isinstance(self.base_layer, nn.Linear) and is_conv1d_of_transformers(self.base_layer)
+        return not isinstance(self._base, nn.Linear) and is_conv1d_of_transformers(self._base)
 
     @override
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,12 +114,11 @@ class FloraLinear(WeightLayer):
 
     @override
     def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
-        plain = isinstance(self.base_layer, nn.Linear) and self._is_plain and not (self._is_quantized or args or kwargs)
+        plain = self._is_plain and not (self._is_quantized or args or kwargs) and isinstance(self._base, nn.Linear)
         return _ROWS if plain else None
 
     @override
-    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
-        shapes = shapes_of(core, update.factors)
+    def _is_cheaper_dense(self, update: TuckerUpdate, shapes: Shapes, input: Tensor, training: bool) -> bool:
         return linear_rule(n_rows(input.shape[:-1]), shapes, self._sides(update), training)
 
 
@@ -169,7 +168,7 @@ class FloraConv(WeightLayer):
     @property
     def _geometry(self) -> ConvGeometry:
         # Read at every use: a base may be given another stride or padding after it was wrapped.
-        return _geometry_of(self.base_layer)
+        return _geometry_of(self._base)
 
     @property
     @override
@@ -190,18 +189,17 @@ class FloraConv(WeightLayer):
         self,
         update: TuckerUpdate,
         x: Tensor,
-        parameters: Factors,
+        core: Tensor,
+        factors: Factors,
         weight: float,
         out: Tensor | Frozen | None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         split = None if update.is_native else update.split_axes
-        core, *factors = parameters
-        assert core is not None
         geometry = self._geometry_for(x, *args, **kwargs)
         chain = conv_chain(shapes_of(core, factors), geometry, split, update.shape)
-        return run_conv(chain, x, parameters, geometry, scale=weight, memory=self.memory, out=out)
+        return run_conv(chain, x, (core, *factors), geometry, scale=weight, memory=self.memory, out=out)
 
     def _geometry_for(self, x: Tensor, *args: Any, **kwargs: Any) -> ConvGeometry:
         """Return the geometry of a call."""
@@ -216,10 +214,10 @@ class FloraConv(WeightLayer):
         return own_convolution(geometry)
 
     @override
-    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
+    def _is_cheaper_dense(self, update: TuckerUpdate, shapes: Shapes, input: Tensor, training: bool) -> bool:
         split, geometry = None if update.is_native else update.split_axes, self._geometry
         sizes = sizes_of(input, len(geometry.kernel))
-        return conv_rule(sizes, shapes_of(core, update.factors), update.shape, geometry, split, training)
+        return conv_rule(sizes, shapes, update.shape, geometry, split, training)
 
 
 class FloraConvTranspose(FloraConv):
@@ -401,8 +399,8 @@ class FloraEmbedding(WeightLayer):
         return update.rescale(base, change, ratio, drop=self.training)
 
     @override
-    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
-        return embedding_rule(n_rows(input.shape), shapes_of(core, update.factors), training)
+    def _is_cheaper_dense(self, update: TuckerUpdate, shapes: Shapes, input: Tensor, training: bool) -> bool:
+        return embedding_rule(n_rows(input.shape), shapes, training)
 
 
 class FloraParameter(FloraLayer):

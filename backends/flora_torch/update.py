@@ -219,16 +219,33 @@ class TuckerUpdate(nn.Module):
     def _arrange(self, arrangement: Arrangement) -> None:
         # The forward pass asks for these, and reading a pattern takes longer than a small product.
         self.arrangement = arrangement
-        self._factor_names = tuple(f"factor_{mode}" for mode in range(arrangement.n_modes))
+        self._part_names = ("core", *(f"factor_{mode}" for mode in range(arrangement.n_modes)))
         self.is_native, self.split_axes = arrangement.is_native, split_of(arrangement)
         self.sides = sides_of(arrangement)
 
     @property
+    def parts(self) -> tuple[Any, ...]:
+        """The core and the factor matrices, ``None`` for a mode that is left whole."""
+        own = self._parameters
+        # Looked up where nn.Module keeps them: its own search takes longer than a small product. One that is computed,
+        # as by an orthogonal parametrization, is not there.
+        return tuple([own[name] if name in own else getattr(self, name) for name in self._part_names])
+
+    @property
     def factors(self) -> tuple[Tensor | None, ...]:
         """The factor matrices, ``None`` for a mode that is left whole."""
+        return self.parts[1:]
+
+    @property
+    def has_start(self) -> bool:
+        """Whether there is a T_start beside zero."""
+        return self._buffers["start_core"] is not None
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether there is a magnitude."""
         own = self._parameters
-        # One that is computed, as by an orthogonal parametrization, is not among the parameters.
-        return tuple([own[name] if name in own else getattr(self, name) for name in self._factor_names])
+        return (own["magnitude"] if "magnitude" in own else self.magnitude) is not None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -279,9 +296,10 @@ class TuckerUpdate(nn.Module):
         >>> [(core.item(), weight) for core, _, weight in update.terms()]
         [(1.0, 3.0)]
         """
-        plain = self.start_core is None and self.magnitude is None and dtype is None
+        plain = dtype is None and not (self.has_start or self.has_magnitude)
+        core, *factors = self.parts
         if plain and not (drop and (self.rank_dropout or self.module_dropout)):
-            return [(self.core, self.factors, self.scale * self.multiplier)]
+            return [(core, tuple(factors), self.scale * self.multiplier)]
 
         def cast(x: Tensor | None) -> Any:
             return x if x is None or dtype is None else x.to(dtype)
@@ -298,7 +316,7 @@ class TuckerUpdate(nn.Module):
             core, weight = (core * scale, sign) if isinstance(scale, Tensor) else (core, sign * scale)
             return core, tuple(cast(u) for u in factors), weight
 
-        terms = [term(self.core, self.factors, 1.0)]
+        terms = [term(core, factors, 1.0)]
         if self.start_core is not None:
             # The start loses the same directions, so that what is not trained yet still cancels.
             start = [getattr(self, f"start_factor_{m}") for m in range(self.core.dim())]

@@ -117,8 +117,14 @@ class WeightLayer(FloraLayer):
 
     @override
     def updates(self, adapter_name: str) -> dict[str, TuckerUpdate]:
-        update: Any = self.tucker_update.__dict__["_modules"].get(adapter_name)  # older compilers trace no vars()
+        update = self._update(adapter_name, "weight")
         return {} if update is None else {"weight": update}
+
+    @override
+    def _update(self, adapter_name: str, parameter: str) -> TuckerUpdate | None:
+        updates: Any = self.__dict__["_modules"]["tucker_update"]
+        # Older compilers trace no vars().
+        return updates.__dict__["_modules"].get(adapter_name) if parameter == "weight" else None
 
     @override
     def _put(self, adapter_name: str, update: TuckerUpdate, parameter: str) -> None:
@@ -143,17 +149,18 @@ class WeightLayer(FloraLayer):
         Tensor
             As the base layer gives it, in its type.
         """
-        if self.row_plan is not None and self.enabled:
+        if self.row_plan is not None and self._enabled:
             return self._forward_rows(self.row_plan, input, *args, **kwargs)
         formed: list[TuckerUpdate] = []
         added: list[TuckerUpdate] = []
         for update in self.running():
             (formed if self._forms_delta(update, input) else added).append(update)
-        if formed and any(update.magnitude is not None for update in added):
+        rescales = any([update.has_magnitude for update in added])
+        if formed and rescales:
             # What a magnitude rescales is the product with W alone, so the base runs with nothing formed.
             formed, added = [], formed + added
         # The base's output can be written to where nobody else holds it.
-        alone = not _is_watched(self.base_layer) and all(update.magnitude is None for update in added)
+        alone = not (rescales or _is_watched(self._base))
         if alone and added and not formed:
             result = self._beside_base(added[0], input, *args, **kwargs)
             if result is not None:
@@ -169,12 +176,12 @@ class WeightLayer(FloraLayer):
         """Run a frozen base and one update as one operation; ``None`` where the base has to be called."""
         if not self._adds_in_place(update) or self._drops(update):
             return None
-        own: Any = self.base_layer._parameters
+        own = self._base._parameters
         step, weight, bias = self._own_step(input, *args, **kwargs), own.get("weight"), own.get("bias")
         if step is None or not _is_still(weight) or not (bias is None or _is_still(bias)):
             return None
         ((core, factors, scale),) = update.terms(drop=self.training)
-        return self._product(update, input, (core, *factors), scale, Frozen(step, weight, bias))
+        return self._product(update, input, core, factors, scale, Frozen(step, weight, bias))
 
     def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
         """Return what the base does with its weight and this input; ``None`` where it has to be called to know."""
@@ -233,8 +240,7 @@ class WeightLayer(FloraLayer):
 
     def _forms_delta(self, update: TuckerUpdate, input: Tensor) -> bool:
         """Decide between the two paths; dropout on the update's own input leaves no single effective weight."""
-        base: Any = self.base_layer
-        if is_sharded(base._parameters.get("weight")):
+        if is_sharded(self._base._parameters.get("weight")):
             self._check_parallel(update, input)
             return False
         # Nothing can be added to a quantized weight: the change stays a product of its own.
@@ -242,10 +248,11 @@ class WeightLayer(FloraLayer):
             return False
         if self.path != "auto" or not self._has_factored(update):
             return self.path != "factored"
-        if update.magnitude is not None and not torch.is_grad_enabled():
+        core, *factors = update.parts
+        training = torch.is_grad_enabled()
+        if update.has_magnitude and not training:
             return True  # its norms need ΔW formed in any case
-        core = update.core
-        return self._is_cheaper_dense(update, core, input, torch.is_grad_enabled() and core.requires_grad)
+        return self._is_cheaper_dense(update, shapes_of(core, factors), input, training and core.requires_grad)
 
     def _added(
         self, result: Tensor, update: TuckerUpdate, base: Tensor, input: Tensor, alone: bool, *args: Any, **kwargs: Any
@@ -254,7 +261,7 @@ class WeightLayer(FloraLayer):
         if alone and self._adds_in_place(update):
             ((core, factors, weight),) = update.terms(drop=self.training)
             x = self._dropped(update, input)
-            return self._product(update, x, (core, *factors), weight, result, *args, **kwargs)
+            return self._product(update, x, core, factors, weight, result, *args, **kwargs)
         change = self._contribution(update, base, input, *args, **kwargs)
         if change.shape != result.shape:
             refuse_part("output", tuple(result.shape), tuple(change.shape))
@@ -273,7 +280,7 @@ class WeightLayer(FloraLayer):
 
     def _adds_in_place(self, update: TuckerUpdate) -> bool:
         """Tell whether an update is one factored product, whose last step can add to what is there."""
-        return self._runs_factored(update) and update.start_core is None and not self._is_quantized
+        return self._runs_factored(update) and not (update.has_start or self._is_quantized)
 
     def _runs_factored(self, update: TuckerUpdate) -> bool:
         return self.path != "dense" and self._has_factored(update)
@@ -307,7 +314,7 @@ class WeightLayer(FloraLayer):
         # A trained term and its start are summed before anything else, so that they cancel bit for bit.
         total: Tensor | None = None
         for core, factors, weight in update.terms(drop=self.training):
-            term = self._product(update, x, (core, *factors), weight, None, *args, **kwargs)
+            term = self._product(update, x, core, factors, weight, None, *args, **kwargs)
             total = term if total is None else total + term
         assert total is not None
         return total
@@ -342,7 +349,8 @@ class WeightLayer(FloraLayer):
         self,
         update: TuckerUpdate,
         x: Tensor,
-        parameters: Factors,
+        core: Tensor,
+        factors: Factors,
         weight: float,
         out: Tensor | Frozen | None,
         *args: Any,
@@ -350,17 +358,15 @@ class WeightLayer(FloraLayer):
     ) -> Tensor:
         """Return weight · T·x without forming T, added to ``out`` if that is given, with T's core and factors."""
         del args, kwargs  # of those that a call may have, only a convolution's change the product
-        core, *factors = parameters
-        assert core is not None
         chain = self._chain(update, shapes_of(core, factors))
-        return run_chain(chain, x, parameters, scale=weight, memory=self.memory, out=out)
+        return run_chain(chain, x, (core, *factors), scale=weight, memory=self.memory, out=out)
 
     def _chain(self, update: TuckerUpdate, shapes: Shapes) -> Chain:
         """Return the steps of the product for a core and factors of these shapes."""
         raise NotImplementedError
 
-    def _is_cheaper_dense(self, update: TuckerUpdate, core: Tensor, input: Tensor, training: bool) -> bool:
-        """Tell which of the two ways the cost rule prefers."""
+    def _is_cheaper_dense(self, update: TuckerUpdate, shapes: Shapes, input: Tensor, training: bool) -> bool:
+        """Tell which of the two ways the cost rule prefers for a core and factors of these shapes."""
         raise NotImplementedError
 
 
