@@ -245,7 +245,8 @@ class TuckerUpdate(nn.Module):
     def has_magnitude(self) -> bool:
         """Whether there is a magnitude."""
         own = self._parameters
-        return (own["magnitude"] if "magnitude" in own else self.magnitude) is not None
+        # One that is computed, or that a wrapper took over, is not among the parameters.
+        return "magnitude" not in own or own["magnitude"] is not None
 
     @property
     def ranks(self) -> tuple[int, ...]:

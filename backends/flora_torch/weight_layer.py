@@ -155,7 +155,7 @@ class WeightLayer(FloraLayer):
         added: list[TuckerUpdate] = []
         for update in self.running():
             (formed if self._forms_delta(update, input) else added).append(update)
-        rescales = any([update.has_magnitude for update in added])
+        rescales = any(update.has_magnitude for update in added)
         if formed and rescales:
             # What a magnitude rescales is the product with W alone, so the base runs with nothing formed.
             formed, added = [], formed + added
