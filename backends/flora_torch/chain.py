@@ -262,13 +262,14 @@ def _run(
     with exactly(x):
         entry = _cast(x, dtype)
         given = out is not None
+        weights = _laid_out(_weights(chain, _stages(chain, parameters, scale), dtype), entry)
+        # The thin products first: what has just been made is still in the cache, until the frozen layer fills it.
+        hidden = _between(chain, entry, weights)
         if beside is not None:
             assert weight is not None
             if narrow is not None:
                 weight, bias = _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
             out = beside.run(x if narrow is None else entry, weight, bias)
-        weights = _laid_out(_weights(chain, _stages(chain, parameters, scale), dtype), entry)
-        hidden = _between(chain, entry, weights)
         if out is None:
             return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:], weight
         chain.steps[-1].add_to(out, hidden[-1], weights[-1])
@@ -310,14 +311,15 @@ class _Product(torch.autograd.Function):
             # What is stored hangs on no graph, so a second derivative needs it computed again.
             fresh = torch.is_grad_enabled() or len(kept) < len(weights) - 1
             hidden = _between(chain, entry, weights) if fresh else [entry, *kept]
-            total: Tensor | None = None
-            if beside is not None and ctx.needs_input_grad[1]:
-                base = (g, x, weight) if narrow is None else (g, entry, _cast(weight, narrow))
-                total = beside.grad_input(*base)
             into = _cast(g, dtype)
             if chain.blocked is not None:
                 into = into.masked_fill((x == chain.blocked).unsqueeze(-1), 0)
-            gx, found = _pull_back(chain, into, hidden, weights, (ctx.needs_input_grad[1], *needed), total)
+            wanted = ctx.needs_input_grad[1]
+            first, found = _pull_back(chain, into, hidden, weights, (wanted and beside is None, *needed))
+            gx = first if wanted else None
+            if wanted and beside is not None:
+                base = (g, x, weight) if narrow is None else (g, entry, _cast(weight, narrow))
+                gx = _plus_grad_input(beside.grad_input(*base), chain.steps[0], first, entry, weights[0])
             sums: dict[int, Tensor] = {}
             for k, gw in found:
                 gw = _cast(gw, parameters[0].dtype)
@@ -380,31 +382,24 @@ def _between(chain: Chain, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]
 
 
 def _pull_back(
-    chain: Chain,
-    g: Tensor,
-    hidden: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    needed: Sequence[bool],
-    total: Tensor | None,
-) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
-    """Walk the chain backward: the input's gradient, added to ``total`` if there is one, and that of each weight."""
+    chain: Chain, g: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """Walk the chain backward: the gradient of the input, or of the first product if that is all, and each weight's."""
     found: list[tuple[int, Tensor]] = []
     for k in range(len(chain.steps) - 1, -1, -1):
         step, made = chain.steps[k], chain.made[k]
         trained = any(needed[1 + number] for number in made.parts)
-        # What comes out of the first step meets the frozen layer's part.
-        onward = k > 0 or (needed[0] and total is None)
-        below, gw = step.gradients(g, hidden[k], weights[k], onward, trained)
+        below, gw = step.gradients(g, hidden[k], weights[k], k > 0 or needed[0], trained)
         if gw is not None:
             found.append((k, gw))
         if below is not None:
             g = below
-    if not needed[0]:
-        return None, found
-    if total is None:
-        return g, found
-    step = chain.steps[0]
+    return g, found
+
+
+def _plus_grad_input(total: Tensor, step: Step, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Add a step's gradient of its input to ``total``, in place where nothing is to be known of it."""
     if torch.is_grad_enabled():
-        return total + step.grad_input(g, hidden[0], weights[0]), found
-    step.add_grad_input(total, g, hidden[0], weights[0])
-    return total, found
+        return total + step.grad_input(g, x, w)
+    step.add_grad_input(total, g, x, w)
+    return total
