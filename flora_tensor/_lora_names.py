@@ -12,6 +12,7 @@ __all__ = [
     "FOLDERS",
     "KOHYA",
     "METADATA_KEY",
+    "PEFT_PARTS",
     "dotted_part",
     "kohya_prefix",
     "root_of",
@@ -138,10 +139,9 @@ def _original_names(modules: Iterable[str]) -> dict[str, str]:
     return found
 
 
-_NAMED = (
-    r"lora_[AB]\.weight|lora_embedding_[AB]|lora_(?:down|up|mid)\.weight|alpha"
-    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
-)
+# The parts of a module in PEFT's files, as a regular expression; those of LyCORIS are named alike but for LoRA.
+PEFT_PARTS = r"lora_[AB]\.weight|lora_embedding_[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+_PARTS = rf"{PEFT_PARTS}|lora_(?:down|up|mid)\.weight|alpha"
 
 
 def dotted_part(key: str) -> tuple[str, str] | None:
@@ -159,6 +159,6 @@ def dotted_part(key: str) -> tuple[str, str] | None:
         return f"{attention}.{'to_out.0' if layer == 'to_out' else layer}", f"lora_{side}.weight"
     if found := re.fullmatch(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight", key):
         return found[1], f"lora_{found[2]}.weight"
-    if found := re.fullmatch(rf"(.+)\.({_NAMED})", key):
+    if found := re.fullmatch(rf"(.+)\.({_PARTS})", key):
         return found[1], found[2]
     return None

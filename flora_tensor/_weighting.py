@@ -14,7 +14,6 @@ does to inputs that the calibration did not show still counts for something.
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import printable
 from flora_tensor._errors import InputError
+from flora_tensor._typing import PathLike
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.moments import Moments, load_moments
 from flora_tensor.tucker_algebra import orthogonalize
@@ -119,7 +119,7 @@ class Calibration:
     digest: str  # of all moments: what was extracted with others is not gone on with
 
     @classmethod
-    def of(cls, given: "str | os.PathLike[str] | Moments") -> "Calibration":
+    def of(cls, given: PathLike | Moments) -> "Calibration":
         """Take moments, or a file of them, whose header is checked."""
         if isinstance(given, Moments):
             content = hashlib.sha256()

@@ -12,13 +12,14 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import check_choice
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import dtype_code
+from flora_tensor._typing import PathLike
 from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_tensor.checkpoint import open_checkpoint
 
 __all__ = ["BaseLike", "WholeTensors", "widest_code"]
 
-BaseLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+BaseLike: TypeAlias = PathLike | Mapping[str, Any]
 
 
 def widest_code(codes: Sequence[str]) -> str:

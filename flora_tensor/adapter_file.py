@@ -32,13 +32,14 @@ from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._errors import InputError
 from flora_tensor._files import read_json, staged_directory
 from flora_tensor._safetensors import READABLE, decode, dtype_code, encode
+from flora_tensor._typing import PathLike
 from flora_tensor.adapter import MAX_SCALE, Adapter
 from flora_tensor.checkpoint import Checkpoint
 from flora_tensor.tucker_tensor import TuckerTensor
 
 __all__ = ["load_adapter", "save_adapter"]
 
-AdapterLike: TypeAlias = str | os.PathLike[str] | Mapping[str, TuckerTensor]
+AdapterLike: TypeAlias = PathLike | Mapping[str, TuckerTensor]
 REPORT_NAME = "extraction_report.json"
 # What a directory of ours may hold, and so what overwriting one may remove. PEFT puts a model card beside an adapter.
 OWNED_NAMES = (CONFIG_NAME, *TENSOR_FILES, REPORT_NAME, "README.md")
@@ -65,7 +66,7 @@ def as_adapter(given: AdapterLike) -> Adapter:
     return given if isinstance(given, Adapter) else Adapter(dict(given))
 
 
-def load_adapter(path: str | os.PathLike[str], *, strict: bool = True) -> Adapter:
+def load_adapter(path: PathLike, *, strict: bool = True) -> Adapter:
     """Read an adapter directory, everything it claims checked, without PyTorch.
 
     Parameters
@@ -278,7 +279,7 @@ def _assemble(
 
 
 def save_adapter(
-    path: str | os.PathLike[str],
+    path: PathLike,
     adapter: Mapping[str, TuckerTensor],
     *,
     max_shard_size: int | None = None,

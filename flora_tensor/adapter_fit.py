@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flora_tensor._reporting import RowReport
+from flora_tensor._reporting import RowReport, plain
 from flora_tensor._version import __version__
 from flora_tensor.adapter import Adapter
 from flora_tensor.report import format_table
@@ -82,10 +82,7 @@ class AdapterFit(RowReport[AdapterRow]):
             "relative_error": self.relative_error,
             "lower_bound": self.lower_bound,
             "whole": sorted(self.adapter.whole),
-            "tensors": [
-                {key: list(value) if isinstance(value, tuple) else value for key, value in vars(row).items()}
-                for row in self.rows
-            ],
+            "tensors": [{key: plain(value) for key, value in vars(row).items()} for row in self.rows],
         }
 
     def to_table(self) -> str:

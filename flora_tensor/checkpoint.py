@@ -19,6 +19,7 @@ from flora_tensor._errors import InputError
 from flora_tensor._files import read_json
 from flora_tensor._safetensors import FLOATS, READABLE, TensorInfo, decode, read_span
 from flora_tensor._stored_files import PICKLE_SUFFIXES, SafetensorsFile, StackedFile, StoredFile, open_stored_file
+from flora_tensor._typing import PathLike
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -365,7 +366,7 @@ def _sample_points(n_bytes: int) -> list[int]:
     return sorted({0, last // 3, 2 * last // 3, last}) if n_bytes else []
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(path: PathLike, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a checkpoint and check every header, without reading its data.
 
     Parameters

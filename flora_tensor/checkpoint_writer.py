@@ -1,7 +1,6 @@
 """Checkpoints written whole or not at all: which tensor goes into which file, and the files themselves."""
 
 import json
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from flora_tensor._checks import check_shard_size, some_names
 from flora_tensor._files import staged_directory, staged_file, sync_directory, write_file
 from flora_tensor._safetensors import SafetensorsWriter, TensorInfo
+from flora_tensor._typing import PathLike
 from flora_tensor.checkpoint import STEMS, Checkpoint
 
 __all__ = ["CheckpointWriter", "plan_shards", "write_checkpoint", "write_files"]
@@ -184,7 +184,7 @@ def _name_in(file: str, name: str) -> str:
 
 @contextmanager
 def write_checkpoint(
-    out: str | os.PathLike[str],
+    out: PathLike,
     layout: Layout,
     *,
     metadata: Mapping[str, str] | None = None,

@@ -23,6 +23,7 @@ from flora_tensor._lora_names import (
     FOLDERS,
     KOHYA,
     METADATA_KEY,
+    PEFT_PARTS,
     dotted_part,
     root_of,
     weights_by_module,
@@ -43,8 +44,14 @@ __all__ = [
 ]
 
 # The names of PEFT's LoRA tensors, and those of LyCORIS for the same.
-_LORA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-_EMBEDDING = {"lora_embedding_A": "lora_down.weight", "lora_embedding_B": "lora_up.weight"}
+_NAMED_BY_PEFT = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_embedding_A": "lora_down.weight",
+    "lora_embedding_B": "lora_up.weight",
+}
+# Parts of a module that are no factors.
+_NUMBERS = ("alpha", "scalar")
 
 
 def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter:
@@ -116,10 +123,9 @@ def from_peft_lora(source: PathLike, *, base: BaseLike | None = None) -> Adapter
 def _peft_modules(arrays: NamedArrays, builder: AdapterBuilder) -> dict[str, dict[str, str]]:
     """Sort a PEFT file's keys by module; what is stored in full goes to the builder at once."""
     modules: dict[str, dict[str, str]] = {}
-    parts = r"lora_[AB]\.weight|lora_embedding_[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
     for key in arrays.names:
         name = key.removeprefix(PREFIX)
-        found = re.fullmatch(rf"(?:(.+)\.)?({parts})", name)
+        found = re.fullmatch(rf"(?:(.+)\.)?({PEFT_PARTS})", name)
         if found and found[1]:
             modules.setdefault(found[1], {})[found[2]] = key
         elif re.search(r"(^|\.)(lora_|hada_|lokr_)", name):
@@ -137,15 +143,24 @@ def _add_peft_module(
         raise InputError(f"{builder.arrays.label}: {module!r} adapts a parameter by name, which cannot be converted")
     name = f"{module}.weight"
     shape = None if shapes is None else shape_of(builder.arrays.where, shapes, name)
-    standard = {**_LORA, **_EMBEDDING}
-    parts = {standard.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
-    is_turned = "lora_embedding_A" in keys or _is_turned(config, parts, shape)
-    own = shape[::-1] if is_turned and shape is not None else shape
+    _add_module(builder, config, module, name, keys, shape)
+
+
+def _add_module(
+    builder: AdapterBuilder,
+    config: Mapping[str, Any] | None,
+    module: str,
+    name: str,
+    keys: Mapping[str, str],
+    shape: tuple[int, ...] | None,
+) -> None:
+    """Convert one module; where no config tells its scale, the file does."""
+    parts = {_NAMED_BY_PEFT.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
+    is_turned = "lora_embedding_A" in keys or _is_turned(config or {}, parts, shape)
     _refuse_groups(name, parts)
-    made = from_parts(name, parts, own)
-    rank = made.rank if config["peft_type"] == "LORA" else None
-    scale = _peft_scale(config, module, rank)
-    builder.add(name, _turned(made) if is_turned else made, scale, keys.values())
+    made = from_parts(name, parts, shape[::-1] if is_turned and shape is not None else shape)
+    scale = _own_scale(made, parts) if config is None else _peft_scale(config, module, made.rank)
+    builder.add(name, _turned(made) if is_turned else made, scale, [k for p, k in keys.items() if p not in _NUMBERS])
 
 
 def _is_turned(config: Mapping[str, Any], parts: Mapping[str, np.ndarray], shape: tuple[int, ...] | None) -> bool:
@@ -179,9 +194,12 @@ def _turned(made: Converted) -> Converted:
 
 
 def _peft_scale(config: Mapping[str, Any], module: str, rank: int | None) -> float:
-    alpha_key = "lora_alpha" if config["peft_type"] == "LORA" else "alpha"
+    """Return α over the rank: that of a LoRA's tensors, else the config's."""
+    is_lora = config.get("peft_type", "LORA") == "LORA"
+    alpha_key = "lora_alpha" if is_lora else "alpha"
     alpha = _by_pattern(config, "alpha_pattern", module, config.get(alpha_key, 8))
-    divisor = _by_pattern(config, "rank_pattern", module, config.get("r", 8)) if rank is None else rank
+    known = rank if is_lora else None
+    divisor = _by_pattern(config, "rank_pattern", module, config.get("r", 8)) if known is None else known
     for option, value in ((alpha_key, alpha), ("r", divisor)):
         if isinstance(value, bool) or not isinstance(value, int | float) or (option == "r" and value <= 0):
             raise InputError(f"{CONFIG_NAME}: {option} of {module!r} is {value!r}; a number is needed")
@@ -256,7 +274,7 @@ def from_diffusers(
         folder = next((f for f in configs if f and f"{prefix or module}.".startswith(f"{f}.")), "")
         own = module if prefix else module.removeprefix(f"{folder}.")
         name = _in_base(arrays, f"{module}.weight", shapes)
-        _add_dotted(builder, configs.get(folder), own, name, keys, None if shapes is None else shapes[name])
+        _add_module(builder, configs.get(folder), own, name, keys, None if shapes is None else shapes[name])
     if not builder.tensors:
         raise InputError(f"{arrays.label}: holds no LoRA{f' of {prefix!r}' if prefix else ''}")
     return builder.adapter({})
@@ -307,27 +325,6 @@ def _in_base(arrays: NamedArrays, name: str, shapes: Mapping[str, tuple[int, ...
     folder, _, rest = name.partition(".")
     hint = f"; pass prefix={folder!r} (--prefix)" if rest in shapes else "; pass the base that it is for"
     raise InputError(f"{arrays.label}: the base has no {name!r}, which the adapter changes{hint}")
-
-
-def _add_dotted(
-    builder: AdapterBuilder,
-    config: Mapping[str, Any] | None,
-    module: str,
-    name: str,
-    keys: Mapping[str, str],
-    shape: tuple[int, ...] | None,
-) -> None:
-    standard = {**_LORA, **_EMBEDDING}
-    parts = {standard.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
-    is_turned = "lora_embedding_A" in keys or _is_turned(config or {}, parts, shape)
-    _refuse_groups(name, parts)
-    made = from_parts(name, parts, shape[::-1] if is_turned and shape is not None else shape)
-    if config is None:
-        scale = _own_scale(made, parts)
-    else:
-        config = {"peft_type": "LORA", **config}
-        scale = _peft_scale(config, module, made.rank if config["peft_type"] == "LORA" else None)
-    builder.add(name, _turned(made) if is_turned else made, scale, [k for p, k in keys.items() if p not in _NUMBERS])
 
 
 def from_lycoris(
@@ -400,10 +397,6 @@ def from_lycoris(
         made = from_parts(names[0], parts, shapes[names[0]])
         builder.add(names[0], made, _own_scale(made, parts), [k for part, k in keys.items() if part not in _NUMBERS])
     return builder.adapter({})
-
-
-# Parts of a module that are no factors.
-_NUMBERS = ("alpha", "scalar")
 
 
 def _own_scale(made: Converted, parts: Mapping[str, np.ndarray]) -> float:

@@ -113,8 +113,8 @@ def report_html(report: ExtractionReport, *, title: str = "Extraction report") -
         body += ["<h2>Ranks</h2>", *_heat({row.name: (row.ranks, row.modes) for row in stored}, told)]
     about = (
         "All tensors of both checkpoints. Errors are measured on the stored bits; no tensor of the same ranks has one "
+        "below “at least”"
     )
-    about += "below “at least”"
     body += ["<h2>Tensors</h2>", _table(about, *_tensor_rows(report, report.rows))]
     if report.stacks:
         what = "Weights that share their factors, each stack as the one tensor that it is stored as"

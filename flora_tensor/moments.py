@@ -25,7 +25,7 @@ from flora_tensor._errors import InputError
 from flora_tensor._files import canonical_json, open_regular, parse_json, staged_file
 from flora_tensor._safetensors import FLOATS, SafetensorsWriter, TensorInfo, decode, encode, read_header, read_span
 from flora_tensor._safetensors import dtype_code as code_of
-from flora_tensor._typing import Array
+from flora_tensor._typing import Array, PathLike
 
 __all__ = ["Moments", "load_moments", "save_moments"]
 
@@ -114,7 +114,7 @@ class Moments(dict[str, Array]):
         return next((name for name, others in self.aliases.items() if weight in others), None)
 
 
-def save_moments(path: str | os.PathLike[str], moments: Moments, *, overwrite: bool = False) -> Path:
+def save_moments(path: PathLike, moments: Moments, *, overwrite: bool = False) -> Path:
     """Write moments as one safetensors file, whole or not at all; the same moments give the same bytes.
 
     Parameters
@@ -175,7 +175,7 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, *, overwrite: b
     return Path(path)
 
 
-def load_moments(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> Moments:
+def load_moments(path: PathLike, names: Iterable[str] | None = None) -> Moments:
     """Read a file of moments, everything that it claims checked.
 
     Parameters

@@ -1,6 +1,5 @@
 """Pictures of spectra. Matplotlib is loaded when a picture is asked for."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import printable
 from flora_tensor._files import staged_file
 from flora_tensor._layer_grid import layer_grids, natural_key
+from flora_tensor._typing import PathLike
 from flora_tensor.report import ExtractionReport, TensorRow
 from flora_tensor.spectra import Frontier, ModeSpectra, Spectrum
 
@@ -68,12 +68,12 @@ def plot_spectra(spectra: Mapping[str, ModeSpectra | Spectrum], *, title: str = 
     return figure
 
 
-def plot_budgets(frontier: Mapping[str, Frontier], *, title: str = "What each number of parameters buys") -> Any:
+def plot_budgets(frontiers: Mapping[str, Frontier], *, title: str = "What each number of parameters buys") -> Any:
     """Draw, for each weight, the smallest relative error against the share of its numbers that is stored.
 
     Parameters
     ----------
-    frontier : mapping of str to Frontier
+    frontiers : mapping of str to Frontier
         The weights' frontiers by name; the twelve of the largest norms are drawn.
     title : str
         The figure's title.
@@ -101,13 +101,13 @@ def plot_budgets(frontier: Mapping[str, Frontier], *, title: str = "What each nu
     >>> figure.axes[0].get_xlabel()
     'numbers stored / numbers in the dense change'
     """
-    if not frontier:
+    if not frontiers:
         raise ValueError("plot_budgets: no frontiers; pass at least one")
-    names = sorted(frontier, key=lambda name: -frontier[name].norm_squared)[:_MAX_WEIGHTS]
+    names = sorted(frontiers, key=lambda name: -frontiers[name].norm_squared)[:_MAX_WEIGHTS]
     figure = _figure(7.0, 4.5)
     axes = figure.add_subplot()
     for name in names:
-        points = frontier[name]
+        points = frontiers[name]
         error = np.sqrt(points.error_squared / (points.norm_squared or 1.0))
         axes.plot(points.n_parameters[1:] / points.n_entries, error[1:], label=_label(name), linewidth=1.4)
     axes.set(xscale="log", xlabel="numbers stored / numbers in the dense change", ylabel="relative error", ylim=(0, 1))
@@ -250,7 +250,7 @@ def picture_formats() -> frozenset[str]:
     return frozenset(_figure(1.0, 1.0).canvas.get_supported_filetypes())
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Any, path: PathLike) -> None:
     """Write a figure as PNG, PDF or SVG, by the path's ending; the file appears whole or not at all.
 
     Parameters

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor import Arrangement
+from flora_tensor._typing import PathLike
 from flora_tensor._warnings import warn_user
 from flora_tensor.moments import Moments, save_moments
 from flora_torch._sharding import in_several_processes, is_first_process, summed
@@ -40,7 +41,7 @@ def collect_moments(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    path: str | os.PathLike[str] | None = None,
+    path: PathLike | None = None,
     device: torch.device | str | None = None,
     target_modules: "Pattern | Sequence[Pattern] | None" = None,
     exclude_modules: "Pattern | Sequence[Pattern] | None" = None,

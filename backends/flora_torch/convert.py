@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import Adapter, TuckerTensor
+from flora_tensor._typing import PathLike
 from flora_torch.layers import FloraLinear
 from flora_torch.model_weights import places, sites
 from flora_torch.saving import adapter_of
 
 __all__ = ["from_lycoris", "from_official_flora", "from_peft_lora", "to_lycoris", "to_peft_lora"]
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = PathLike | Mapping[str, TuckerTensor] | nn.Module
 
 
@@ -82,7 +82,7 @@ def to_lycoris(
     out: PathLike,
     *,
     adapter_name: str | None = None,
-    prefix: str = "lycoris",
+    prefix: str | None = "lycoris",
     tucker: bool = True,
     whole: Literal["error", "skip"] = "error",
     overwrite: bool = False,

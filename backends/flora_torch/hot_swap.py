@@ -1,6 +1,5 @@
 """Another adapter in the place of one that a model runs with: the same parameters, with other values."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_tensor import TuckerTensor, mode_dot
+from flora_tensor._typing import PathLike
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import as_parts, is_sharded
 from flora_torch.in_place import refuse_merged
@@ -20,7 +20,7 @@ __all__ = ["hotswap_adapter"]
 
 
 def hotswap_adapter(
-    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, TuckerTensor], *, adapter_name: str = "default"
+    model: nn.Module, source: PathLike | Mapping[str, TuckerTensor], *, adapter_name: str = "default"
 ) -> None:
     """Write another adapter's tensors into the parameters of one that is there, so that nothing is compiled again.
 

@@ -3,7 +3,6 @@
 What a file names is looked up in a table of the model's own names and nowhere else.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
+from flora_tensor._typing import PathLike
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import as_parts, assign_, is_sharded
 from flora_torch.attachment import AttachReport, Plan, install, n_model_parameters, report_of
@@ -52,7 +52,7 @@ _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in dtype_code
 
 def attach_adapter(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, TuckerTensor],
+    source: PathLike | Mapping[str, TuckerTensor],
     *,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
@@ -314,7 +314,7 @@ def _whole_targets(where: str, model: nn.Module, arrays: Mapping[str, Any]) -> d
 
 def load_adapter(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,

@@ -1,6 +1,5 @@
 """Adapters of a model to files."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import flora_tensor as ft
+from flora_tensor._typing import PathLike
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import as_parts, gathered, is_first_process, is_sharded
 from flora_torch.base_check import describe_bases, dtype_codes
@@ -23,7 +23,7 @@ __all__ = ["adapter_of", "notes_of", "save_adapter"]
 
 def save_adapter(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     adapter_name: str | None = None,
     base_model_name_or_path: str | None = None,
@@ -33,8 +33,8 @@ def save_adapter(
     """Write one adapter of a model as an adapter directory, whole or not at all.
 
     `load_adapter` restores it bit for bit. A tied weight is stored once, under its first name; so are factors that
-    layers share, as a stack with the layers' cores side by side; a ``"principal"``
-    update as the difference of its two tensors, of twice the ranks, which any reader can merge.
+    layers share, as a stack with the layers' cores side by side. An update with a start, as ``"principal"`` has one, is
+    stored as the difference of its two tensors, of twice the ranks, which any reader can merge.
 
     Where the parameters are spread over processes (``fully_shard``), all of them must call this, and the first writes
     the file; it is the one that a single process would have written. Where each process has them whole (DDP, or within
