@@ -23,7 +23,7 @@ from flora_torch.initialize import DECOMPOSING, Ranks, needs_values, preset_scal
 from flora_torch.kinds import drops_input, wrapper_for
 from flora_torch.layers import FloraLayer, FloraParameter
 from flora_torch.model_weights import Place, Site, sites
-from flora_torch.patterns import Pattern, PerName, near
+from flora_torch.patterns import Pattern, PerName, arranged_as, near
 from flora_torch.scaling import Scaling, resolve_scale
 from flora_torch.selection import SkippedWeight, choose
 from flora_torch.update import TuckerUpdate
@@ -287,9 +287,19 @@ def attach(
     """
     as_parts("attach", model)
     targets, skipped = choose(model, target_modules, exclude_modules, target_parameters)
-    chances = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
-    options = UpdateOptions(ranks, scale, alpha, init, init_tensors or {}, arrangement, dtype, generator)
-    options.scaling, options.chances, options.magnitude = scaling, chances, magnitude
+    options = UpdateOptions(
+        ranks,
+        scale=scale,
+        alpha=alpha,
+        scaling=scaling,
+        init=init,
+        tensors=init_tensors or {},
+        arrangement=arrangement,
+        dtype=dtype,
+        generator=generator,
+        chances={"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout},
+        magnitude=magnitude,
+    )
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
         options.check_used(targets)
@@ -319,25 +329,26 @@ class UpdateOptions:
     def __init__(
         self,
         ranks: Any,
+        *,
         scale: Any = 1.0,
         alpha: float | None = None,
+        scaling: Scaling = "init",
         init: str = "orthonormal",
         tensors: Mapping[str, Tensor | TuckerTensor] = MappingProxyType({}),
         arrangement: Any = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
-        *,
+        chances: Mapping[str, float] = MappingProxyType({}),
+        magnitude: bool = False,
         where: str = "attach",
     ) -> None:
         self.where = where
         self.ranks: PerName[Any] = PerName("ranks", ranks, where=where)
         self.scale: PerName[float] = PerName("scale", scale, 1.0, where=where)
         self.arrangement: PerName[Any] = PerName("arrangement", arrangement, None, where=where)
-        self.alpha, self.init, self.tensors = alpha, init, tensors
-        self.scaling: Scaling = "init"
-        self.chances: dict[str, float] = {}
-        self.magnitude = False
+        self.alpha, self.scaling, self.init, self.tensors = alpha, scaling, init, tensors
         self.dtype, self.generator = dtype, generator
+        self.chances, self.magnitude = dict(chances), magnitude
         if alpha is not None and (isinstance(scale, Mapping) or scale != 1.0):
             raise TypeError(f"{where}: got both scale and alpha; pass one of them")
 
@@ -350,8 +361,7 @@ class UpdateOptions:
             holder.parameter,
             values=self.magnitude or needs_values(self.init),
         )
-        arranged = self._arrangement_of(site, weight)
-        shape = arranged.shape(tuple(weight.shape))
+        arranged, shape = arranged_as(self.arrangement, site, tuple(weight.shape))
         asked, given = resolve_ranks(self.ranks.of(site), shape, where=f"{self.where}: {site.name}")
         try:
             scale = self._scale_of(site, asked, given, shape)
@@ -391,18 +401,6 @@ class UpdateOptions:
         ranks = [r for r, n in zip(given, shape) if r is not None and r < n]
         return resolve_scale(self.scaling, self.alpha, ranks, init=self.init)
 
-    def _arrangement_of(self, site: Site, weight: Tensor) -> Arrangement:
-        given = self.arrangement.of(site)
-        arranged = Arrangement(given) if isinstance(given, str) else given
-        by_name = self.arrangement.table is not None
-        if arranged is None or (arranged.n_axes != weight.dim() and not by_name):
-            return Arrangement.native(weight.dim())
-        try:
-            arranged.shape(tuple(weight.shape))
-        except ValueError as error:
-            raise ValueError(f"{self.where}: {site.name}: {error}") from error
-        return arranged
-
     def _known_of(self, site: Site) -> dict[str, Any]:
         """Return what the start decomposes, and for a moment of the input the axes that it is over."""
         if self.init not in DECOMPOSING:
@@ -422,15 +420,16 @@ class UpdateOptions:
         arranged = Arrangement(single) if isinstance(single, str) else single
         if arranged is not None and all(site.weight.dim() != arranged.n_axes for site in targets):
             raise ValueError(
-                f"attach: arrangement {arranged.pattern!r} is for weights with {arranged.n_axes} axes, and no target "
-                "has as many; pass another one, or none"
+                f"{self.where}: arrangement {arranged.pattern!r} is for weights with {arranged.n_axes} axes, and no "
+                "target has as many; pass another one, or none"
             )
         if self.tensors and self.init not in DECOMPOSING:
-            raise ValueError(f"attach: init_tensors with init {self.init!r}; pass init={', '.join(DECOMPOSING)}")
+            known = ", ".join(DECOMPOSING)
+            raise ValueError(f"{self.where}: init_tensors with init {self.init!r}; pass init={known}")
         # Moments are of a whole model, whichever part of it is adapted.
         for name in () if isinstance(self.tensors, Moments) else self.tensors:
             if name not in names:
-                raise ValueError(f"attach: init_tensors has {name!r}, which is no target{near(name, names)}")
+                raise ValueError(f"{self.where}: init_tensors has {name!r}, which is no target{near(name, names)}")
 
 
 def install(

@@ -5,7 +5,6 @@ weights is extracted, merged and measured, beside the layout in which LoRA store
 the weight as an ``o (i h w)`` matrix, with the same biases and the ranks spread over the layers by the same function.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flora_tensor as ft
+from flora_tensor._reporting import Report
 from flora_tensor.plots import save_figure
 from flora_tensor.report import format_table
 from flora_torch.digits import Digits, DigitsNet, accuracy, digits, predict, shifted, train
@@ -90,7 +90,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class DemoReport:
+class DemoReport(Report):
     """All that the demonstration measured; made by `run_demo`.
 
     Attributes
@@ -134,10 +134,6 @@ class DemoReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""
         return {"flora_tensor_version": ft.__version__, "torch_version": str(torch.__version__), **asdict(self)}
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_table(self) -> str:
         """Return the report as a text table, with what was done before and after it."""

@@ -14,7 +14,7 @@ from flora_torch.base_weight import adaptable
 from flora_torch.calibration import evaluating
 from flora_torch.initialize import Ranks, default_dtype, resolve_ranks
 from flora_torch.model_weights import Site
-from flora_torch.patterns import Pattern, PerName
+from flora_torch.patterns import Pattern, PerName, arranged_as
 from flora_torch.selection import select
 
 __all__ = ["Gradients", "collect_gradients"]
@@ -170,11 +170,7 @@ def _plans(targets: list[Site], ranks: Any, arrangement: Any, oversampling: int)
             raise ValueError(
                 f"collect_gradients: {site.name!r} is computed or quantized and gets no gradient of its own; exclude it"
             )
-        given = by_arrangement.of(site)
-        arranged = Arrangement(given) if isinstance(given, str) else given
-        if arranged is None or (arranged.n_axes != weight.dim() and by_arrangement.table is None):
-            arranged = Arrangement.native(weight.dim())
-        shape = arranged.shape(tuple(weight.shape))
+        arranged, shape = arranged_as(by_arrangement, site, tuple(weight.shape))
         _, wanted = resolve_ranks(by_rank.of(site), shape, where=f"collect_gradients: {site.name}")
         kept = feasible_ranks([n if r is None else min(n, 2 * r + oversampling) for r, n in zip(wanted, shape)], shape)
         # None where all of a mode is kept: no factor, and no error.

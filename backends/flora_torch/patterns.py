@@ -8,9 +8,10 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
+from flora_tensor import Arrangement
 from flora_torch.model_weights import Site
 
-__all__ = ["Pattern", "PerName", "as_list", "is_name", "matches", "near", "shown"]
+__all__ = ["Pattern", "PerName", "arranged_as", "as_list", "is_name", "matches", "near", "shown"]
 
 Pattern: TypeAlias = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Value = TypeVar("Value")
@@ -189,3 +190,28 @@ class PerName(Generic[Value]):
                 raise ValueError(
                     f"{self.where}: {self.option} has the pattern {shown(pattern)}, which means no target{hint}"
                 )
+
+
+def arranged_as(option: PerName[Any], site: Site, shape: tuple[int, ...]) -> tuple[Arrangement, tuple[int, ...]]:
+    """Return how a weight is arranged, and the arranged shape; its own axes where a single pattern is not for it.
+
+    Raises
+    ------
+    ValueError
+        If an arrangement that was given for this weight does not fit its shape.
+
+    Examples
+    --------
+    >>> from flora_torch.model_weights import sites
+    >>> option, table = PerName("arrangement", "o (i h w)"), sites(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 2)))
+    >>> [arranged_as(option, table[name], tuple(table[name].weight.shape))[1] for name in ("0.weight", "1.weight")]
+    [(4, 18), (2, 4)]
+    """
+    given = option.of(site)
+    arranged = Arrangement(given) if isinstance(given, str) else given
+    if arranged is None or (arranged.n_axes != len(shape) and option.table is None):
+        arranged = Arrangement.native(len(shape))
+    try:
+        return arranged, arranged.shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{option.where}: {site.name}: {error}") from error

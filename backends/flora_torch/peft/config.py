@@ -241,18 +241,17 @@ class FloraConfig(PeftConfig):
         alpha = self._pattern(self.alpha_pattern, name, self.alpha)
         scale = 1.0 if alpha is not None else self._pattern(self.scale_pattern, name, self.scale)
         init = self.init_weights if isinstance(self.init_weights, str) else "orthonormal"
-        options = UpdateOptions(
+        return UpdateOptions(
             self._pattern(self.rank_pattern, name, self.ranks),
-            scale,
-            alpha,
-            init,
+            scale=scale,
+            alpha=alpha,
+            scaling="init" if alpha is None else self.scaling,  # type: ignore[arg-type]
+            init=init,
             arrangement=self._arrangement_of(name),
+            chances={key: getattr(self, key) for key in DROPOUTS},
+            magnitude=self.magnitude,
             where="FloraConfig",
         )
-        options.scaling = "init" if alpha is None else self.scaling  # type: ignore[assignment]
-        options.magnitude = self.magnitude
-        options.chances = {key: getattr(self, key) for key in DROPOUTS}
-        return options
 
     def _arrangement_of(self, name: str) -> Any:
         own = self._pattern(self.arrangement_pattern, name, None)

@@ -39,6 +39,7 @@ __all__ = [
     "file_update",
     "fitted_state",
     "stored_state",
+    "without_layers",
 ]
 
 
@@ -57,12 +58,13 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
     head, mark, tail = key.partition(f".{PREFIX}.{adapter_name}.")
     if mark:
         # A weight that is called so is never spelled out.
-        return f"{_without_layers(head)}.{PREFIX}.{tail.removeprefix('weight.')}"
+        return f"{without_layers(head)}.{PREFIX}.{tail.removeprefix('weight.')}"
     # A copy of a frozen embedding, which PEFT puts beside the adapter, keeps the name that tells it apart.
-    return _without_layers(key) if key.endswith("bias") else key
+    return without_layers(key) if key.endswith("bias") else key
 
 
-def _without_layers(key: str) -> str:
+def without_layers(key: str) -> str:
+    """Return a name in the model without the layers of ours around a module."""
     return ".".join(word for word in key.split(".") if word != "base_layer")
 
 
@@ -257,7 +259,7 @@ def _put_whole(model: nn.Module, config: FloraConfig, adapter_name: str, rest: d
     layers = [module for module in model.modules() if isinstance(module, FloraTunerLayer)]
     active = {name for layer in layers for name in layer.active_adapters}
     keys = {key: key for key in (model.state_dict() if rest else ()) if f".{PREFIX}." not in key}
-    keys = {_without_layers(key).removeprefix(ROOT): key for key in keys} | keys
+    keys = {without_layers(key).removeprefix(ROOT): key for key in keys} | keys
     for key, tensor in rest.items():
         name = key.removeprefix(ROOT)
         if name not in config.whole or name not in known:
@@ -290,7 +292,7 @@ def stored_state(model: nn.Module, adapter_name: str, own: Mapping[str, Tensor])
     for key, module in model.named_modules():
         for (local, owner), note in module.__dict__.get(WHOLE, {}).items():
             if owner == adapter_name:
-                name = _without_layers(f"{key}.{local}" if key else local)
+                name = without_layers(f"{key}.{local}" if key else local)
                 result[name] = note.value_in(module, local)
     return result
 

@@ -26,6 +26,7 @@ from flora_torch.peft.files import (
     file_update,
     fitted_state,
     stored_state,
+    without_layers,
 )
 from flora_torch.peft.layers import FloraTunerLayer, tuner_layer
 from flora_torch.peft.registration import PREFIX
@@ -134,7 +135,7 @@ class FloraModel(BaseTuner):
         for key, module in list(model.named_modules()):
             if PREFIX in key.split(".") or isinstance(module, FloraTunerLayer):
                 continue
-            name = _plain(key)
+            name = without_layers(key)
             for parameter in weight_names(module):
                 full = f"{name}.{parameter}" if name else parameter
                 if full not in targets and not full.endswith(tuple(f".{target}" for target in targets)):
@@ -166,7 +167,7 @@ class FloraModel(BaseTuner):
                 f"FloraConfig: {current_key!r} has an adapter of another method ({type(target).__name__}) already; "
                 "merge or unload that one first"
             )
-        key = _plain(current_key)
+        key = without_layers(current_key)
         base = target.base_layer if isinstance(target, FloraTunerLayer) else target
         names = [parameter_name] if parameter_name else list(_weights_of(key, base, peft_config))
         parent = parent.base_layer if isinstance(parent, FloraTunerLayer) else parent
@@ -393,11 +394,6 @@ class FloraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return fitted_state(model, config, adapter_name, state_dict)
-
-
-def _plain(key: str) -> str:
-    """Return a module's name without the layers of ours around it."""
-    return ".".join(word for word in key.split(".") if word != "base_layer")
 
 
 def _layers(model: nn.Module) -> list[FloraTunerLayer]:
