@@ -10,7 +10,7 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks, prefix_between
-from flora_tensor._deltas import check_finite, check_memory, frobenius_norm, on_device, read_change
+from flora_tensor._deltas import Change, check_finite, check_memory, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._frontiers import Frontier, n_parameters_of
 from flora_tensor._leading import Look, full_look, leading_look, reach_of
@@ -170,10 +170,9 @@ def scan(
     """
     a, b = base.info(name), tuned.info(name)
     row = TensorRow(name, "left out", shape=a.shape, dtype=_dtypes((base, tuned), name))
-    is_vector = len(a.shape) < 2
     if why := _undecomposable(base, tuned, row):
         return _left_out(base, tuned, row, why)
-    if is_vector:
+    if len(a.shape) < 2:
         return _scan_whole(base, tuned, row, settings)
     check_memory("extract", base, tuned, name, settings.max_memory)
     change = read_change(base, tuned, name, noise=settings.caps_noise)
@@ -181,35 +180,37 @@ def scan(
         return replace(row, reason="unchanged", changed=False)
     if change.norm == 0.0:
         return replace(row, reason="unchanged in value, the bits differ", changed=False)
-    delta = change.values
     notes = ["types differ"] if a.dtype != b.dtype else []
-    zeros = change.unchanged / delta.size
+    zeros = change.unchanged / change.values.size
     if zeros >= 0.5:
         notes.append(f"update below storage precision: {100 * zeros:.0f} % of the entries did not change")
     row = replace(row, status="tucker", changed=True, delta_norm=change.norm, notes=tuple(notes))
     arrangements = settings.arrangements(members[0] if members else name, a.shape[1:] if members else a.shape)
     arrangements = tuple(map(stacked_arrangement, arrangements)) if members else arrangements
     weight = Weight(row, arrangements, digest=change.digest, members=members, widening=widening, price=price)
-    if members and _list_outputs(weight, delta, widening, settings):
-        return weight, delta
-    floor = change.noise if settings.caps_noise else settings.noise_floor
-    if members and settings.weights == "uniform":
+    return weight, _look(weight, change, settings)
+
+
+def _look(weight: Weight, change: Change, settings: Settings) -> np.ndarray:
+    """List what ranks buy, or take those that are asked for; return the change that is to be decomposed."""
+    delta, floor = change.values, change.noise if settings.caps_noise else settings.noise_floor
+    if weight.members and _list_outputs(weight, delta, settings):
+        return delta
+    if weight.members and settings.weights == "uniform":
         delta, floor = _relative(weight, delta, floor)
     weighted = _weighted(weight, delta, settings)
-    # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
-    applies = settings.ranks is None and not weight.is_weighted
-    floor = floor if isinstance(floor, float) and applies else None
     if settings.ranks is not None:
         _take_ranks(weight, weighted, settings)
-        return weight, delta
-    _list(weight, weighted, floor, settings)
-    weight.floor = floor
-    if floor is not None:
-        weight.frontiers = worth_storing(weight.frontiers, floor)
-    return weight, delta
+        return delta
+    # Scaled along the input, rounding noise is white no more: the rules for its edge do not hold.
+    weight.floor = floor if isinstance(floor, float) and not weight.is_weighted else None
+    _list(weight, weighted, settings)
+    if weight.floor is not None:
+        weight.frontiers = worth_storing(weight.frontiers, weight.floor)
+    return delta
 
 
-def _list(weight: Weight, weighted: np.ndarray, floor: float | None, settings: Settings) -> None:
+def _list(weight: Weight, weighted: np.ndarray, settings: Settings) -> None:
     """List what the ranks of every arrangement buy, as far as the budget may reach."""
     norm = weight.row.weighted_norm if weight.is_weighted else weight.row.delta_norm
     norm = math.sqrt(len(weight.units)) if weight.units else norm
@@ -230,12 +231,12 @@ def _list(weight: Weight, weighted: np.ndarray, floor: float | None, settings: S
         if reach is not None and reach.ranks is not None:
             enough = values is not None and len(values) >= reach.ranks[0]
             rivals = [other.frontier for other in looks.values()]
-            look = leading_look(arranged, reach, norm or 0.0, floor, values if enough else None, rivals)
+            look = leading_look(arranged, reach, norm or 0.0, weight.floor, values if enough else None, rivals)
         else:
             enough = values is not None and len(values) == min(arranged.shape)
             most = None if reach is None else reach.most
             kept = math.ceil(_KEPT * (settings.share or 0.0) * weighted.size)
-            look = full_look(arranged, floor, most, values if enough else None, kept)
+            look = full_look(arranged, weight.floor, most, values if enough else None, kept)
         known |= {rows: v for k, v in look.values.items() if (rows := arrangement.rows(k)) is not None}
         looks[arrangement] = look
     _note(weight, [looks[arrangement] for arrangement in weight.arrangements])
@@ -303,7 +304,7 @@ def _weighted(weight: Weight, delta: np.ndarray, settings: Settings) -> np.ndarr
     return weighted
 
 
-def _list_outputs(weight: Weight, delta: np.ndarray, widening: int, settings: Settings) -> bool:
+def _list_outputs(weight: Weight, delta: np.ndarray, settings: Settings) -> bool:
     """List what the ranks of a stack buy of its members' outputs, where a calibration knows of any."""
     if settings.calibration is None:
         return False
@@ -316,7 +317,7 @@ def _list_outputs(weight: Weight, delta: np.ndarray, widening: int, settings: Se
     weight.row = replace(weight.row, weighted_norm=math.hypot(*lengths))
     weight.units = lengths if settings.weights == "uniform" else ()
     units = weight.units or (1.0,) * len(lengths)
-    _note(weight, output_looks(delta, fitting, moments, units, settings.share, widening))
+    _note(weight, output_looks(delta, fitting, moments, units, settings.share, weight.widening))
     return True
 
 
