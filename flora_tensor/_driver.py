@@ -26,12 +26,12 @@ from flora_tensor._krylov import matrix_of
 from flora_tensor._prepared import Prepared
 from flora_tensor._randomized import large_modes, randomized_of, range_sizes
 from flora_tensor._range_finder import Found, find_range
+from flora_tensor._rank_search import partial_ranks
 from flora_tensor._residual import residual_norm as host_residual_norm
 from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
 from flora_tensor._unformed import UnformedSpectrum
 from flora_tensor.algebra import LARGE, multi_mode_dot
-from flora_tensor.ranks import partial_ranks
 from flora_tensor.spectra import spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
 

@@ -42,9 +42,9 @@ from flora_tensor._checks import (
 from flora_tensor._driver import Method, Random, fit_to
 from flora_tensor._fits import TuckerFit, finished, tucker_of
 from flora_tensor._prepared import Prepared, like, on_host, prepare
+from flora_tensor._rank_search import check_budget
 from flora_tensor._typing import Array, Ranks
 from flora_tensor.algebra import multi_mode_dot
-from flora_tensor.ranks import check_budget
 from flora_tensor.tucker_algebra import orthogonalize
 from flora_tensor.tucker_tensor import TuckerTensor, check_tucker
 

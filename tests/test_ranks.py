@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from flora_tensor._rank_errors import ErrorTable
-from flora_tensor.ranks import fewest_parameters, smallest_error
+from flora_tensor._rank_search import fewest_parameters, smallest_error
 from support import (
     FLOATING,
     LOW_PRECISION,
