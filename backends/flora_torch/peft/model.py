@@ -330,8 +330,7 @@ class FloraModel(BaseTuner):
                 f"add_weighted_adapter: combination_type is {combination_type!r}; pass 'cat' or 'linear', which give "
                 "the exact sum, save it, and make it smaller with flora_tensor.round_adapter"
             )
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"add_weighted_adapter: the model has no adapter {unknown[0]!r}")
+        self._check_known("add_weighted_adapter", adapters)
         if adapter_name in self.peft_config or not adapters or len(adapters) != len(weights):
             raise ValueError(
                 f"add_weighted_adapter: {len(adapters)} adapters, {len(weights)} weights, and the new name "
@@ -352,6 +351,12 @@ class FloraModel(BaseTuner):
             layer.set_adapter(active, inference_mode=self.peft_config[adapters[0]].inference_mode)
         self.peft_config[adapter_name] = configs[0].of_no_file()
 
+    def _check_known(self, where: str, names: Iterable[str]) -> None:
+        """Refuse adapters that the model does not have."""
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"{where}: the model has no adapter {name!r}; it has {', '.join(self.peft_config)}")
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """Give each row of the batch the adapter that ``adapter_names`` names for it; ``"__base__"`` is none."""
@@ -362,8 +367,7 @@ class FloraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names: the model is in training; call eval() first, or use set_adapter")
-        if unknown := sorted(set(names) - {"__base__", *self.peft_config}):
-            raise ValueError(f"adapter_names: the model has no adapter {unknown[0]!r}")
+        self._check_known("adapter_names", sorted({*names} - {"__base__"}))
         beams = kwargs.get("num_beams") or 1
         rows = [None if name == "__base__" else name for name in names for _ in range(beams)]
         with adapters_for_rows(self.model, rows):
