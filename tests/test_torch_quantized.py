@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from flora_tensor import Arrangement
+from flora_tensor import Arrangement, FloraWarning
 from flora_torch import (
     adapter_parameters,
     attach,
@@ -248,6 +248,28 @@ class TestQuantized:
         assert torch.equal(model(x), output)
         with pytest.raises(ValueError, match=r"attach: 0.weight: the weight of this PackedLinear is quantized"):
             attach(model, ranks=2, init="principal", adapter_name="other")
+
+    @pytest.mark.parametrize("by_peft", [False, True])
+    def test_a_config_that_goes_on_saying_quantized(self, by_peft):
+        """As one of transformers does, whose from_pretrained then looks for packed weights where floats are."""
+        model = nn.Sequential(quantized_tensor(nn.Linear(16, 12)), nn.Linear(12, 4))
+        model.config = types.SimpleNamespace(quantization_config={"quant_method": "some"})
+
+        def merged(targets):
+            if by_peft:
+                peft = pytest.importorskip("flora_torch.peft")
+                return (
+                    pytest.importorskip("peft")
+                    .get_peft_model(model, peft.FloraConfig(ranks=2, target_modules=targets))
+                    .merge_and_unload()
+                )
+            attach(model, ranks=2, target_modules=targets)
+            return merge(model)
+
+        merged(["1"])  # a float layer: nothing to warn of
+        with pytest.warns(FloraWarning, match=r"1 quantized layer became float.* merge it into the float model"):
+            plain = merged(["0", "1"])
+        assert [type(layer) for layer in plain] == [nn.Linear, nn.Linear]
 
     def test_packed_layers_of_torch_are_refused(self):
         with warnings.catch_warnings():

@@ -1,12 +1,14 @@
 """What adapters a model has: its layers, their updates by the names of the weights, and the tensors they replaced."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from flora_tensor._checks import type_text
+from flora_tensor._warnings import warn_user
+from flora_torch.base_weight import is_quantized
 from flora_torch.layers import FloraLayer
 from flora_torch.model_weights import Place, places
 from flora_torch.update import TuckerUpdate
@@ -26,6 +28,7 @@ __all__ = [
     "switch_whole",
     "tensors_by_name",
     "updates_by_weight",
+    "warn_of_quantized",
     "whole_of",
 ]
 
@@ -129,6 +132,18 @@ def layers_of(model: Any, where: str) -> list[FloraLayer]:
     if not layers and not whole_of(model):
         raise ValueError(f"{where}: the model has no adapter; call attach first")
     return layers
+
+
+def warn_of_quantized(where: str, model: nn.Module, layers: Iterable[FloraLayer]) -> None:
+    """Warn that quantized layers are about to become float ones, where the model's config will not follow."""
+    n = sum(is_quantized(layer.base_layer) for layer in layers)
+    configs = [getattr(module, "config", None) for module in model.modules()] if n else []
+    if any(getattr(config, "quantization_config", None) is not None for config in configs):
+        warn_user(
+            f"{where}: {n} quantized layer{'s' * (n > 1)} became float, and the model's config still says quantized: "
+            "what its save_pretrained writes does not load; to keep the result, save the adapter and merge it into the "
+            "float model (flora-tensor merge)"
+        )
 
 
 def adapters_of(model: nn.Module, where: str) -> list[str]:

@@ -17,7 +17,17 @@ from flora_torch.base_weight import identity, own_parameter
 from flora_torch.freezing import thaw
 from flora_torch.hot_swap import hotswap_adapter
 from flora_torch.in_place import merge_, refuse_merged, unmerge_
-from flora_torch.inventory import WHOLE, check_known, check_whole, forget, layers_of, swap, switch_whole, whole_of
+from flora_torch.inventory import (
+    WHOLE,
+    check_known,
+    check_whole,
+    forget,
+    layers_of,
+    swap,
+    switch_whole,
+    warn_of_quantized,
+    whole_of,
+)
 from flora_torch.layers import FloraLayer
 from flora_torch.loading import attach_adapter, load_adapter
 from flora_torch.model_weights import Place, places
@@ -339,6 +349,11 @@ def merge(model: nn.Module) -> nn.Module:
     TypeError
         If ``model`` is no module, such as the path of a checkpoint.
 
+    Warns
+    -----
+    FloraWarning
+        If quantized layers become float ones in a model whose config says that they are quantized.
+
     References
     ----------
     FLoRA, arXiv 2405.14739, equation 5.
@@ -351,8 +366,10 @@ def merge(model: nn.Module) -> nn.Module:
     'Linear'
     """
     as_parts("merge", model)
-    for layer in layers_of(model, "merge"):
+    layers = layers_of(model, "merge")
+    for layer in layers:
         layer.plain_with(layer.active_adapters)  # refuses what is not finite, before anything is replaced
+    warn_of_quantized("merge", model, layers)
     tied: dict[tuple[Any, ...], nn.Parameter] = {}
 
     def plain(layer: FloraLayer) -> nn.Module:

@@ -14,7 +14,14 @@ from flora_tensor import TuckerTensor, add, scale
 from flora_torch.base_weight import is_quantized, own_parameter, weight_names
 from flora_torch.freezing import all_or_nothing
 from flora_torch.initialize import default_dtype
-from flora_torch.inventory import check_whole, forget, switch_whole, updates_by_weight, whole_of
+from flora_torch.inventory import (
+    check_whole,
+    forget,
+    switch_whole,
+    updates_by_weight,
+    warn_of_quantized,
+    whole_of,
+)
 from flora_torch.kinds import layer_weights
 from flora_torch.model_weights import Holder, Place, Site
 from flora_torch.peft.config import FloraConfig
@@ -80,6 +87,23 @@ class FloraModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **options)
 
     # --- which modules
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return what a model's config says; what a model calls so may be no config of Hugging Face's.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model.
+
+        Returns
+        -------
+        dict
+            The config, or one of a model of no known type.
+        """
+        config: Any = BaseTuner.get_model_config(model)
+        return config if isinstance(config, dict) else {"model_type": "custom"}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -252,6 +276,7 @@ class FloraModel(BaseTuner):
                 # Refused before anything is taken off.
                 asked = layer.active_adapters if names is None else names
                 layer.plain_with(dict.fromkeys([*layer.merged_adapters, *asked]))
+            warn_of_quantized("merge_and_unload", self.model, _layers(self.model))
         switch_whole(self.model, self.active_adapters if merge else ())
         for place, local, note in whole_of(self.model):
             forget(place.module, local, note.adapter_name)
