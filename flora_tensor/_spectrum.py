@@ -259,7 +259,7 @@ class Spectrum:
         Raises
         ------
         ValueError
-            If ``max_ranks`` does not name one bound a mode.
+            If ``max_ranks`` does not name one bound a mode, or ‖X‖² is beyond the range of float64.
 
         References
         ----------
@@ -267,6 +267,10 @@ class Spectrum:
         """
         if max_ranks is not None and len(max_ranks) != len(self.shape):
             raise ValueError(f"Spectrum.frontier: {len(max_ranks)} bounds for {len(self.shape)} modes; pass one a mode")
+        if self.exponent >= 512:
+            raise ValueError(
+                f"Spectrum.frontier: the norm is {self.norm:.3g}, whose square is beyond float64; pass x scaled down"
+            )
         entries = math.prod(self.shape)
         if self.norm == 0.0 or entries == 0:
             none = np.zeros((1, len(self.shape)), dtype=np.int64)

@@ -224,6 +224,7 @@ def _rest(core: npt.NDArray[Any], bases: Sequence[npt.NDArray[Any]], ranks: Sequ
 def _slice_squares(core: Array, factors: Sequence[Array]) -> list[FloatArray]:
     """Return ‖X[i]‖² of every slice along every mode, in units of ‖X‖², from a core of orthonormal factors."""
     host = to_numpy(core)
+    host = host / (np.max(np.abs(host), initial=0.0) or 1.0)  # first, as squares could overflow or vanish
     host = host / (float(np.linalg.norm(host)) or 1.0)
     found: list[FloatArray] = []
     for mode, factor in enumerate(factors):
@@ -243,7 +244,7 @@ def evbmf(spectrum: Spectrum) -> tuple[int, ...]:
     found: list[int] = []
     for squares, size in zip(_squared_values(spectrum), spectrum.shape):
         rows, columns = sorted((size, entries // size if size else 0))
-        found.append(_evbmf_rank(squares, rows, columns))
+        found.append(1 if _tells_nothing(size, entries) else _evbmf_rank(squares, rows, columns))
     return _feasible_or_nothing(found, spectrum.shape)
 
 
@@ -281,8 +282,14 @@ def gavish_donoho(
         rows, columns = sorted((size, entries // size if size else 0))
         beta = rows / columns if columns else 1.0
         ratio = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))
-        found.append(int(np.count_nonzero(to_numpy(values) > ratio * math.sqrt(columns) * tau)))
+        above = int(np.count_nonzero(to_numpy(values) > ratio * math.sqrt(columns) * tau))
+        found.append(1 if _tells_nothing(size, entries) else above)
     return _feasible_or_nothing(found, spectrum.shape)
+
+
+def _tells_nothing(size: int, entries: int) -> bool:
+    """Tell whether a mode's one singular value is ‖X‖, as of a kernel of size 1: the other modes decide."""
+    return size == 1 < entries
 
 
 def doubts(spectrum: Spectrum, ranks: Sequence[int], *, balanced: bool) -> tuple[str, ...]:
@@ -339,7 +346,8 @@ def _occupied(spectrum: Spectrum) -> Spectrum:
     sizes = [rows.size for rows in occupied]
     if tuple(sizes) == spectrum.shape:
         return spectrum
-    ranks = [min(m, n) for m, n in zip(spectrum.max_ranks, sizes)]
+    # As many directions as the slices that are left can have, seen from either side.
+    ranks = [min(m, n, math.prod(sizes) // n) for m, n in zip(spectrum.max_ranks, sizes)]
     return Spectrum(
         values=tuple(v[:r] for v, r in zip(spectrum.values, ranks)),
         core=to_numpy(spectrum.core)[tuple(slice(r) for r in ranks)],

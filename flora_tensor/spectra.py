@@ -9,15 +9,17 @@ cancels; `error_table` sums the discarded part itself instead.
 """
 
 import math
+from collections.abc import Iterable
+
+import numpy as np
 
 from flora_tensor._arrays import (
     conjugate,
     epsilon,
     host_numbers,
-    result_dtype,
+    largest_magnitude,
     stop_gradient,
     times_power_of_two,
-    working_dtype,
 )
 from flora_tensor._bases import (
     Basis,
@@ -52,12 +54,12 @@ def mode_spectra(x: Array) -> ModeSpectra:
     -------
     ModeSpectra
         One vector of min(I_k, ∏_{j≠k} I_j) singular values per mode, decreasing, each with absolute error of order
-        eps · σ_1 as LAPACK's SVD gives them.
+        eps · σ_1 as LAPACK's SVD gives them; in float32 for 16-bit input.
 
     Raises
     ------
     ValueError
-        If ``x`` has no axes, or holds NaN or infinity.
+        If ``x`` has no axes, holds NaN or infinity, or has singular values beyond the range of its type.
 
     References
     ----------
@@ -75,12 +77,23 @@ def mode_spectra(x: Array) -> ModeSpectra:
     norm = math.ldexp(ready.norm(), k)
     if len(x.shape) == 2:  # both sides have the same: take the shorter one's
         short = 0 if x.shape[0] <= x.shape[1] else 1
-        values = (times_power_of_two(mode_values(xp, scaled, short), k),) * 2
+        values = _unscaled(ready, (mode_values(xp, scaled, short),)) * 2
     else:
-        values = tuple(times_power_of_two(v, k) for v in all_mode_values(xp, scaled))
-    dtype = result_dtype(xp, x.dtype)
-    real = values[0].dtype if dtype == working_dtype(xp, x.dtype) else dtype
-    return ModeSpectra(tuple(xp.astype(v, real, copy=False) for v in values), norm, tuple(x.shape))
+        values = _unscaled(ready, all_mode_values(xp, scaled))
+    return ModeSpectra(values, norm, tuple(x.shape))
+
+
+def _unscaled(ready: Prepared, values: Iterable[Array]) -> tuple[Array, ...]:
+    """Undo the scaling of singular values; those that leave the range of their type are refused."""
+    with np.errstate(over="ignore"):  # NumPy would warn of what is refused in the next lines
+        found = tuple(times_power_of_two(v, ready.exponent) for v in values)
+    largest = max((largest_magnitude(ready.xp, v) or 0.0 for v in found), default=0.0)
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"{ready.where}: the largest singular value, about 2**{ready.exponent}, is beyond the range of "
+            f"{found[0].dtype}; pass x in a wider type, or scaled"
+        )
+    return found
 
 
 def hosvd_spectrum(x: Array) -> Spectrum:
@@ -100,7 +113,7 @@ def hosvd_spectrum(x: Array) -> Spectrum:
     Raises
     ------
     ValueError
-        If ``x`` has no axes, or holds NaN or infinity.
+        If ``x`` has no axes, holds NaN or infinity, or has singular values beyond the range of its type.
 
     References
     ----------
@@ -123,7 +136,7 @@ def matrix_spectrum(where: str, x: Array) -> Spectrum:
     """
     ready = prepare(where, stop_gradient(x))
     short = 0 if x.shape[0] <= x.shape[1] else 1
-    values = times_power_of_two(mode_values(ready.xp, ready.x, short), ready.exponent)
+    (values,) = _unscaled(ready, (mode_values(ready.xp, ready.x, short),))
     return Spectrum((values, values), None, (), math.ldexp(ready.norm(), ready.exponent), tuple(x.shape))
 
 
@@ -155,7 +168,7 @@ def _tall_spectrum(ready: Prepared, tall: int) -> Spectrum:
     core = multi_mode_dot(inside, [bases[mode].vectors for mode in others], modes=others, transpose=True)
     bases[tall] = Basis(factor, side.values)
     return Spectrum(
-        values=tuple(times_power_of_two(bases[mode].values, k) for mode in range(len(x.shape))),
+        values=_unscaled(ready, (bases[mode].values for mode in range(len(x.shape)))),
         core=times_power_of_two(core, k),
         factors=tuple(bases[mode].vectors for mode in range(len(x.shape))),
         norm=math.ldexp(ready.norm(), k),
@@ -173,7 +186,7 @@ def spectrum_of(ready: Prepared, accuracy: float = 0.0) -> Spectrum:
         bases = mode_bases(xp, x, accuracy)
         core = multi_mode_dot(x, [b.vectors for b in bases], transpose=True)
     return Spectrum(
-        values=tuple(times_power_of_two(b.values, k) for b in bases),
+        values=_unscaled(ready, (b.values for b in bases)),
         core=times_power_of_two(core, k),
         factors=tuple(b.vectors for b in bases),
         norm=norm,
@@ -212,7 +225,7 @@ def error_table(core: Array) -> FloatArray:
     Raises
     ------
     ValueError
-        If ``core`` has no axes, or holds NaN or infinity.
+        If ``core`` has no axes, holds NaN or infinity, or its squared norm is beyond the range of float64.
 
     Notes
     -----
@@ -233,4 +246,8 @@ def error_table(core: Array) -> FloatArray:
            [5., 1., 0.]])
     """
     check_tensor("error_table", core)
-    return table_of(host_numbers("error_table", core))
+    with np.errstate(over="ignore", invalid="ignore"):
+        table = table_of(host_numbers("error_table", core))
+    if not math.isfinite(table.flat[0]):
+        raise ValueError("error_table: the core's squared norm is beyond the range of float64; pass it scaled down")
+    return table

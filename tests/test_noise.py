@@ -438,3 +438,16 @@ def test_effective_ranks_of_known_spectra():
     assert ft.effective_ranks(np.eye(4)).participation == pytest.approx((4.0, 4.0))
     assert ft.effective_ranks(np.diag([3.0, 4.0])).stable == pytest.approx((25 / 16, 25 / 16))
     assert ft.effective_ranks(np.zeros((2, 3))).entropy == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["noise", "evbmf", "bic", "gavish-donoho"])
+def test_modes_of_size_one_change_nothing(method):
+    """As of a 1×1 kernel; and where all slices but one hold nothing, that one is looked at as if it were alone."""
+    rng = np.random.default_rng(0)
+    x = 3 * rng.standard_normal((64, 3)) @ rng.standard_normal((3, 48)) + rng.standard_normal((64, 48))
+    assert ft.select_ranks(x, method=method).ranks == (3, 3)
+    assert ft.select_ranks(x[:, :, None, None], method=method).ranks == (3, 3, 1, 1)
+    alone = np.zeros((6, *x.shape))
+    alone[2] = x
+    assert ft.select_ranks(alone, method=method).ranks == (1, 3, 3)
+    assert not any(ft.select_ranks(rng.standard_normal((64, 48, 1)), method=method).ranks)

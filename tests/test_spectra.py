@@ -33,6 +33,7 @@ from support import (
     samples,
     seeds,
     shapes,
+    supports,
     times_power_of_two,
     to_numpy,
     tolerance,
@@ -91,7 +92,7 @@ def test_mode_spectra_are_the_singular_values_of_the_unfoldings(xp, sample):
         spectra.values[0].dtype, sum(sample.shape), norm=sample.norm, xp=xp
     )
     if sample.dtype not in INTEGRAL:
-        real = {"complex64": "float32", "complex128": "float64"}.get(sample.dtype, sample.dtype)
+        real = "float64" if sample.dtype in ("float64", "complex128") else "float32"
         assert {dtype_name(v.dtype) for v in spectra.values} == {real}
 
 
@@ -391,3 +392,40 @@ def test_refusals():
             getattr(ft, name)(bad)
         with pytest.raises(ValueError, match=f"{name}: x is a scalar; a decomposition needs at least one axis"):
             getattr(ft, name)(np.array(1.0))
+
+
+# Magnitudes ----------------------------------------------------------------------------------------------------------
+
+
+def test_singular_values_of_sixteen_bit_floats_do_not_overflow(xp):
+    if not supports(xp, "float16"):
+        pytest.skip("the array-API standard has no 16-bit floats")
+    x = xp.full((4, 3, 2), 6e4, dtype=xp.float16)
+    spectra = ft.mode_spectra(x)
+    assert {dtype_name(v.dtype) for v in spectra.values} == {"float32"}
+    expected = float(np.float16(6e4)) * math.sqrt(24)
+    assert all(float(v[0]) == pytest.approx(expected, rel=tolerance("float32", 24)) for v in spectra.values)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5), (90, 4, 3)])
+@pytest.mark.parametrize("call", [ft.mode_spectra, ft.hosvd_spectrum, ft.effective_ranks])
+def test_singular_values_beyond_their_type_are_refused(call, shape):
+    name = "hosvd_spectrum" if call is ft.hosvd_spectrum else "mode_spectra"
+    with pytest.raises(
+        ValueError, match=f"{name}: the largest singular value, about .*, is beyond .* float32; pass x in a"
+    ):
+        call(np.full(shape, 3e38, np.float32))
+
+
+def test_what_keeps_squares_refuses_those_beyond_float64_and_all_else_takes_them():
+    x = Sample((6, 5, 4), seed=3).values
+    huge, spectrum = 1e300 * x, ft.hosvd_spectrum(1e300 * x)
+    with pytest.raises(ValueError, match=r"error_table: the core's squared norm is beyond .*; pass it scaled down"):
+        ft.error_table(huge)
+    for call in (spectrum.frontier, lambda: ft.allocate_ranks({"w": spectrum}, max_ratio=0.5)):
+        with pytest.raises(
+            ValueError, match=r"Spectrum.frontier: the norm is .*e\+30., whose square is beyond float64"
+        ):
+            call()
+    for criterion in ({"rtol": 0.3}, {"max_ratio": 0.5}, *({"method": m} for m in ("noise", "evbmf", "bic"))):
+        assert ft.select_ranks(huge, **criterion).ranks == ft.select_ranks(x, **criterion).ranks
