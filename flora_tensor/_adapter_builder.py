@@ -69,6 +69,8 @@ class AdapterBuilder:
 
     def add(self, name: str, made: Converted, scale: float, keys: Collection[str]) -> None:
         """Take a converted weight; what was computed is stored in float32 at least."""
+        if name in self.tensors:
+            raise InputError(f"{self.arrays.label}: two modules change {name!r}; the file is damaged, or of two models")
         code = widest_code([self.arrays.code(key) for key in keys])
         if not made.is_copied:
             code = "F64" if code == "F64" else "F32"

@@ -1,11 +1,14 @@
 """What LoRA files of diffusers, kohya's tools and LyCORIS call a model's modules, and which of its weights that means.
 
 kohya's names have underscores for dots, and begin with a word for the model of a pipeline; those for the U-Net of SDXL
-count its blocks as the original code does. diffusers' names have dots, and several endings from several years.
+count its blocks as the original code does. diffusers' names have dots, and several endings from several years. A file
+may follow one code and the base another; `flora_tensor._code_names` knows both.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+
+from flora_tensor._code_names import Place, naming_hint, other_names
 
 __all__ = [
     "DIFFUSERS_NAME",
@@ -13,6 +16,7 @@ __all__ = [
     "KOHYA",
     "METADATA_KEY",
     "PEFT_PARTS",
+    "BaseNames",
     "dotted_part",
     "kohya_prefix",
     "root_of",
@@ -63,8 +67,51 @@ def kohya_prefix(folder: str, folders: Iterable[str]) -> str:
     return {"unet": "lora_unet", "transformer": "lora_transformer"}.get(folder, f"lora_te{folder[-1:]}")
 
 
-def weights_by_module(shapes: Mapping[str, tuple[int, ...]], root: str) -> dict[str, list[str]]:
-    """List the weights that a name with underscores can mean, of the model whose names begin with ``root``.
+class BaseNames:
+    """The weights of a base, to be found by what files call their modules."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self._tables: dict[str, dict[str, list[Place]]] = {}
+
+    def places(self, prefix: str, module: str) -> list[Place]:
+        """List where in the base a module can be, of the model that kohya's word ``prefix`` stands for."""
+        if prefix not in self._tables:
+            self._tables[prefix] = weights_by_module(self.shapes, root_of(prefix, self.shapes))
+        return self._tables[prefix].get(module.replace(".", "_"), [])
+
+    def dotted(self, module: str) -> Place | None:
+        """Return where a module named with dots is, which may begin with a pipeline's folder."""
+        if f"{module}.weight" in self.shapes:
+            return Place((f"{module}.weight",))
+        inside = [name for folder in FOLDERS if (name := f"{folder}.{module}.weight") in self.shapes]
+        if inside:
+            return Place((inside[0],)) if len(inside) == 1 else None
+        folder, _, rest = module.partition(".")
+        if folder in FOLDERS and f"{rest}.weight" in self.shapes:  # one model of the pipeline: the caller is to say so
+            return None
+        words = _WORDS.get(folder, ())
+        places = [p for word in words or ("lora_unet",) for p in self.places(word, rest if words else module)]
+        return places[0] if len(set(places)) == 1 else None
+
+    def hint(self, modules: Iterable[str]) -> str:
+        """Say what to pass instead of a base that lacks modules of a file."""
+        return naming_hint("file", modules, self.shapes) or "pass the base that the file is for"
+
+
+# kohya's words for what names with dots begin with: a pipeline's folder, or what ComfyUI calls the network.
+_WORDS = {
+    "diffusion_model": ("lora_unet",),
+    "unet": ("lora_unet",),
+    "transformer": ("lora_unet",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+    "text_encoder_3": ("lora_te3",),
+}
+
+
+def weights_by_module(shapes: Mapping[str, tuple[int, ...]], root: str) -> dict[str, list[Place]]:
+    """List where a name with underscores can be, in the model whose names begin with ``root``.
 
     Examples
     --------
@@ -77,66 +124,18 @@ def weights_by_module(shapes: Mapping[str, tuple[int, ...]], root: str) -> dict[
         for name, shape in shapes.items()
         if name.startswith(root) and name.endswith(".weight") and len(shape) >= 2
     }
-    table: dict[str, list[str]] = {}
+    table: dict[str, list[Place]] = {}
     for module, name in modules.items():
-        table.setdefault(module.replace(".", "_"), []).append(name)
-    for module, original in _original_names(modules).items():
-        table.setdefault(original.replace(".", "_"), []).append(modules[module])
+        table.setdefault(module.replace(".", "_"), []).append(Place((name,)))
+    for other, place in other_names(modules).items():
+        weights = tuple(modules[module] for module in place.weights)
+        table.setdefault(other.replace(".", "_"), []).append(place._replace(weights=weights))
     for module, name in modules.items():
         # Versions of transformers differ in whether CLIP's text encoder has this level.
         other = module.removeprefix("text_model.") if module.startswith("text_model.") else f"text_model.{module}"
         if "encoder.layers" in module:
-            table.setdefault(other.replace(".", "_"), [name])
+            table.setdefault(other.replace(".", "_"), [Place((name,))])
     return table
-
-
-# The names in SDXL's original code of what diffusers names inside a residual block, and outside of all blocks.
-_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def _original_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return what the original code of Stable Diffusion calls the modules of diffusers' U-Net; nothing for others.
-
-    It counts what diffusers keeps in blocks of L layers and a change of size: the l-th layer of the b-th block of the
-    way down is its input block 1 + b (L + 1) + l, on the way up, where blocks have L + 1 layers, its output block
-    b (L + 1) + l.
-    """
-    known = list(modules)
-    n = len({m.split(".")[3] for m in known if m.startswith("down_blocks.0.resnets.")}) + 1
-    if n == 1:
-        return {}
-    with_attention = {m.split(".")[1] for m in known if m.startswith("up_blocks.") and ".attentions." in m}
-    found = {module: _OUTSIDE[module] for module in known if module in _OUTSIDE}
-    for module in known:
-        if place := re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)", module):
-            way, block, kind, layer, rest = place.groups()
-            first, k = n * int(block or 0), int(layer)
-            if kind not in ("resnets", "attentions", "downsamplers", "upsamplers"):
-                continue
-            if way is None:
-                start = f"middle_block.{2 * k if kind == 'resnets' else 1}"
-            elif kind == "downsamplers":
-                start, rest = f"input_blocks.{first + n}.0", "op"
-            elif kind == "upsamplers":
-                start = f"output_blocks.{first + n - 1}.{1 + (block in with_attention)}"
-            else:
-                block_name = f"input_blocks.{1 + first + k}" if way == "down" else f"output_blocks.{first + k}"
-                start = f"{block_name}.{int(kind == 'attentions')}"
-            found[module] = f"{start}.{_RESNET.get(rest, rest) if kind == 'resnets' else rest}"
-    return found
 
 
 # The parts of a module in PEFT's files, as a regular expression; those of LyCORIS are named alike but for LoRA.

@@ -30,6 +30,16 @@ class Converted(NamedTuple):
     rank: int | None  # what alpha is divided by; None where there is no alpha
     is_copied: bool = True  # no arithmetic but the choice of places: any storage type holds it
 
+    def rows(self, name: str, index: np.ndarray) -> "Converted":
+        """Return the change of some rows of the weight, for the weight ``name`` that they are."""
+        if not self.arrangement.is_native:
+            raise InputError(
+                f"{name}: part of a LoKr's weight, which is no LoKr; pass the base as the code that it was trained with"
+            )
+        core, (first, *others) = self.tensor
+        core, first = (core[index], None) if first is None else (core, first[index])
+        return self._replace(tensor=TuckerTensor(core, (first, *others)), shape=(len(index), *self.shape[1:]))
+
 
 class LowRank(NamedTuple):
     """ΔW = up · down with up (out, r) and down (r, in, *kernel)."""

@@ -16,17 +16,17 @@ from flora_tensor._adapter_builder import AdapterBuilder, NamedArrays, shape_of,
 from flora_tensor._adapter_config import CONFIG_NAME
 from flora_tensor._adapter_keys import PREFIX
 from flora_tensor._adapter_shards import MODEL_NAME
+from flora_tensor._code_names import Place, rows_of
 from flora_tensor._errors import InputError
 from flora_tensor._files import parse_json, read_json
 from flora_tensor._lora_names import (
     DIFFUSERS_NAME,
-    FOLDERS,
     KOHYA,
     METADATA_KEY,
     PEFT_PARTS,
+    BaseNames,
     dotted_part,
     root_of,
-    weights_by_module,
 )
 from flora_tensor._lora_parts import Converted, from_official, from_parts
 from flora_tensor._typing import PathLike
@@ -142,25 +142,27 @@ def _add_peft_module(
     if ".base_layer" in f".{module}":
         raise InputError(f"{builder.arrays.label}: {module!r} adapts a parameter by name, which cannot be converted")
     name = f"{module}.weight"
-    shape = None if shapes is None else shape_of(builder.arrays.where, shapes, name)
-    _add_module(builder, config, module, name, keys, shape)
+    if shapes is not None:
+        shape_of(builder.arrays.where, shapes, name)
+    _add_module(builder, config, module, Place((name,)), keys, shapes)
 
 
 def _add_module(
     builder: AdapterBuilder,
     config: Mapping[str, Any] | None,
     module: str,
-    name: str,
+    place: Place,
     keys: Mapping[str, str],
-    shape: tuple[int, ...] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> None:
     """Convert one module; where no config tells its scale, the file does."""
+    name, shape = place.weights[0], None if shapes is None else _shape_at(place, shapes)
     parts = {_NAMED_BY_PEFT.get(part, part): builder.arrays.read(key) for part, key in keys.items()}
     is_turned = "lora_embedding_A" in keys or _is_turned(config or {}, parts, shape)
     _refuse_groups(name, parts)
     made = from_parts(name, parts, shape[::-1] if is_turned and shape is not None else shape)
     scale = _own_scale(made, parts) if config is None else _peft_scale(config, module, made.rank)
-    builder.add(name, _turned(made) if is_turned else made, scale, [k for p, k in keys.items() if p not in _NUMBERS])
+    _add_at(builder, place, _turned(made) if is_turned else made, scale, keys, shapes)
 
 
 def _is_turned(config: Mapping[str, Any], parts: Mapping[str, np.ndarray], shape: tuple[int, ...] | None) -> bool:
@@ -270,11 +272,12 @@ def from_diffusers(
     """
     arrays = NamedArrays("from_diffusers", source, allow_pickle)
     shapes, builder, configs = shapes_of(base), AdapterBuilder(arrays), _stored_configs(arrays)
+    names = None if shapes is None else BaseNames(shapes)
     for module, keys in _dotted_modules(arrays, prefix).items():
         folder = next((f for f in configs if f and f"{prefix or module}.".startswith(f"{f}.")), "")
         own = module if prefix else module.removeprefix(f"{folder}.")
-        name = _in_base(arrays, f"{module}.weight", shapes)
-        _add_module(builder, configs.get(folder), own, name, keys, None if shapes is None else shapes[name])
+        place = Place((f"{module}.weight",)) if names is None else _in_base(arrays, module, names)
+        _add_module(builder, configs.get(folder), own, place, keys, shapes)
     if not builder.tensors:
         raise InputError(f"{arrays.label}: holds no LoRA{f' of {prefix!r}' if prefix else ''}")
     return builder.adapter({})
@@ -316,15 +319,34 @@ def _dotted_modules(arrays: NamedArrays, prefix: str | None) -> dict[str, dict[s
     return modules
 
 
-def _in_base(arrays: NamedArrays, name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> str:
-    """Return the weight of the base that a file's name means: with the only folder that has it, or as it is."""
-    if shapes is None or name in shapes:
-        return name
-    if len(inside := [f"{folder}.{name}" for folder in FOLDERS if f"{folder}.{name}" in shapes]) == 1:
-        return inside[0]
-    folder, _, rest = name.partition(".")
-    hint = f"; pass prefix={folder!r} (--prefix)" if rest in shapes else "; pass the base that it is for"
-    raise InputError(f"{arrays.label}: the base has no {name!r}, which the adapter changes{hint}")
+def _in_base(arrays: NamedArrays, module: str, names: BaseNames) -> Place:
+    """Return where in the base the module of a file is."""
+    if (place := names.dotted(module)) is not None:
+        return place
+    folder, _, rest = module.partition(".")
+    hint = f"pass prefix={folder!r} (--prefix)" if f"{rest}.weight" in names.shapes else names.hint([module])
+    raise InputError(f"{arrays.label}: the base has no '{module}.weight', which the adapter changes; {hint}")
+
+
+def _shape_at(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a module's weight, whose rows are in one weight of the base or in several."""
+    first = shapes[place.weights[0]]
+    return (sum(shapes[name][0] for name in place.weights), *first[1:])
+
+
+def _add_at(
+    builder: AdapterBuilder,
+    place: Place,
+    made: Converted,
+    scale: float,
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    """Take a module's change, each of the base's weights its rows."""
+    used = [key for part, key in keys.items() if part not in _NUMBERS]
+    heights = [0 if shapes is None else shapes[name][0] for name in place.weights]
+    for name, rows in zip(place.weights, rows_of(place, heights)):
+        builder.add(name, made if rows is None else made.rows(name, rows), scale, used)
 
 
 def from_lycoris(
@@ -383,19 +405,19 @@ def from_lycoris(
         module, _, part = key.partition(".")
         modules.setdefault(module, {})[part] = key
     roots = _roots("from_lycoris", arrays.label, modules, prefix, shapes)
-    tables = {chosen: weights_by_module(shapes, root) for chosen, root in roots.items()}
-    builder = AdapterBuilder(arrays)
+    names, builder = BaseNames(shapes), AdapterBuilder(arrays)
     for mangled, keys in modules.items():
         chosen = next((p for p in roots if mangled.startswith(f"{p}_")), None)
         if chosen is None:
             continue
-        names = tables[chosen].get(mangled.removeprefix(f"{chosen}_"), [])
-        if len(names) != 1:
-            why = f"stands for both {names[0]!r} and {names[1]!r}" if names else "is no weight of the base"
-            raise InputError(f"{arrays.label}: the module {mangled!r} {why}; pass the base that the file is for")
+        places = names.places(chosen, mangled.removeprefix(f"{chosen}_"))
+        if len(places) != 1:
+            both = [place.weights[0] for place in places[:2]]
+            why = f"stands for both {both[0]!r} and {both[1]!r}" if both else "is no weight of the base"
+            raise InputError(f"{arrays.label}: the module {mangled!r} {why}; {names.hint([mangled])}")
         parts = {part: arrays.read(key) for part, key in keys.items()}
-        made = from_parts(names[0], parts, shapes[names[0]])
-        builder.add(names[0], made, _own_scale(made, parts), [k for part, k in keys.items() if part not in _NUMBERS])
+        made = from_parts(places[0].weights[0], parts, _shape_at(places[0], shapes))
+        _add_at(builder, places[0], made, _own_scale(made, parts), keys, shapes)
     return builder.adapter({})
 
 

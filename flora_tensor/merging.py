@@ -10,6 +10,7 @@ import numpy as np
 from flora_tensor._arrays import to_numpy
 from flora_tensor._base_notes import noted_names
 from flora_tensor._checks import check_choice, check_shard_size, prefix_between, some_names
+from flora_tensor._code_names import naming_hint
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
 from flora_tensor._files import check_free_space
@@ -283,6 +284,8 @@ def _instead(base: Checkpoint, name: str) -> str:
         return (
             "the model computes it from other tensors, as by weight normalization: merge the model (flora_torch.merge)"
         )
+    if hint := naming_hint("adapter", [name], base.names()):
+        return hint
     folder = next((folder for folder in base.folders if f"{folder}.{name}" in base), None)
     return "pass the base it was made for" if folder is None else f"pass the folder of its model, {base.path / folder}"
 

@@ -15,6 +15,7 @@ from torch import nn
 import flora_tensor as ft
 import flora_torch
 from checkpoints import load, run, save, save_pipeline
+from flora_tensor._code_names import Place
 from flora_tensor._lora_names import weights_by_module
 from support import tolerance
 
@@ -183,33 +184,155 @@ def test_the_single_file_of_the_original_code_is_a_base_too():
 def test_names_of_the_original_code_mean_the_modules_of_diffusers():
     """Pairs of names as they stand in the published files of SDXL."""
     pairs = {
-        "conv_in": "input_blocks_0_0",
-        "time_embedding.linear_2": "time_embed_2",
-        "add_embedding.linear_1": "label_emb_0_0",
-        "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",
-        "down_blocks.0.resnets.1.time_emb_proj": "input_blocks_2_0_emb_layers_1",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks_3_0_op",
-        "down_blocks.1.attentions.0.blocks.0.attn1.to_q": "input_blocks_4_1_blocks_0_attn1_to_q",
-        "down_blocks.2.resnets.0.conv_shortcut": "input_blocks_7_0_skip_connection",
-        "down_blocks.2.attentions.1.proj_in": "input_blocks_8_1_proj_in",
-        "mid_block.resnets.0.conv2": "middle_block_0_out_layers_3",
-        "mid_block.attentions.0.proj_out": "middle_block_1_proj_out",
-        "mid_block.resnets.1.conv1": "middle_block_2_in_layers_2",
-        "up_blocks.0.resnets.0.conv1": "output_blocks_0_0_in_layers_2",
-        "up_blocks.0.attentions.2.proj_in": "output_blocks_2_1_proj_in",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
-        "up_blocks.2.resnets.2.conv_shortcut": "output_blocks_8_0_skip_connection",
-        "conv_out": "out_2",
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+        "down_blocks.0.resnets.1.time_emb_proj": "input_blocks.2.0.emb_layers.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.attentions.0.blocks.0.attn1.to_q": "input_blocks.4.1.blocks.0.attn1.to_q",
+        "down_blocks.2.resnets.0.conv_shortcut": "input_blocks.7.0.skip_connection",
+        "down_blocks.2.attentions.1.proj_in": "input_blocks.8.1.proj_in",
+        "mid_block.resnets.0.conv2": "middle_block.0.out_layers.3",
+        "mid_block.attentions.0.proj_out": "middle_block.1.proj_out",
+        "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
+        "up_blocks.0.resnets.0.conv1": "output_blocks.0.0.in_layers.2",
+        "up_blocks.0.attentions.2.proj_in": "output_blocks.2.1.proj_in",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
+        "conv_out": "out.2",
     }
-    table = weights_by_module({f"{module}.weight": (2, 2) for module in pairs}, "")
-    for module, original in pairs.items():
-        assert table[original] == table[module.replace(".", "_")] == [f"{module}.weight"]
+    # Files of either naming fit bases of either: a folder of diffusers, and the single file of the original code.
+    for root, names in (("", pairs), ("model.diffusion_model.", pairs.values())):
+        table = weights_by_module({f"{root}{module}.weight": (2, 2) for module in names}, root)
+        for name, module, original in zip(names, pairs, pairs.values()):
+            place = Place((f"{root}{name}.weight",))
+            assert table[original.replace(".", "_")] == table[module.replace(".", "_")] == [place]
+
+
+def test_a_dotted_lora_of_diffusers_is_for_the_single_file_of_the_original_code():
+    roots = {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer."}
+    modules = {"unet": "down_blocks.0.resnets.0.conv1", "text_encoder": "text_model.encoder.layers.0.fc1"}
+    own = {"unet": "input_blocks.1.0.in_layers.2", "text_encoder": "text_model.encoder.layers.0.fc1"}
+    base = {f"{roots[folder]}{own[folder]}.weight": np.zeros((4, 3), np.float32) for folder in roots}
+    base["model.diffusion_model.input_blocks.3.0.op.weight"] = np.zeros((4, 4, 3, 3), np.float32)
+    file = {}
+    for folder, module in modules.items():
+        parts = {"lora_B.weight": np.ones((4, 2), np.float32), "lora_A.weight": np.ones((2, 3), np.float32)}
+        file |= {f"{folder}.{module}.{part}": array for part, array in parts.items()}
+    assert set(ft.from_diffusers(file, base=base)) == {f"{roots[f]}{own[f]}.weight" for f in roots}
+
+
+def test_two_modules_of_one_weight_are_refused():
+    parts = {"lora_B.weight": np.ones((4, 2), np.float32), "lora_A.weight": np.ones((2, 3), np.float32)}
+    starts = ("unet.down_blocks.0.resnets.0.conv1", "diffusion_model.input_blocks.1.0.in_layers.2")
+    file = {f"{start}.{part}": array for start in starts for part, array in parts.items()}
+    names = ("input_blocks.1.0.in_layers.2", "input_blocks.3.0.op")
+    base = {f"model.diffusion_model.{name}.weight": np.zeros((4, 3), np.float32) for name in names}
+    with pytest.raises(ft.InputError, match=r"two modules change 'model\.diffusion_model\.input_blocks\.1"):
+        ft.from_diffusers(file, base=base)
 
 
 def test_text_encoders_match_with_and_without_the_level_that_versions_differ_in():
     for module in ("text_model.encoder.layers.0.fc1", "encoder.layers.0.fc1"):
         table = weights_by_module({f"text_encoder.{module}.weight": (2, 2)}, "text_encoder.")
         assert table["encoder_layers_0_fc1"] == table["text_model_encoder_layers_0_fc1"]
+
+
+def flux(code: str) -> dict[str, np.ndarray]:
+    """Weights of a Flux of one block of each kind, by the names of Black Forest Labs or of diffusers."""
+    names = {
+        "bfl": {
+            "img_in": (4, 3),
+            "double_blocks.0.img_mod.lin": (24, 4),
+            "double_blocks.0.img_attn.qkv": (12, 4),
+            "double_blocks.0.txt_attn.qkv": (12, 4),
+            "double_blocks.0.txt_mlp.2": (4, 8),
+            "single_blocks.0.linear1": (20, 4),
+            "single_blocks.0.linear2": (4, 12),
+            "final_layer.adaLN_modulation.1": (8, 4),
+        },
+        "diffusers": {
+            "x_embedder": (4, 3),
+            "transformer_blocks.0.norm1.linear": (24, 4),
+            **{f"transformer_blocks.0.attn.{part}": (4, 4) for part in ("to_q", "to_k", "to_v")},
+            **{f"transformer_blocks.0.attn.add_{part}_proj": (4, 4) for part in "qkv"},
+            "transformer_blocks.0.ff_context.net.2": (4, 8),
+            **{f"single_transformer_blocks.0.attn.{part}": (4, 4) for part in ("to_q", "to_k", "to_v")},
+            "single_transformer_blocks.0.proj_mlp": (8, 4),
+            "single_transformer_blocks.0.proj_out": (4, 12),
+            "norm_out.linear": (8, 4),
+        },
+    }[code]
+    return {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in names.items()}
+
+
+def test_a_flux_lora_with_the_names_of_its_makers_is_for_the_model_of_diffusers(tmp_path: Path):
+    """Names, the order of rows and the exchanged halves as diffusers' converter of the published weights has them."""
+    rng = np.random.default_rng(0)
+    kohya, dotted, changes = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for name, weight in flux("bfl").items():
+        module = name.removesuffix(".weight")
+        up, down = (rng.standard_normal(s).astype(np.float32) for s in ((len(weight), 2), (2, weight.shape[1])))
+        changes[module] = up @ down / 2
+        parts = {"lora_up.weight": up, "lora_down.weight": down, "alpha": np.array(1, np.float32)}
+        kohya |= {f"lora_unet_{module.replace('.', '_')}.{part}": array for part, array in parts.items()}
+        dotted |= {f"diffusion_model.{module}.{part}": array for part, array in parts.items()}
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    q, k, v = np.split(changes["double_blocks.0.img_attn.qkv"], 3)
+    context = np.split(changes["double_blocks.0.txt_attn.qkv"], 3)
+    shift, scale = np.split(changes["final_layer.adaLN_modulation.1"], 2)
+    expected = {
+        "x_embedder": changes["img_in"],
+        f"{double}.norm1.linear": changes["double_blocks.0.img_mod.lin"],
+        **{f"{double}.attn.{part}": rows for part, rows in zip(("to_q", "to_k", "to_v"), (q, k, v))},
+        **{f"{double}.attn.add_{part}_proj": rows for part, rows in zip("qkv", context)},
+        f"{double}.ff_context.net.2": changes["double_blocks.0.txt_mlp.2"],
+        f"{single}.attn.to_q": changes["single_blocks.0.linear1"][:4],
+        f"{single}.attn.to_k": changes["single_blocks.0.linear1"][4:8],
+        f"{single}.attn.to_v": changes["single_blocks.0.linear1"][8:12],
+        f"{single}.proj_mlp": changes["single_blocks.0.linear1"][12:],
+        f"{single}.proj_out": changes["single_blocks.0.linear2"],
+        "norm_out.linear": np.concatenate([scale, shift]),
+    }
+    expected = {f"transformer.{module}.weight": change for module, change in expected.items()}
+    base = {f"transformer.{name}": weight for name, weight in flux("diffusers").items()}
+    for adapter in (ft.from_lycoris(kohya, base), ft.from_diffusers(dotted, base=base)):
+        assert set(adapter) == set(base)
+        for name, change in expected.items():
+            # The same rows and columns are multiplied, in blocks of other sizes.
+            limit = tolerance("float32", 2, norm=float(np.linalg.norm(change)))
+            assert np.abs(adapter.scales[name] * adapter[name].to_tensor() - change).max() <= limit
+    assert set(ft.from_lycoris(kohya, flux("bfl"))) == set(flux("bfl"))
+
+
+def test_names_of_another_code_are_told(tmp_path: Path):
+    up, down = np.ones((4, 1), np.float32), np.ones((1, 4), np.float32)
+    start = "transformer_blocks.0.attn.to_q"
+    file = {f"transformer.{start}.lora_B.weight": up, f"transformer.{start}.lora_A.weight": down}
+    told = (
+        "has the names of diffusers, the base those of the code of Black Forest Labs: pass the base under the names of"
+    )
+    with pytest.raises(
+        ft.InputError, match=f"the base has no 'transformer.{start}.weight'.*; the file {told} diffusers"
+    ):
+        ft.from_diffusers(file, base=flux("bfl"))
+    file = {f"lora_unet_{start.replace('.', '_')}.lora_{k}.weight": a for k, a in (("up", up), ("down", down))}
+    with pytest.raises(ft.InputError, match=f"is no weight of the base; the file {told}"):
+        ft.from_lycoris(file, flux("bfl"))
+    base = save(tmp_path / "base.safetensors", flux("bfl"))
+    change = ft.TuckerTensor(np.ones((1, 1)), [np.ones((4, 1)), np.ones((4, 1))])
+    with pytest.raises(ft.InputError, match=f"lacks '{start}.weight', which the adapter changes; the adapter {told}"):
+        ft.merge_checkpoint(base, {f"{start}.weight": change}, tmp_path / "out.safetensors")
+
+
+def test_a_lokr_of_fused_weights_is_refused():
+    parts = {"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((6, 2), np.float32)}
+    file = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": array for part, array in parts.items()}
+    with pytest.raises(
+        ft.InputError, match=r"attn.to_q.weight: part of a LoKr's weight, .*; pass the base as the code"
+    ):
+        ft.from_lycoris(file, flux("diffusers"))
 
 
 # Errors and the command -----------------------------------------------------------------------------------------------
@@ -234,7 +357,7 @@ DOWN = {
             DOWN,
             {},
             {"base": {"other.weight": np.ones((6, 6))}},
-            "has no 'unet.mid_block.* pass the base that it is for",
+            "has no 'unet.mid_block.* pass the base that the file is for",
         ),
     ],
 )
