@@ -1,4 +1,4 @@
-"""The gradient of depthwise kernels: the library's own sums, taken in another way, wherever layers ask for them."""
+"""The gradients of depthwise convolutions: the library's own sums, taken in another way, where layers ask for them."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 import flora_torch.chain
 from flora_torch import FloraConv, FloraConvTranspose
-from flora_torch.depthwise import has_slow_kernel_gradient, kernel_gradient
+from flora_torch.depthwise import has_slow_kernel_gradient, input_gradient, kernel_gradient
 from support import bfloat16_tolerance, tolerance
 
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="it stands in for oneDNN's gradient")
@@ -41,10 +41,29 @@ def test_it_is_the_librarys_own_gradient(n: int, transposed: bool, monkeypatch: 
             assert float((ours - theirs).norm()) <= bound
 
 
-def test_it_is_differentiable():
-    g, x = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    run = lambda g, x: kernel_gradient(g, x, (3,), stride=(1,), padding=(1,), dilation=(1,))  # noqa: E731
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_inputs_gradient_is_the_librarys_own(n: int):
+    kernel = (3, 4, 2)[:n]
+    for dilation, padding in itertools.product((1, 2), ((0, 0, 0), (1, 2, 0), (2, 3, 1))):
+        padding = padding[:n]
+        x, w = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 4, *(9, 8, 7)[:n]), (4, 1, *kernel)))
+        options = ((1,) * n, padding, (dilation,) * n, False, (0,) * n, 4)
+        g = torch.randn_like(torch.convolution(x, w, None, *options))
+        back: Any = torch.ops.aten.convolution_backward.default
+        theirs = back(g, x, w, None, *options, (True, False, False))[0]
+        ours = input_gradient(g, w, padding=padding, dilation=options[2])
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).norm()) <= tolerance("float64", g.numel(), norm=float(theirs.norm()))
+
+
+def test_they_are_differentiable():
+    g, x, w = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5),) * 2 + ((3, 1, 3),)
+    )
+    run: Any = lambda g, x: kernel_gradient(g, x, (3,), stride=(1,), padding=(1,), dilation=(1,))  # noqa: E731
     assert torch.autograd.gradcheck(run, (g, x))
+    run = lambda g, w: input_gradient(g, w, padding=(1,), dilation=(1,))  # noqa: E731
+    assert torch.autograd.gradcheck(run, (g, w))
 
 
 def test_sums_over_many_images_in_16_bits_are_taken_in_32():
@@ -80,6 +99,7 @@ LAYERS: dict[str, Any] = {
     "plain": {},
     "stride": {"stride": 2, "padding": 1},
     "dilated": {"kernel_size": 3, "dilation": 2},
+    "padded beyond its reach": {"padding": 5},
     "multiplied": {"multiplier": 2},
     "circular": {"padding_mode": "circular"},
     "reflect": {"padding_mode": "reflect", "stride": 2},
@@ -129,9 +149,9 @@ def test_the_librarys_own_gradient_is_not_asked_for():
     layer, x = depthwise(), torch.randn(2, 6, 9, 9, requires_grad=True)
     with torch.profiler.profile() as profiler:
         layer(x).sum().backward()
-    # One convolution forward and one for the kernel, and a backward operation for the input alone.
+    # One convolution forward, one for the kernel, and one for the input.
     names = [event.name for event in profiler.events()]
-    assert (names.count("aten::convolution"), names.count("aten::convolution_backward")) == (2, 1)
+    assert (names.count("aten::convolution"), names.count("aten::convolution_backward")) == (3, 0)
 
 
 @ONEDNN

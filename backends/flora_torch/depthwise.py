@@ -1,4 +1,4 @@
-"""The gradient of a depthwise kernel, where the library's own is slow.
+"""The gradients of a depthwise convolution, where the library's own are slow.
 
 oneDNN convolves quickly, channel by channel, but takes the kernel's gradient as quickly only for small kernels that are
 not dilated: for 7×7 it needs three times as long as for all the rest of a step. Yet that gradient is a depthwise
@@ -8,6 +8,11 @@ convolution itself:
 
 walks along p over the input, with the output's gradient for a kernel, stride and dilation exchanged, and each image and
 channel a group of its own. This takes as long as the forward pass does.
+
+The input's gradient takes longer than the forward pass too: 1.1 to 2 times as long, 7 to 9 times for dilated kernels.
+With stride 1 it is a depthwise convolution as well, of the output's gradient with the kernel turned around:
+
+    ∂L/∂x[n, c, j] = Σ_p g[n, c, j − d·p] · W[c, p]
 """
 
 import math
@@ -16,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["has_slow_kernel_gradient", "kernel_gradient"]
+__all__ = ["has_slow_kernel_gradient", "input_gradient", "kernel_gradient"]
 
 # What is convolved at once should stay in the cache: elements of the input, 2 MiB in float32.
 _AT_ONCE = 2**19
@@ -53,6 +58,35 @@ def has_slow_kernel_gradient(x: Tensor, kernel: Sequence[int], dilation: Sequenc
     if x.dtype not in (torch.float32, torch.bfloat16) or not _HAS_ONEDNN:
         return False
     return math.prod(kernel) > _FEW_TAPS or max(dilation) > 1
+
+
+def input_gradient(g: Tensor, w: Tensor, *, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Compute the input's gradient of a depthwise convolution with stride 1 that pads no more than the kernel reaches.
+
+    Parameters
+    ----------
+    g : Tensor, shape (batch, channels, *output sizes)
+        The output's gradient.
+    w : Tensor, shape (channels, 1, *kernel)
+        The kernel.
+    padding, dilation : sequence of int
+        As the convolution has them, one a spatial axis.
+
+    Returns
+    -------
+    Tensor, shape (batch, channels, *sizes)
+        The gradient.
+
+    Examples
+    --------
+    >>> g, w = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[2.0, 3.0]]])
+    >>> input_gradient(g, w, padding=(0,), dilation=(1,)).tolist()
+    [[[2.0, 3.0, 0.0, 0.0]]]
+    """
+    n = len(padding)
+    rest = [d * (size - 1) - p for d, size, p in zip(dilation, w.shape[2:], padding)]
+    turned = w.flip(list(range(2, 2 + n)))
+    return torch.convolution(g, turned, None, [1] * n, rest, dilation, False, [0] * n, w.shape[0])
 
 
 def kernel_gradient(

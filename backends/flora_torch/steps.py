@@ -9,7 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from typing_extensions import override
 
-from flora_torch.depthwise import has_slow_kernel_gradient, kernel_gradient
+from flora_torch.depthwise import has_slow_kernel_gradient, input_gradient, kernel_gradient
 from flora_torch.geometry import Pads, pad, unpad
 
 __all__ = ["Channels", "Convolve", "Lookup", "Rows", "Step"]
@@ -165,6 +165,9 @@ class Convolve(Step):
 
     @override
     def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        if self.is_slow(x, w) and self._is_mirrored(w):
+            gx = input_gradient(g, w, padding=self.padding, dilation=self.dilation)
+            return unpad(gx, self.pads, self.padding_mode)
         found = self._library(g, x, w, True, False)[0]
         assert found is not None
         return found
@@ -195,8 +198,14 @@ class Convolve(Step):
         return None if gx is None else self._unfold(unpad(gx, self.pads, self.padding_mode)), gw
 
     def is_slow(self, x: Tensor, w: Tensor) -> bool:
-        """Tell whether the library's own gradient of the kernel is slow."""
+        """Tell whether the library's own gradients are slow, that of the kernel above all."""
         return has_slow_kernel_gradient(x, w.shape[2:], self.dilation, self.groups)
+
+    def _is_mirrored(self, w: Tensor) -> bool:
+        """Tell whether `input_gradient` can: one kernel a channel, stride 1, no more padding than kernel."""
+        reaches = [d * (n - 1) for d, n in zip(self.dilation, w.shape[2:])]
+        alone = w.shape[0] == self.groups and not self.transposed and max(self.stride) == 1
+        return alone and all(p <= reach for p, reach in zip(self.padding, reaches))
 
     def __post_init__(self) -> None:
         steps = (self.stride, self.padding, self.dilation)
