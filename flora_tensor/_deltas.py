@@ -21,8 +21,8 @@ from flora_tensor.noise import FORMATS
 __all__ = [
     "Change",
     "check_distinct",
-    "check_finite",
     "check_memory",
+    "check_stored_finite",
     "checked_device",
     "frobenius_norm",
     "on_device",
@@ -232,13 +232,13 @@ def _ulp_noise(squares: float, size: int) -> float:
 def _check_sides(base: Checkpoint, tuned: Checkpoint, name: str, delta: np.ndarray) -> None:
     """Say which number is not finite, if one is; or that their difference is not."""
     for side in (base, tuned):
-        check_finite(side.path, name, side.read(name))
+        check_stored_finite(side.path, name, side.read(name))
     if not np.isfinite(delta).all():
         raise InputError(f"extract: the change of {name!r} overflows {delta.dtype.name}; store the inputs as F64")
 
 
-def check_finite(path: Path, name: str, x: np.ndarray) -> None:
-    # Before any SVD: LAPACK's can loop for ever on a single infinity.
+def check_stored_finite(path: Path, name: str, x: np.ndarray) -> None:
+    """Refuse a tensor of a file that holds NaN or infinity, before any SVD: LAPACK's can loop for ever on one."""
     finite = np.isfinite(x)
     if not finite.all():
         first = tuple(int(i[0]) for i in np.nonzero(~finite)) if x.ndim else ()

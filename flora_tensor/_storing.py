@@ -17,7 +17,7 @@ from flora_tensor._arrays import array_namespace, float_squares, to_numpy
 from flora_tensor._base_notes import SAMPLES, sample_positions, text_of_samples
 from flora_tensor._bases import orthonormal_columns
 from flora_tensor._checks import printable
-from flora_tensor._deltas import check_finite, frobenius_norm, on_device
+from flora_tensor._deltas import check_stored_finite, frobenius_norm, on_device
 from flora_tensor._driver import Method
 from flora_tensor._files import check_free_space
 from flora_tensor._fits import tucker_of
@@ -120,7 +120,7 @@ def _read_new_rows(tuned: Checkpoint, name: str) -> np.ndarray:
     data = np.empty(full.n_bytes - common.n_bytes, np.uint8)
     with tuned.original.reader(name) as read:
         read(common.n_bytes, data)
-    check_finite(
+    check_stored_finite(
         tuned.path, f"{name}{NEW_ROWS}", decode(data, full.dtype, (full.shape[0] - common.shape[0], *full.shape[1:]))
     )
     return data

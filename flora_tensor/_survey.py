@@ -10,7 +10,7 @@ import numpy as np
 
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import feasible_ranks, prefix_between
-from flora_tensor._deltas import Change, check_finite, check_memory, frobenius_norm, on_device, read_change
+from flora_tensor._deltas import Change, check_memory, check_stored_finite, frobenius_norm, on_device, read_change
 from flora_tensor._errors import InputError
 from flora_tensor._frontiers import Frontier, n_parameters_of
 from flora_tensor._leading import Look, full_look, leading_look, reach_of
@@ -343,8 +343,8 @@ def _scan_whole(base: Checkpoint, tuned: Checkpoint, row: TensorRow, settings: S
     if same_bits(base, row.name, tuned, row.name):
         return replace(row, reason="unchanged", changed=False)
     row = replace(row, changed=True)
-    check_finite(base.path, row.name, base.read(row.name))
-    check_finite(tuned.path, row.name, tuned.read(row.name))
+    check_stored_finite(base.path, row.name, base.read(row.name))
+    check_stored_finite(tuned.path, row.name, tuned.read(row.name))
     if settings.vectors == "error":
         raise InputError(
             f"extract: the vector {row.name!r} changed; pass vectors='keep' (--vectors keep) to store it "

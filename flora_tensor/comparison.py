@@ -12,6 +12,7 @@ from flora_tensor._reporting import RowReport, plain
 from flora_tensor._safetensors import READABLE
 from flora_tensor._scaled import scale_of
 from flora_tensor._typing import PathLike
+from flora_tensor._version import __version__
 from flora_tensor.checkpoint import Checkpoint, open_checkpoint, same_bits
 from flora_tensor.report import format_table
 
@@ -70,7 +71,7 @@ class DiffReport(RowReport[DiffRow]):
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON; numbers that are not finite become ``None``."""
         rows = [{key: plain(value) for key, value in vars(row).items()} for row in self.rows]
-        return {"equal": self.is_equal, "tensors": rows}
+        return {"flora_tensor_version": __version__, "equal": self.is_equal, "tensors": rows}
 
     def to_table(self) -> str:
         """Return the report as a text table, with a line of totals."""

@@ -18,6 +18,7 @@ from flora_tensor._scaled import scale_of, weight_of
 from flora_tensor._settings import check_globs, globs, heads_option, matches
 from flora_tensor._stacks import find_stacks
 from flora_tensor._typing import PathLike
+from flora_tensor._version import __version__
 from flora_tensor._warnings import warn_user
 from flora_tensor.allocation import allocate_with_stacks, budget_curve, grouped_frontiers
 from flora_tensor.arrangement import Arrangement
@@ -141,6 +142,7 @@ class RankStudy(Report):
             for name, s in self.spectra.items()
         ]
         return {
+            "flora_tensor_version": __version__,
             "weights": weights,
             "budgets": [self._budget(row) for row in self.budgets],
             "curve": list(map(list, self.curve)),

@@ -1,5 +1,6 @@
 """How results show themselves: as a table, in a notebook, and in one line."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def check_tabled(report: Any, names: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["ExtractionReport", "DiffReport", "AdapterFit", "RankStudy"])
 def test_a_notebook_shows_every_row_and_no_tag_of_a_name(shown: dict[str, Any], kind: str):
     check_tabled(shown[kind], NAMES)
+
+
+@pytest.mark.parametrize("kind", ["ExtractionReport", "MergeReport", "DiffReport", "AdapterFit", "RankStudy"])
+def test_a_report_says_in_its_json_which_version_made_it(shown: dict[str, Any], kind: str):
+    assert json.loads(shown[kind].to_json())["flora_tensor_version"] == ft.__version__
 
 
 def test_a_merge_shows_what_it_counted(shown: dict[str, Any]):
