@@ -173,8 +173,9 @@ def test_a_layer_that_is_compiled_by_itself(tmp_path):
     path = save_adapter(model, tmp_path / "adapter")
     other = net()
     other.head = torch.compile(other.head, backend="eager")
-    for attempt in (lambda: load_adapter(other, path), lambda: attach(other, ranks=2)):
-        with pytest.raises(ValueError, match=r"the module of 'head.weight' was compiled by itself.*attach first"):
+    attempts = {"load_adapter": lambda: load_adapter(other, path), "attach": lambda: attach(other, ranks=2)}
+    for where, attempt in attempts.items():
+        with pytest.raises(ValueError, match=rf"{where}: the module of 'head.weight' was compiled by .*attach first"):
             attempt()
         assert not any(isinstance(module, FloraLayer) for module in other.modules())
         assert all(p.requires_grad for p in other.parameters())

@@ -303,7 +303,7 @@ def attach(
     with all_or_nothing(model):
         plans = [options.plan(site) for site in targets]
         options.check_used(targets)
-        report = install(model, plans, adapter_name, path, freeze_model, memory=memory)
+        report = install("attach", model, plans, adapter_name, path=path, memory=memory, freeze_model=freeze_model)
         return replace(report, skipped=tuple(skipped))
 
 
@@ -433,13 +433,15 @@ class UpdateOptions:
 
 
 def install(
+    where: str,
     model: nn.Module,
     plans: list[Plan],
     adapter_name: str,
+    *,
     path: Path,
+    memory: Memory,
     freeze_model: bool,
     whole: Sequence[str] = (),
-    memory: Memory = "normal",
 ) -> AttachReport:
     """Wrap what is not wrapped yet, check every update against its layer, and only then put all of them in."""
     n_model = n_model_parameters(model)
@@ -451,18 +453,18 @@ def install(
         adapted.setdefault(id(holder.module), []).append(holder.parameter)
     for plan in plans:
         for holder in plan.site.holders:
-            identity = id(holder.module)
+            identity, at = id(holder.module), f"{where}: {plan.site.name}"
             wrapper = wrappers.get(identity) or holder.wrapper
-            refuse_sharded(f"attach: {plan.site.name}", plan.site.weight)
+            refuse_sharded(at, plan.site.weight)
             if wrapper is None:
-                _refuse_compiled(plan.site.name, holder.places)
-                wrapper = _wrap(holder.module, adapted[identity], path, memory, plan.site.name)
+                _refuse_compiled(where, plan.site.name, holder.places)
+                wrapper = _wrap(at, holder.module, adapted[identity], path, memory)
                 doors.extend((place, wrapper) for place in holder.places)
             wrappers[identity] = wrapper
             try:
                 wrapper.check_update(adapter_name, plan.update, parameter=holder.parameter)
             except ValueError as error:
-                raise ValueError(f"attach: {plan.site.name}: {error}") from error
+                raise ValueError(f"{at}: {error}") from error
             steps.append((wrapper, plan.update, holder.parameter))
     for wrapper, update, parameter in steps:
         wrapper.install(adapter_name, update, parameter=parameter)
@@ -476,16 +478,16 @@ def install(
     return AttachReport(adapter_name, reports, n_model, tuple(whole))
 
 
-def _refuse_compiled(name: str, places: Sequence[Place]) -> None:
+def _refuse_compiled(where: str, name: str, places: Sequence[Place]) -> None:
     """Refuse a module that was compiled by itself: what was compiled would go on calling it, and no layer around it."""
     if any(type(place.parent).__name__ == "OptimizedModule" for place in places):
         raise ValueError(
-            f"attach: the module of {name!r} was compiled by itself, and would go on without the adapter; attach first,"
-            " or compile it in place (module.compile()), or the whole model"
+            f"{where}: the module of {name!r} was compiled by itself, and would go on without the adapter; attach "
+            "first, or compile it in place (module.compile()), or the whole model"
         )
 
 
-def _wrap(module: nn.Module, parameters: list[str], path: Path, memory: Memory, name: str) -> FloraLayer:
+def _wrap(where: str, module: nn.Module, parameters: list[str], path: Path, memory: Memory) -> FloraLayer:
     """Make the layer for a module; one that knows the product only if its ``weight`` is all that is adapted."""
     by_parameter = [kind for p in parameters if issubclass(kind := wrapper_for(module, p), FloraParameter)]
     kind = max(by_parameter, key=lambda found: len(found.__mro__), default=wrapper_for(module, parameters[0]))
@@ -493,7 +495,7 @@ def _wrap(module: nn.Module, parameters: list[str], path: Path, memory: Memory, 
     try:
         return kind(module) if issubclass(kind, FloraParameter) else kind(module, path=path, memory=memory)
     except ValueError as error:
-        raise ValueError(f"attach: {name}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def report_of(plan: Plan, wrapper: FloraLayer, counted: set[int]) -> LayerReport:

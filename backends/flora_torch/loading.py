@@ -120,7 +120,9 @@ def attach_adapter(
     as_parts("attach_adapter", model)
     given = as_adapter(source)
     settings: _Settings = {"dtype": dtype, "dropout": dropout, "verify_base": verify_base}
-    return _attached("attach_adapter", model, given, adapter_name, settings, freeze_model, memory, path)
+    return _attached(
+        "attach_adapter", model, given, adapter_name, settings, path=path, memory=memory, freeze_model=freeze_model
+    )
 
 
 class _Settings(TypedDict):
@@ -137,9 +139,10 @@ def _attached(
     adapter: Adapter,
     adapter_name: str,
     settings: _Settings,
-    freeze_model: bool,
-    memory: Memory,
+    *,
     path: Path = "auto",
+    memory: Memory,
+    freeze_model: bool,
 ) -> AttachReport:
     table = sites(model)
     whole = _whole_targets(where, model, _distinct(where, table, adapter.whole))
@@ -150,7 +153,9 @@ def _attached(
         share_factors({name: plan.update for name, plan in zip(adapter, plans)}, adapter.stacks)
         if settings["verify_base"] != "ignore":
             check_samples(where, adapter, table, settings["verify_base"])
-        report = install(model, plans, adapter_name, path, freeze_model, tuple(whole), memory)
+        report = install(
+            where, model, plans, adapter_name, path=path, memory=memory, freeze_model=freeze_model, whole=tuple(whole)
+        )
         for owner, local, value in whole.values():
             replace_whole(owner, local, value, adapter_name)
     return report
@@ -388,7 +393,9 @@ def load_adapter(
     settings: _Settings = {"dtype": dtype, "dropout": dropout, "verify_base": verify_base}
     present = updates_by_weight(model, adapter_name)
     if not present and all(note.adapter_name != adapter_name for _, _, note in whole_of(model)):
-        report = _attached("load_adapter", model, adapter, adapter_name, settings, freeze_model, memory)
+        report = _attached(
+            "load_adapter", model, adapter, adapter_name, settings, memory=memory, freeze_model=freeze_model
+        )
         return replace(report, **keys)
     return replace(_filled(model, adapter, adapter_name, present, settings), **keys)
 
