@@ -1,5 +1,6 @@
 """Adapted models under PyTorch's own tools: traced, exported, replicated, wrapped, and run on nothing."""
 
+import contextlib
 import copy
 import io
 
@@ -15,6 +16,7 @@ from flora_torch import (
     FloraLayer,
     activate,
     adapter_parameters,
+    adapters_for_rows,
     attach,
     detach,
     disabled,
@@ -346,6 +348,20 @@ def test_weights_that_accelerate_keeps_elsewhere():
         offload(model, execution_device="cpu", preload_module_classes=classes)
         assert {p.device.type for p in adapter_parameters(model)} == {"meta"}
         assert close(model(IDS), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (64, 8)])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_updates_that_nothing_brings_in_are_refused(shape, by_rows):
+    """PyTorch adds products with values of nowhere to the output, without an error: the result was arbitrary."""
+    offload = pytest.importorskip("accelerate").cpu_offload
+    model = nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)).eval()
+    attach(model, ranks=2)
+    offload(model, execution_device="cpu")
+    for layer, name in ((model[0], "FloraLinear"), (model[1], "FloraParameter"))[: 1 if by_rows else 2]:
+        rows = adapters_for_rows(model[0], ["default"] * shape[0]) if by_rows else contextlib.nullcontext()
+        with torch.no_grad(), rows, pytest.raises(RuntimeError, match=rf"preload_module_classes=\['{name}', …\]"):
+            layer(torch.ones(shape))
 
 
 def test_weights_that_hooks_compute_are_refused_with_the_way_out():

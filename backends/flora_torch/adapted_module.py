@@ -342,7 +342,22 @@ class AdaptedModule(nn.Module):
             self._check_not_training()
             active = [adapter for adapter in active if adapter not in merged]
         found = [self._update(adapter, parameter) for adapter in active]
-        return [update for update in found if update is not None]
+        running = [update for update in found if update is not None]
+        for update in running:
+            self._check_present(update)
+        return running
+
+    def _check_present(self, update: TuckerUpdate) -> None:
+        """Refuse to compute with an update that accelerate keeps elsewhere: what is read is not brought in.
+
+        PyTorch computes with numbers of nowhere, without an error, where it adds a product to a tensor that is there.
+        """
+        if "_hf_hook" in update.__dict__ and update.core.is_meta:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}: the update's values are offloaded, and only a call of the layer can bring them along; pass "
+                f"preload_module_classes=[{name!r}, …] with every kind of adapted layer to what offloads the model"
+            )
 
     def _check_not_training(self) -> None:
         """Refuse a step of training that would pass a merged adapter by."""

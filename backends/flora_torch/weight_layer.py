@@ -196,6 +196,7 @@ class WeightLayer(FloraLayer):
             update = self.updates(adapter).get("weight")
             if update is None:
                 continue
+            self._check_present(update)
             rows = plan.index(adapter, input.device)
             if rows is None:
                 result = (result + self._contribution(update, base, input, *args, **kwargs)).to(result.dtype)
