@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, vmap
 
 from flora_tensor import Arrangement, TuckerTensor
@@ -170,6 +171,71 @@ def test_pure_functions_agree_with_the_dense_weight():
     assert torch.allclose(tucker_linear(y, core, [u, v], transposed=True), y @ weight)
     assert torch.allclose(tucker_embedding(ids, core, [u, v]), weight[ids])
     assert torch.allclose(tucker_embedding(ids, weight, [None, None]), weight[ids])
+
+
+VOLUMES: dict[str, Any] = {
+    "plain": {"padding": 1},
+    "walking": {"stride": 2, "dilation": (1, 2, 1), "bias": False},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "same": {"kernel_size": (2, 3, 2), "padding": "same"},
+    "split": {"padding": 1, "pattern": "(o d) (i h w)"},
+}
+
+
+def one_volume(name: str, **options: Any) -> tuple[Any, torch.Tensor]:
+    """Make a layer for volumes, away from its start, and one volume."""
+    torch.manual_seed(0)
+    parts = {"kernel_size": 3, "pattern": "o i d h w"} | VOLUMES[name]
+    arrangement = Arrangement(parts.pop("pattern"))
+    base = nn.Conv3d(6, 5, **parts)
+    layer = FloraConv(base, 3 if arrangement.n_modes == 2 else (3, 3, 2, 2, 2), arrangement=arrangement, **options)
+    for parameter in layer.tucker_update.parameters():
+        nn.init.normal_(parameter)
+    return layer, torch.randn(1, 6, 7, 6, 5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="one volume is left to oneDNN")
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("name", VOLUMES)
+def test_thin_convolutions_of_one_volume_are_onednns(name: str, memory: Any):
+    layer, x = one_volume(name, path="factored", memory=memory)
+    update = layer.tucker_update["default"]
+    wanted = [x.requires_grad_(), *update.parameters()]
+    with torch.profiler.profile() as profiler:
+        output = layer(x)
+        direction = torch.randn_like(output)
+        first = torch.autograd.grad(output, wanted, direction, retain_graph=True)
+    names = [event.name for event in profiler.events()]
+    # Forward the input, backward the input and the output's gradient.
+    assert names.count("aten::to_mkldnn") >= 3
+    twice = torch.autograd.grad(output, wanted, direction, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in twice), wanted)
+    layer.double()
+    base, wide = layer.base_layer, x.detach().double().requires_grad_()
+    wanted = [wide, *update.parameters()]
+    whole = functional_call(base, {"weight": base.weight + update.delta()}, (wide,))
+    exact = torch.autograd.grad(whole, wanted, direction.double(), create_graph=True)
+    curved = torch.autograd.grad(sum(g.square().sum() for g in exact), wanted)
+    for ours, theirs in zip((output, *first, *twice, *second), (whole, *exact, *exact, *curved)):
+        bound = tolerance("float32", base.weight.numel(), norm=float(theirs.detach().norm()) + 1.0, factor=1e2)
+        assert float((ours - theirs).detach().norm()) <= bound
+
+
+def test_an_update_of_zero_leaves_the_bits_of_one_volume():
+    layer, x = one_volume("plain", path="factored")
+    nn.init.zeros_(layer.tucker_update["default"].core)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_transformations_of_one_volume_see_ordinary_operations():
+    layer, x = one_volume("plain", path="factored")
+    with torch.no_grad():
+        mapped, alone = vmap(layer)(torch.stack([x, 2 * x])), layer(x)
+        bound = tolerance("float32", layer.base_layer.weight.numel(), norm=float(alone.norm()))
+        assert float((mapped[0] - alone).norm()) <= bound
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert layer(fake.from_tensor(x)).shape == alone.shape
 
 
 def test_padding_position_gets_its_value_and_no_gradient():

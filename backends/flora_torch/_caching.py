@@ -1,12 +1,16 @@
-"""Results of pure functions of shapes, kept: working one out takes longer than the small product that it is for."""
+"""Results of pure functions of shapes, kept: working one out takes longer than the small product that it is for.
+
+And what to know of who looks on: a compiler traces through such functions itself.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["cached", "is_exporting"]
+__all__ = ["cached", "is_exporting", "transforming"]
 
 # Older versions of torch do not tell exporting from compiling.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
@@ -34,3 +38,15 @@ def cached(function: Callable[P, T]) -> Callable[P, T]:
         return kept(*args, **kwargs)  # type: ignore[arg-type]
 
     return wrapper
+
+
+def transforming() -> bool:
+    """Tell whether something else than plain autograd looks on: compilation, torch.func, or forward-mode gradients.
+
+    Then only ordinary operations will do: each of these sees through them, and decides itself what is stored.
+    """
+    internals: Any = torch
+    if torch.compiler.is_compiling() or internals.jit.is_tracing():
+        return True
+    levels: Any = forward_ad
+    return bool(internals._C._are_functorch_transforms_active()) or levels._current_level >= 0

@@ -15,9 +15,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flora_torch._caching import cached, is_exporting
+from flora_torch._caching import cached, is_exporting, transforming
 from flora_torch.step_weights import Made, Parameters, in_order
 from flora_torch.steps import Convolve, Step
 
@@ -30,7 +29,6 @@ __all__ = [
     "form",
     "run_chain",
     "run_step",
-    "transforming",
 ]
 
 Memory: TypeAlias = Literal["normal", "low"]
@@ -54,18 +52,6 @@ class Chain:
     steps: tuple[Step, ...]
     made: tuple[Made, ...]
     blocked: int | None = None
-
-
-def transforming() -> bool:
-    """Tell whether something else than plain autograd looks on: compilation, torch.func, or forward-mode gradients.
-
-    Then only ordinary operations will do: each of these sees through them, and decides itself what is stored.
-    """
-    internals: Any = torch
-    if torch.compiler.is_compiling() or internals.jit.is_tracing():
-        return True
-    levels: Any = forward_ad
-    return bool(internals._C._are_functorch_transforms_active()) or levels._current_level >= 0
 
 
 def autocasts(x: Tensor) -> bool:

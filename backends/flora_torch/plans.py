@@ -10,7 +10,7 @@ commutes with the 1×1 products and acts on each spatial axis on its own.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from flora_torch._caching import cached
@@ -91,7 +91,7 @@ def conv_chain(shapes: Shapes, geometry: ConvGeometry, split: Split | None, shap
 @cached
 def own_convolution(geometry: ConvGeometry) -> Convolve:
     """Plan the convolution of a layer itself, with the whole of its kernel."""
-    return _convolve(geometry, geometry.axes, per_group=True)
+    return replace(_convolve(geometry, geometry.axes, per_group=True), own=True)
 
 
 def _native_links(shapes: Shapes, geometry: ConvGeometry) -> list[tuple[Step, Made]]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_torch._caching import transforming
 from flora_torch.base_weight import own_parameter
-from flora_torch.chain import transforming
 from flora_torch.flora_layer import FloraLayer
 from flora_torch.update import TuckerUpdate
 

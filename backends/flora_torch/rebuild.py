@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_torch.chain import autocasts, transforming
+from flora_torch._caching import transforming
+from flora_torch.chain import autocasts
 
 __all__ = ["Lent", "rebuilding"]
 
