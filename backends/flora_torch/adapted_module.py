@@ -14,7 +14,11 @@ from flora_torch.freezing import freeze
 from flora_torch.rows import RowPlan
 from flora_torch.update import TuckerUpdate
 
-__all__ = ["AdaptedModule", "check_adapter_name"]
+__all__ = ["TAKEN_NAMES", "AdaptedModule", "check_adapter_name"]
+
+
+# What a ModuleDict calls something else already, and refuses as a key.
+TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))
 
 
 class AdaptedModule(nn.Module):
@@ -441,5 +445,5 @@ def check_adapter_name(where: str, name: str) -> None:
     --------
     >>> check_adapter_name("here", "style")
     """
-    if not name or "." in name or "lora_" in name or hasattr(nn.ModuleDict(), name):
+    if not name or "." in name or "lora_" in name or name in TAKEN_NAMES:
         raise ValueError(f"{where}: an adapter cannot be named {name!r}; choose another name")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor.magnitudes import channel_ratio
+from flora_torch.adapted_module import TAKEN_NAMES
 from flora_torch.base_weight import is_unpacked_linear
 from flora_torch.calling import call_method, call_with, is_own_method
 from flora_torch.chain import Chain, Frozen
@@ -490,7 +491,7 @@ class FloraParameter(FloraLayer):
             raise ValueError(
                 f"FloraParameter: dropout is {update.dropout}, but {parameter!r} has no input to drop; pass dropout=0"
             )
-        if hasattr(nn.ModuleDict(), parameter):
+        if parameter in TAKEN_NAMES:
             raise ValueError(f"FloraParameter: a parameter named {parameter!r} cannot be adapted; rename it")
 
     @override
