@@ -121,6 +121,8 @@ def test_what_we_write_is_read_by_peft_as_diffusers_calls_it(tmp_path: Path):
             if isinstance(module, LoraLayer):
                 expected = changes[f"{folder}.{name}.weight"]
                 torch.testing.assert_close(module.get_delta_weight("default"), expected)
+    with pytest.raises(FileExistsError, match="the directory exists; choose another one, or pass overwrite=True"):
+        ft.to_diffusers(ft.from_diffusers(file), out)
     assert set(written) == set(stored)  # a LoRA's factors come back as they were
     assert all(torch.equal(written[name], stored[name]) for name in stored)
 

@@ -349,3 +349,16 @@ def test_weights_that_a_tensor_beside_them_scales_are_not_taken_for_numbers(scal
         pytest.raises(ft.InputError, match="nothing to extract: no tensor that changed can be stored"),
     ):
         ft.extract(*paths, tmp_path / "adapter")
+
+
+def test_a_scale_beside_an_ordinary_weight_is_a_tensor_in_its_own_right(tmp_path: Path):
+    weights = [torch.full((6, 5), 1.0 + k) for k in range(2)]
+    paths = [
+        save(tmp_path / f"{k}.safetensors", {"fc.weight": w, "fc.scale": torch.full((6,), 1.0 + k)})
+        for k, w in enumerate(weights)
+    ]
+    ft.extract(*paths, tmp_path / "adapter", ranks=1)
+    ft.merge_checkpoint(paths[0], tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merged = load(tmp_path / "merged.safetensors")
+    assert torch.equal(merged["fc.scale"], torch.full((6,), 2.0))
+    torch.testing.assert_close(merged["fc.weight"], weights[1])

@@ -188,6 +188,16 @@ def test_the_mode_along_which_noise_is_correlated_is_named(method):
     assert "stronger in some directions than in others, most clearly in mode 1" in note
 
 
+@pytest.mark.parametrize("method", ["noise", "evbmf", "bic"])
+def test_a_noise_rule_keeps_to_a_cap_and_says_so(method):
+    x, _ = planted(0, (32, 24, 3, 3), 20)
+    free = ft.select_ranks(x, method=method)
+    assert free.ranks == ft.select_ranks(x, method=method, max_ranks=RANKS).ranks == RANKS
+    capped = ft.select_ranks(x, method=method, max_ranks=(3, 24, 3, 3))
+    assert capped.ranks == (3, *RANKS[1:])
+    assert [n for n in capped.notes if n not in free.notes] == [f"ranks are capped at {capped.ranks} by max_ranks"]
+
+
 WHITE = [
     ((32, 24, 3, 3), RANKS),
     ((16, 16, 16, 16), RANKS),
