@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-LIMIT_S = 60.0
+LIMIT_S = 300.0
 
 
 def stored_outputs(notebook: Any) -> Iterator[str]:

@@ -500,7 +500,7 @@ def _run(rank: int, directory: str) -> None:
     here = Path(directory)
     # A collective that only one process enters ends with an error, not with a hang.
     dist.init_process_group(
-        "gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     mesh = init_device_mesh("cpu", (2,))
     results = {}

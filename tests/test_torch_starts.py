@@ -16,6 +16,7 @@ from flora_tensor import Arrangement, Moments, TuckerTensor
 from flora_torch import adapter_parameters, attach, collect_gradients, collect_moments, disabled, moment_ranks
 from flora_torch.initialize import INITS, context, from_delta, from_moments, minor, start_update
 from flora_torch.moment_starts import mode_moments
+from flora_torch.starts import random_start
 from support import distance, same_bits, tolerance
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -459,3 +460,29 @@ class TestGradients:
         wrong = {"0.weight": TuckerTensor(torch.ones(1, 1), [torch.ones(5, 1), torch.ones(4, 1)])}
         with pytest.raises(ValueError, match="got a tensor of shape \\(5, 4\\)"):
             attach(model, ranks=1, init="from_delta", init_tensors=wrong)
+
+
+@pytest.mark.parametrize(
+    ("preset", "draw"),
+    [
+        ("official", lambda factor: nn.init.kaiming_normal_(factor, a=3**0.5)),
+        ("loralib", lambda factor: nn.init.normal_(factor, std=0.02)),
+        ("peft", lambda factor: nn.init.kaiming_uniform_(factor, a=5**0.5)),
+    ],
+)
+def test_random_factors_are_distributed_as_in_the_published_codes(preset, draw):
+    shape, ranks = (4000, 3000), (25, 16)
+    start = random_start(shape, ranks, preset, generator=torch.Generator().manual_seed(0))
+    for factor, size, rank in zip(start.factors, shape, ranks):
+        theirs = draw(torch.empty(size, rank))
+        # Of 48,000 numbers a quantile and a mean absolute value are known to two percent.
+        for of in (lambda x: x.abs().mean(), lambda x: x.abs().quantile(0.5), lambda x: x.abs().quantile(0.99)):
+            assert float(of(factor)) == pytest.approx(float(of(theirs)), rel=0.03)
+        assert abs(float(factor.mean())) <= 0.03 * float(theirs.std())
+
+
+def test_orthonormal_factors_keep_the_norm_of_the_core():
+    start = random_start((40, 30, 3), (5, 4, 3), generator=torch.Generator().manual_seed(0))
+    assert start.factors[2] is None
+    for factor in start.factors[:2]:
+        assert torch.allclose(factor.mT @ factor, torch.eye(factor.shape[1]), atol=1e-6)
