@@ -58,11 +58,15 @@ def array_namespace(where: str, *arrays: Array | None) -> Namespace:
     try:
         xp = array_api_compat.array_namespace(*given)
     except TypeError as error:
-        kinds = ", ".join(sorted({f"{type(a).__module__.split('.')[0]}.{type(a).__name__}" for a in given}))
-        message = f"{where}: got {kinds or 'nothing'}; pass arrays of one library (NumPy, PyTorch, JAX, CuPy, …)"
-        raise TypeError(message) from error
+        raise TypeError(_no_arrays(where, given)) from error
     _refuse_unfit(where, given)
     return xp
+
+
+def _no_arrays(where: str, given: Sequence[Any]) -> str:
+    kinds = ", ".join(sorted({f"{type(a).__module__.split('.')[0]}.{type(a).__name__}" for a in given}))
+    advice = ", such as numpy.asarray(x)" if not kinds or "builtins." in kinds else ""
+    return f"{where}: got {kinds or 'nothing'}; pass arrays of one library (NumPy, PyTorch, JAX, CuPy, …){advice}"
 
 
 # Codes of NumPy's booleans, integers, and real and complex floats that LAPACK or a cast to its types takes.
@@ -74,6 +78,8 @@ def _refuse_unfit(where: str, arrays: Sequence[Array]) -> None:
     for a in arrays:
         if type(a) is np.ndarray and a.dtype.char in _NUMBERS:  # most are
             continue
+        if isinstance(a, int | float | complex) and not isinstance(a, np.generic):  # array_api_compat skips them
+            raise TypeError(_no_arrays(where, arrays))
         if is_torch(a):
             _refuse_unfit_tensors(where, sys.modules["torch"], [a])
         elif isinstance(a, np.ma.MaskedArray):

@@ -10,6 +10,8 @@ from flora_tensor._typing import Array, Ranks
 
 __all__ = [
     "as_int",
+    "as_number",
+    "as_sequence",
     "check_choice",
     "check_finite",
     "check_fraction",
@@ -39,6 +41,13 @@ def as_int(where: str, name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{where}: {name} is {value!r}; pass an integer") from None
+
+
+def as_sequence(where: str, name: str, value: Any, each: str = "one number a mode") -> tuple[Any, ...]:
+    """Return a sequence's items; what has none, and a text, is refused."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{where}: {name} is {value!r}; pass a sequence, {each}")
+    return tuple(value)
 
 
 def type_text(value: Any) -> str:
@@ -211,6 +220,7 @@ def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...
     >>> feasible_ranks((40, 4, 3, 9), (64, 64, 3, 3))
     (36, 4, 3, 3)
     """
+    ranks, shape = as_sequence("feasible_ranks", "ranks", ranks), as_sequence("feasible_ranks", "shape", shape)
     if len(ranks) != len(shape):
         raise ValueError(
             f"feasible_ranks: {len(ranks)} ranks for {len(shape)} modes of shape {tuple(shape)}; pass one a mode"
@@ -224,12 +234,17 @@ def feasible_ranks(ranks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...
         lowered = bounds
 
 
+def as_number(where: str, name: str, value: Any) -> float:
+    """Return a real number as a float; what cannot be one is refused."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{where}: {name} is {value!r}; pass a number") from None
+
+
 def check_fraction(where: str, name: str, value: Any, *, zero: bool = False) -> float:
     """Return ``value`` as a float in (0, 1], or in [0, 1] with ``zero=True``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{where}: {name} is {value!r}; pass a number") from None
+    number = as_number(where, name, value)
     if not (0.0 if zero else math.ulp(0.0)) <= number <= 1.0:
         raise ValueError(f"{where}: {name} is {number}; pass a number {'from 0' if zero else 'above 0'} to 1")
     return number

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flora_tensor._arrays import suffix_sums, to_numpy
-from flora_tensor._checks import as_int
+from flora_tensor._checks import as_int, as_sequence
 from flora_tensor._frontiers import Choices, Frontier
 from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, discarded, grid_within, rank_grid
 from flora_tensor._typing import Array
@@ -169,11 +169,7 @@ class Spectrum:
         ----------
         De Lathauwer, De Moor and Vandewalle (2000), property 10, as an identity on the core.
         """
-        if not hasattr(ranks, "__iter__"):
-            raise TypeError(f"Spectrum.error: ranks is {ranks!r}; pass one rank a mode, {len(self.max_ranks)} in all")
-        given = tuple(as_int("Spectrum.error", f"ranks[{k}]", r) for k, r in enumerate(ranks))
-        if len(given) != len(self.max_ranks):
-            raise ValueError(f"Spectrum.error: {len(given)} ranks for {len(self.max_ranks)} modes; pass one a mode")
+        given = self._checked("Spectrum.error", ranks)
         for mode, (rank, most) in enumerate(zip(given, self.max_ranks)):
             if not 0 <= rank <= most:
                 raise ValueError(f"Spectrum.error: rank {rank} for mode {mode}; pass a number from 0 to {most}")
@@ -182,6 +178,15 @@ class Spectrum:
             return math.sqrt(float(tail[min(given)]) / float(tail[0])) if tail[0] > 0 else 0.0
         total = self._total
         return math.sqrt(discarded(to_numpy(self.core), self.exponent, given) / total) if total > 0 else 0.0
+
+    def _checked(self, where: str, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Return one rank a mode, none below 0."""
+        given = tuple(as_int(where, f"ranks[{k}]", r) for k, r in enumerate(as_sequence(where, "ranks", ranks)))
+        if len(given) != len(self.shape):
+            raise ValueError(f"{where}: {len(given)} ranks for {len(self.shape)} modes; pass one a mode")
+        if min(given, default=0) < 0:
+            raise ValueError(f"{where}: ranks is {given}; pass none below 0")
+        return given
 
     @cached_property
     def _total(self) -> float:
@@ -201,11 +206,18 @@ class Spectrum:
         float
             √(max_k Σ_{i≥r_k} σ_i²) / ‖X‖; 0 for a zero tensor.
 
+        Raises
+        ------
+        ValueError
+            If a rank is negative or their number is not the tensor's order.
+        TypeError
+            If ``ranks`` is one number, or a rank no integer.
+
         References
         ----------
         De Lathauwer, De Moor and Vandewalle (2000), property 10.
         """
-        return self._bound(ranks, max)
+        return self._bound("Spectrum.lower_bound", ranks, max)
 
     def upper_bound(self, ranks: Sequence[int]) -> float:
         """Return √(Σ_k tail_k) / ‖X‖, which no HOSVD truncated to ``ranks`` exceeds and which is ≤ √N times the best.
@@ -220,11 +232,16 @@ class Spectrum:
         float
             The bound; 0 for a zero tensor.
 
+        Raises
+        ------
+        ValueError, TypeError
+            As for `lower_bound`.
+
         References
         ----------
         De Lathauwer, De Moor and Vandewalle (2000), property 10.
         """
-        return self._bound(ranks, sum)
+        return self._bound("Spectrum.upper_bound", ranks, sum)
 
     def frontier(
         self,
@@ -265,8 +282,11 @@ class Spectrum:
         ----------
         The errors are those of `error_table`; the frontier is their lower envelope.
         """
-        if max_ranks is not None and len(max_ranks) != len(self.shape):
-            raise ValueError(f"Spectrum.frontier: {len(max_ranks)} bounds for {len(self.shape)} modes; pass one a mode")
+        if max_ranks is not None:
+            max_ranks = as_sequence("Spectrum.frontier", "max_ranks", max_ranks)
+            if len(max_ranks) != len(self.shape):
+                message = f"Spectrum.frontier: {len(max_ranks)} bounds for {len(self.shape)} modes; pass one a mode"
+                raise ValueError(message)
         if self.exponent >= 512:
             raise ValueError(
                 f"Spectrum.frontier: the norm is {self.norm:.3g}, whose square is beyond float64; pass x scaled down"
@@ -321,7 +341,8 @@ class Spectrum:
         """For each mode the vector Σ_{i≥r} σ_i², r = 0, …, m_k, in units of a power of four near ‖X‖²."""
         return tuple(suffix_sums(np.ldexp(to_numpy(v).astype(np.float64), -self.exponent)) for v in self.values)
 
-    def _bound(self, ranks: Sequence[int], combine: Any) -> float:
+    def _bound(self, where: str, ranks: Sequence[int], combine: Any) -> float:
+        ranks = self._checked(where, ranks)
         total = float(self.squared_tails[0][0])
         if total == 0:
             return 0.0

@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 
 from flora_tensor._arrays import array_namespace, hermitian, host_view, is_torch, promote
-from flora_tensor._checks import as_int, check_mode
+from flora_tensor._checks import as_int, as_sequence, check_mode
 from flora_tensor._typing import Array, Namespace
 
 __all__ = ["fold", "mode_dot", "multi_mode_dot", "unfold"]
@@ -123,7 +123,7 @@ def fold(matrix: Array, mode: int, shape: Sequence[int]) -> Array:
     True
     """
     xp = array_namespace("fold", matrix)
-    sizes = [as_int("fold", f"shape[{k}]", n) for k, n in enumerate(shape)]
+    sizes = [as_int("fold", f"shape[{k}]", n) for k, n in enumerate(as_sequence("fold", "shape", shape))]
     mode = check_mode("fold", mode, len(sizes))
     others = sizes[:mode] + sizes[mode + 1 :]
     if tuple(matrix.shape) != (sizes[mode], math.prod(others)):
@@ -223,7 +223,7 @@ def multi_mode_dot(
     """
     where = "multi_mode_dot"
     xp = array_namespace(where, x, *matrices)
-    wanted = range(len(matrices)) if modes is None else modes
+    wanted = range(len(matrices)) if modes is None else as_sequence(where, "modes", modes, "one number a matrix")
     if len(wanted) != len(matrices):
         raise ValueError(f"{where}: {len(matrices)} matrices for {len(wanted)} modes; pass one matrix (or None) a mode")
     checked = [check_mode(where, k, len(x.shape)) for k in wanted]

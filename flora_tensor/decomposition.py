@@ -30,6 +30,8 @@ from flora_tensor._arrays import (
 )
 from flora_tensor._checks import (
     as_int,
+    as_number,
+    as_sequence,
     check_choice,
     check_finite,
     check_mode,
@@ -213,8 +215,11 @@ def hooi(
     most = as_int("hooi", "max_sweeps", max_sweeps)
     if most < 0:
         raise ValueError(f"hooi: max_sweeps is {most}; pass 0 or more")
+    enough = as_number("hooi", "tolerance", tolerance)
+    if not enough >= 0:
+        raise ValueError(f"hooi: tolerance is {enough}; pass 0 or more")
     start = _start(ready, wanted, init)
-    result, _ = hooi_of(ready.xp, ready.x, start, most, float(tolerance), ready.squares)
+    result, _ = hooi_of(ready.xp, ready.x, start, most, enough, ready.squares)
     result = left_whole(ready.xp, all_orthogonal(ready.xp, result), whole_modes(ranks))
     return finished("hooi", x, result, ready.exponent)
 
@@ -408,7 +413,7 @@ def _target(
 
 
 def _checked_order(mode_order: Sequence[int], ndim: int) -> list[int]:
-    order = [check_mode("st_hosvd", mode, ndim) for mode in mode_order]
+    order = [check_mode("st_hosvd", mode, ndim) for mode in as_sequence("st_hosvd", "mode_order", mode_order)]
     if sorted(order) != list(range(ndim)):
         raise ValueError(f"st_hosvd: mode_order {tuple(mode_order)} for {ndim} modes; pass each mode once")
     return order

@@ -12,7 +12,16 @@ from typing import Literal, get_args
 import numpy as np
 
 from flora_tensor._arrays import is_low_precision, stop_gradient, to_numpy
-from flora_tensor._checks import as_int, check_choice, check_fraction, check_tolerance, exactly_one, feasible_ranks
+from flora_tensor._checks import (
+    as_int,
+    as_number,
+    as_sequence,
+    check_choice,
+    check_fraction,
+    check_tolerance,
+    exactly_one,
+    feasible_ranks,
+)
 from flora_tensor._frontiers import n_parameters_of
 from flora_tensor._rank_search import check_budget, fewest_parameters, smallest_error
 from flora_tensor._typing import Array
@@ -298,10 +307,11 @@ def _budget(
     return as_int(where, "max_parameters", max_parameters)
 
 
-def _checked_floor(where: str, value: float) -> float:
-    if not 0 <= float(value) < math.inf:
+def _checked_floor(where: str, value: object) -> float:
+    floor = as_number(where, "noise_floor", value)
+    if not 0 <= floor < math.inf:
         raise ValueError(f"{where}: noise_floor is {value}; pass a finite standard deviation of at least 0")
-    return float(value)
+    return floor
 
 
 def choice_of(spectrum: Spectrum, ranks: tuple[int, ...], method: str, notes: tuple[str, ...] = ()) -> RankChoice:
@@ -319,7 +329,7 @@ def choice_of(spectrum: Spectrum, ranks: tuple[int, ...], method: str, notes: tu
 def _caps(where: str, max_ranks: Sequence[int] | None, most: tuple[int, ...]) -> tuple[int, ...]:
     if max_ranks is None:
         return most
-    given = tuple(as_int(where, f"max_ranks[{k}]", r) for k, r in enumerate(max_ranks))
+    given = tuple(as_int(where, f"max_ranks[{k}]", r) for k, r in enumerate(as_sequence(where, "max_ranks", max_ranks)))
     if len(given) != len(most) or min(given, default=1) < 1:
         raise ValueError(f"{where}: max_ranks is {given}; pass {len(most)} integers of at least 1, one a mode")
     return tuple(min(r, m) for r, m in zip(given, most))

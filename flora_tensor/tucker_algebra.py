@@ -14,7 +14,7 @@ from flora_tensor._arrays import (
     times_power_of_two,
     working_dtype,
 )
-from flora_tensor._checks import as_int, check_mode
+from flora_tensor._checks import as_int, as_sequence, check_mode, type_text
 from flora_tensor._typing import Array, DType, Namespace
 from flora_tensor.algebra import mode_dot, multi_mode_dot
 from flora_tensor.tucker_tensor import TuckerTensor, check_tucker, explicit_factor
@@ -183,7 +183,7 @@ def stack(tensors: Sequence[TuckerTensor], *, mode: int = 0) -> TuckerTensor:
     >>> stack([t, scale(t, 2.0), t])
     TuckerTensor(shape=(3, 2, 5), ranks=(3, 1, 1), n_parameters=10, whole_modes=(0,), dtype=float64)
     """
-    tensors = tuple(tensors)
+    tensors = as_sequence("stack", "tensors", tensors, "of Tucker tensors")
     if not tensors:
         raise ValueError("stack: got no tensors; pass at least one")
     xp = _same_shape("stack", *tensors)
@@ -285,7 +285,10 @@ def scale(a: TuckerTensor, c: complex | Array) -> TuckerTensor:
         raise TypeError(f"scale: c is {c!r}; pass a number")
     if getattr(c, "shape", ()) != ():
         raise ValueError(f"scale: c has shape {tuple(c.shape)}; pass a number")  # type: ignore[union-attr]
-    return TuckerTensor(a.core * c, a.factors)
+    try:
+        return TuckerTensor(a.core * c, a.factors)
+    except TypeError:
+        raise TypeError(f"scale: c is {type_text(c)}; pass a number, or an array of the core's library") from None
 
 
 def orthogonalize(a: TuckerTensor) -> TuckerTensor:
@@ -363,7 +366,7 @@ def permute_modes(a: TuckerTensor, axes: Sequence[int]) -> TuckerTensor:
     (5, 2)
     """
     check_tucker("permute_modes", a)
-    order = [check_mode("permute_modes", k, a.ndim) for k in axes]
+    order = [check_mode("permute_modes", k, a.ndim) for k in as_sequence("permute_modes", "axes", axes)]
     if sorted(order) != list(range(a.ndim)):
         raise ValueError(f"permute_modes: axes {tuple(axes)} of a tensor with {a.ndim} modes; pass each mode once")
     xp = array_namespace("permute_modes", a.core)

@@ -23,7 +23,7 @@ from flora_tensor._checks import (
     check_tolerance,
     exactly_one,
 )
-from support import EVERY_DTYPE, FLOATING, LOW_PRECISION, as_array, for_all, samples, supports
+from support import EVERY_DTYPE, FLOATING, LOW_PRECISION, as_array, for_all, optional, samples, supports
 
 
 @given(st.integers())
@@ -294,3 +294,52 @@ def test_exactly_one_option():
         exactly_one("f", rtol=None, energy=None)
     with pytest.raises(TypeError, match="f: got rtol and energy; pass exactly one of rtol, energy"):
         exactly_one("f", rtol=0.1, energy=0.9)
+
+
+TUCKER = ft.TuckerTensor(np.ones((2, 2)), [np.ones((3, 2)), None])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ft.fold(np.ones((2, 3)), 0, 6), "fold: shape is 6; pass a sequence"),
+        (lambda: ft.multi_mode_dot(np.ones((2, 3)), [None], modes=0), "multi_mode_dot: modes is 0; pass a sequence"),
+        (lambda: ft.select_ranks(np.eye(3), rtol=0.1, max_ranks=3), "select_ranks: max_ranks is 3; pass a sequence"),
+        (lambda: ft.select_ranks(np.eye(3), rtol=0.1, noise_floor="a"), "noise_floor is 'a'; pass a number"),
+        (lambda: ft.feasible_ranks(3, (2, 3)), "feasible_ranks: ranks is 3; pass a sequence"),
+        (lambda: ft.stack(TUCKER.core.size), "stack: tensors is 4; pass a sequence, of Tucker tensors"),
+        (lambda: ft.permute_modes(TUCKER, 3), "permute_modes: axes is 3; pass a sequence"),
+        (lambda: ft.st_hosvd(np.eye(3), 1, mode_order=0), "st_hosvd: mode_order is 0; pass a sequence"),
+        (lambda: ft.hooi(np.eye(3), 1, tolerance="a"), "hooi: tolerance is 'a'; pass a number"),
+        (lambda: ft.hosvd_spectrum(np.eye(3)).frontier(max_ranks=3), "Spectrum.frontier: max_ranks is 3; pass a seq"),
+        (lambda: ft.hosvd_spectrum(np.eye(3)).upper_bound(1), "Spectrum.upper_bound: ranks is 1; pass a sequence"),
+        (
+            lambda: ft.TuckerTensor(np.ones((2, 2)), [1, 2]),
+            "TuckerTensor: got builtins.int, numpy.ndarray; pass arrays",
+        ),
+        (lambda: ft.reconstruct(TUCKER, out=3), "reconstruct: got builtins.int, numpy.ndarray; .* numpy.asarray"),
+        (
+            lambda: ft.scale(TUCKER, optional("torch").tensor(2.0)),
+            "scale: c is torch.Tensor; pass a number, or an array of the core",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ft.hosvd_spectrum(np.eye(3)).lower_bound((1,)), "Spectrum.lower_bound: 1 ranks for 2 modes; pass one"),
+        (
+            lambda: ft.hosvd_spectrum(np.eye(3)).upper_bound((1, -1)),
+            r"upper_bound: ranks is \(1, -1\); pass none below 0",
+        ),
+        (lambda: ft.hooi(np.eye(3), 1, tolerance=float("nan")), "hooi: tolerance is nan; pass 0 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -385,6 +385,25 @@ def test_what_nohup_starts_hears_no_terminal_close(pair: tuple[Path, Path], monk
     assert (result.exit_code, result.stderr) == (3, "error: went on\n")
 
 
+def test_an_output_that_exists_is_refused_before_the_work(pair: tuple[Path, Path], tmp_path: Path):
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    assert run("extract", *pair, "-o", adapter, "--ranks", "2", "--vectors", "skip").exit_code == 0
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    damaged = adapter / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])  # nobody is to read it
+    calls = {"round": ("--rtol", "0.5"), "add": (), "subtract": (adapter,), "scale": ("2",)}
+    for command, more in calls.items():
+        for overwrite, told in (
+            ((), "the directory exists"),
+            (("--overwrite",), "holds 'notes.txt', which is not of its"),
+        ):
+            result = run(command, adapter, *more, "-o", out, *overwrite)
+            assert (result.exit_code, result.stderr.count("\n")) == (4, 1)
+            assert result.stderr.startswith(f"error: {command}: {told}")
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_that_can_be_continued(number: int, code: int, tmp_path: Path):
     x = np.random.default_rng(0).standard_normal((600, 600)).astype(np.float32)

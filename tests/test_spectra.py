@@ -379,7 +379,7 @@ def test_refusals():
         spectrum.error((5, 1, 1))
     with pytest.raises(ValueError, match=r"Spectrum.error: rank -1 for mode 1; pass a number from 0 to 3"):
         spectrum.error((1, -1, 1))
-    with pytest.raises(TypeError, match=r"Spectrum.error: ranks is 3; pass one rank a mode, 3 in all"):
+    with pytest.raises(TypeError, match=r"Spectrum.error: ranks is 3; pass a sequence, one number a mode"):
         spectrum.error(3)
     with pytest.raises(TypeError, match=r"Spectrum.error: ranks\[0\] is 1.0; pass an integer"):
         spectrum.error((1.0, 1, 1))

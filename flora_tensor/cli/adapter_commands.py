@@ -40,6 +40,14 @@ _BASE = (
 )
 
 
+def _refuse_early(command: str, out: Path, overwrite: bool) -> None:
+    """Refuse an output that must not be replaced before the work is done, not after it."""
+    from flora_tensor._files import check_target
+    from flora_tensor.adapter_file import OWNED_NAMES
+
+    check_target(command, out, overwrite=overwrite, owned=OWNED_NAMES)
+
+
 def _save(fit: "AdapterFit", out: Path, overwrite: bool, max_shard_size: int | None, as_json: bool) -> None:
     from flora_tensor.adapter_file import save_adapter
 
@@ -79,6 +87,7 @@ def round_command(
     """Lower an adapter's ranks to a budget or a tolerance."""
     from flora_tensor.adapter_algebra import round_adapter
 
+    _refuse_early("round", out, overwrite)
     _save(round_adapter(adapter, **budget), out, overwrite, max_shard_size, as_json)
 
 
@@ -123,6 +132,7 @@ def add(
     """
     from flora_tensor.adapter_algebra import add_adapters
 
+    _refuse_early("add", out, overwrite)
     _save(add_adapters(adapters, **options), out, overwrite, max_shard_size, as_json)
 
 
@@ -136,6 +146,7 @@ def subtract(
     """Subtract adapter B from adapter A, exactly."""
     from flora_tensor.adapter_algebra import subtract_adapters
 
+    _refuse_early("subtract", out, overwrite)
     _save(subtract_adapters(a, b, **options), out, overwrite, max_shard_size, as_json)
 
 
@@ -162,6 +173,7 @@ def scale(
     from flora_tensor.adapter_algebra import scale_adapter
     from flora_tensor.adapter_file import save_adapter
 
+    _refuse_early("scale", out, overwrite)
     scaled = scale_adapter(adapter, factor, **options)
     save_adapter(out, scaled, max_shard_size=max_shard_size, overwrite=overwrite)
     _show(scaled, as_json)
