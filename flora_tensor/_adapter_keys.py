@@ -20,7 +20,7 @@ def tensor_key(name: str, part: str) -> str:
     'base_model.model.attn.tucker_update.in_proj_weight.factor_0'
     """
     module, _, parameter = name.rpartition(".")
-    if not parameter or _MARK in name.split("."):
+    if not parameter or (not module and "." in name) or _MARK in name.split("."):
         raise ValueError(f"save_adapter: the weight's name {name!r} cannot be stored; rename it")
     middle = [_MARK] if parameter == "weight" else [_MARK, parameter]
     return PREFIX + ".".join([*([module] if module else []), *middle, part])

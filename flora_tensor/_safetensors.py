@@ -143,7 +143,7 @@ class Header:
 
 def dtype_code(dtype: Any) -> str:
     """Return the format's name of an array's data type, of any library; a TypeError where it has none."""
-    name = str(dtype).rsplit(".", maxsplit=1)[-1]
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).rsplit(".", maxsplit=1)[-1]
     if name not in CODES:
         raise TypeError(f"safetensors: arrays of type {name} cannot be stored; cast to one of {', '.join(CODES)}")
     return CODES[name]

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from flora_tensor._arrays import to_numpy
+from flora_tensor._checks import check_loaded, type_text
+from flora_tensor._safetensors import FLOATS, READABLE
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.magnitudes import channel_count, magnitude_change
 from flora_tensor.stacking import TuckerStack, member_arrangement
@@ -58,6 +62,8 @@ class Adapter(Mapping[str, TuckerTensor]):
     ValueError
         If an arrangement, a shape, a magnitude and a tensor do not fit each other, a scale is not a finite number, a
         name is used twice, or the members of a stack differ in what they must share.
+    TypeError
+        If a change is no `TuckerTensor` of real floats, or an option no mapping.
 
     Notes
     -----
@@ -95,6 +101,7 @@ class Adapter(Mapping[str, TuckerTensor]):
     stacks: Mapping[str, TuckerStack] = field(default_factory=dict[str, TuckerStack])
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._take_members()
         names = set(self.tensors)
         for option in ("arrangements", "scales", "shapes", "magnitudes", "channels"):
@@ -114,6 +121,24 @@ class Adapter(Mapping[str, TuckerTensor]):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         for name, stack in self.stacks.items():
             self._check_stack(name, stack)
+
+    def _check_kinds(self) -> None:
+        """Refuse what is of another kind: what is no mapping, no Tucker tensor of real floats, no known type."""
+        for option in (f.name for f in fields(self) if not f.name.endswith("_keys")):
+            if not isinstance(table := getattr(self, option), Mapping):
+                raise TypeError(f"Adapter: {option} is {type_text(table)}; pass a mapping")
+        for name, tensor in self.tensors.items():
+            _check_change(name, tensor)
+        for name, arrangement in dict[str, Any](self.arrangements).items():
+            if not isinstance(arrangement, Arrangement):
+                raise TypeError(f"Adapter: the arrangement of {name!r} is {arrangement!r}; pass an Arrangement")
+        for name, array in self.whole.items():
+            if not hasattr(array, "dtype"):
+                raise TypeError(f"Adapter: {name!r}, stored whole, is {type_text(array)}; pass an array")
+        for name, code in self.dtypes.items():
+            allowed = FLOATS if name in self.tensors else READABLE
+            if code not in allowed:
+                raise ValueError(f"Adapter: the stored type of {name!r} is {code!r}; pass one of {', '.join(allowed)}")
 
     def _take_members(self) -> None:
         """Put the members of the stacks among the weights."""
@@ -323,6 +348,20 @@ class Adapter(Mapping[str, TuckerTensor]):
         weights = f"{len(self)} weight{'s' if len(self) != 1 else ''}"
         whole = f"{len(self.whole)} tensor{'s' if len(self.whole) != 1 else ''} whole"
         return f"Adapter({weights}, {whole}, n_parameters={self.n_parameters})"
+
+
+def _check_change(name: Any, tensor: Any) -> None:
+    """Refuse a weight's change that cannot be one: arithmetic with it would fail, or lose what is imaginary."""
+    if not isinstance(name, str):
+        raise TypeError(f"Adapter: a weight's name is {name!r}; pass a text")
+    if not isinstance(tensor, TuckerTensor):
+        kind = type_text(tensor)
+        raise TypeError(f"Adapter: {name!r} is {kind}; pass a TuckerTensor, such as tucker(x, ranks).tucker")
+    for array in (tensor.core, *(u for u in tensor.factors if u is not None)):
+        check_loaded("Adapter", array, repr(name))
+        kind = array.dtype.name if isinstance(array.dtype, np.dtype) else str(array.dtype).rsplit(".", maxsplit=1)[-1]
+        if kind not in ("float64", "float32", "float16", "bfloat16"):
+            raise TypeError(f"Adapter: {name!r} is of type {kind}; pass real floats, as weights are")
 
 
 def check_scale(where: str, value: Any) -> float:

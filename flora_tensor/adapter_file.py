@@ -63,7 +63,7 @@ def as_adapter(given: AdapterLike) -> Adapter:
     """Return an adapter as it is, read from its directory, or made of a plain mapping of Tucker tensors."""
     if isinstance(given, str | os.PathLike):
         return load_adapter(given)
-    return given if isinstance(given, Adapter) else Adapter(dict(given))
+    return given if isinstance(given, Adapter) else Adapter(given)
 
 
 def load_adapter(path: PathLike, *, strict: bool = True) -> Adapter:
@@ -329,7 +329,7 @@ def save_adapter(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_shard_size("save_adapter", max_shard_size)
-    adapter = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
     if not adapter and not adapter.whole:
         raise ValueError("save_adapter: the adapter is empty; pass at least one tensor")
     stacks, adapter = {name: stack.members for name, stack in adapter.stacks.items()}, adapter.joined()

@@ -554,3 +554,48 @@ def test_warnings_are_ours():
         warnings.simplefilter("always")
         warnings.warn("x", ft.FloraWarning, stacklevel=1)
     assert issubclass(caught[0].category, UserWarning)
+
+
+# Of another kind ------------------------------------------------------------------------------------------------------
+
+
+CHANGE = ft.TuckerTensor(np.ones((1, 1)), [np.ones((5, 1)), np.ones((4, 1))])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (None, TypeError, "Adapter: tensors is NoneType; pass a mapping"),
+        ([CHANGE], TypeError, "Adapter: tensors is list; pass a mapping"),
+        ({"w": np.ones((5, 4))}, TypeError, "'w' is numpy.ndarray; pass a TuckerTensor, such as"),
+        ({3: CHANGE}, TypeError, "a weight's name is 3; pass a text"),
+        ({".weight": CHANGE}, ValueError, "the weight's name '.weight' cannot be stored; rename it"),
+        ({"w": CHANGE.map(lambda a: a * 1j)}, TypeError, "'w' is of type complex128; pass real floats"),
+        ({"w": CHANGE.map(lambda a: a.astype(int))}, TypeError, "'w' is of type int64; pass real floats"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(tmp_path, adapter, error, message):
+    with pytest.raises(error, match=message):
+        ft.save_adapter(tmp_path / "a", adapter)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"config": 3}, TypeError, "config is int; pass a mapping"),
+        ({"arrangements": {"w": "o i"}}, TypeError, "the arrangement of 'w' is 'o i'; pass an Arrangement"),
+        ({"whole": {"b": [1.0]}}, TypeError, "'b', stored whole, is list; pass an array"),
+        ({"dtypes": {"w": "F99"}}, ValueError, "the stored type of 'w' is 'F99'; pass one of F64, F32"),
+        ({"dtypes": {"w": "I32"}}, ValueError, "the stored type of 'w' is 'I32'; pass one of F64, F32"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, error, message):
+    with pytest.raises(error, match=f"Adapter: {message}"):
+        ft.Adapter({"w": CHANGE}, **options)
+
+
+def test_arrays_of_the_other_byte_order_are_stored(tmp_path):
+    t = CHANGE.map(lambda a: (a * 1.5).astype(">f8"))
+    again = ft.load_adapter(ft.save_adapter(tmp_path / "a", {"w": t}))["w"]
+    assert np.array_equal(again.to_tensor(), t.to_tensor())
