@@ -180,12 +180,10 @@ class Spectrum:
         return math.sqrt(discarded(to_numpy(self.core), self.exponent, given) / total) if total > 0 else 0.0
 
     def _checked(self, where: str, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return one rank a mode, none below 0."""
+        """Return one rank a mode."""
         given = tuple(as_int(where, f"ranks[{k}]", r) for k, r in enumerate(as_sequence(where, "ranks", ranks)))
         if len(given) != len(self.shape):
             raise ValueError(f"{where}: {len(given)} ranks for {len(self.shape)} modes; pass one a mode")
-        if min(given, default=0) < 0:
-            raise ValueError(f"{where}: ranks is {given}; pass none below 0")
         return given
 
     @cached_property
@@ -343,6 +341,8 @@ class Spectrum:
 
     def _bound(self, where: str, ranks: Sequence[int], combine: Any) -> float:
         ranks = self._checked(where, ranks)
+        if min(ranks, default=0) < 0:
+            raise ValueError(f"{where}: ranks is {ranks}; pass none below 0")
         total = float(self.squared_tails[0][0])
         if total == 0:
             return 0.0
