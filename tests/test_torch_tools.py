@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flora_torch import (
     FloraLayer,
+    FloraLinear,
     activate,
     adapter_parameters,
     adapters_for_rows,
@@ -26,6 +27,7 @@ from flora_torch import (
     save_adapter,
     unmerge_,
 )
+from flora_torch.cost import _TRACES_SIZES
 from support import same_bits, tolerance
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -110,6 +112,28 @@ def test_exported_for_batches_of_any_size(strict):
     for shape in ((2, 3), (64, 64)):
         ids = torch.randint(0, 11, shape)
         assert close(exported(ids), model(ids))
+
+
+@pytest.mark.skipif(not _TRACES_SIZES, reason="earlier compilers do not tell which sizes are fixed")
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_for_all_lengths_as_often_as_the_base(grad):
+    """The cost rule prefers the other way from some length on, another one in each layer; a compiler stops at eight."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 64), nn.Linear(64, 8))
+    attach(model, ranks=2)
+    randomize(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ways: set[tuple[bool, ...]] = set()
+    with torch.set_grad_enabled(grad):
+        for n in (4, 16, 64, 256, 2048):
+            x = torch.randn(n, 8)
+            assert close(compiled(x), model(x))
+            inputs = [torch.randn(n, layer.in_features) for layer in model]
+            updates = [layer.tucker_update["default"] for layer in model]
+            ways.add(tuple(map(FloraLinear._forms_delta, model, updates, inputs)))
+    assert len(ways) > 2
+    assert counter.frame_count == 2  # for the first length, and for any
 
 
 def test_shapes_on_the_meta_device():

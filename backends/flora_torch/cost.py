@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flora_tensor.algebra import contraction_order
@@ -27,6 +28,9 @@ __all__ = [
 # What writing one element of a fresh tensor costs, in multiply-adds of a large product: the same figure as in
 # flora_tensor.algebra, where it orders the mode products.
 _WRITE_COST = 32
+
+# Whether compilers can be asked which sizes are fixed. They decide by those of the moment otherwise.
+_TRACES_SIZES = torch.__version__ >= "2.9"
 
 # The size of an image along each axis for which exported programs decide.
 _ANY_SIZE = 32
@@ -82,19 +86,20 @@ def prefers_dense(factored: Work, forming: Work, base: float, size: int, trainin
 def n_rows(shape: Sequence[int]) -> int:
     """Return the number of an input's rows to decide by.
 
-    An exported program is for batches of any size, and a decision by theirs would bind it to one side. There it is made
-    for one row, beside which forming ΔW costs most.
+    An exported program is for batches of any size, and a decision by theirs would bind it to one side; a compiled one,
+    once it is for several sizes, would be compiled again for each side of each layer. There it is made for one row,
+    beside which forming ΔW costs most.
 
     Examples
     --------
     >>> n_rows((2, 5))
     10
     """
-    return 1 if is_exporting() else math.prod(shape)
+    return 1 if _is_for_any(shape) else math.prod(shape)
 
 
 def sizes_of(images: Tensor, n_axes: int) -> tuple[int, ...]:
-    """Return the shape to decide by of images with spatial axes: as `n_rows`, an export is for one of any size.
+    """Return the shape to decide by of images with spatial axes: for programs as in `n_rows`, of one of any size.
 
     Examples
     --------
@@ -103,7 +108,19 @@ def sizes_of(images: Tensor, n_axes: int) -> tuple[int, ...]:
     (4, 3, 8, 8)
     """
     any_size = (*[1] * (images.dim() - n_axes), *[_ANY_SIZE] * n_axes)
-    return any_size if is_exporting() else tuple(images.shape)
+    return any_size if _is_for_any(images.shape) else tuple(images.shape)
+
+
+def _is_for_any(sizes: Sequence[int]) -> bool:
+    """Tell whether a program is being made for inputs of other sizes too, which asking for these would bind it to."""
+    if is_exporting():
+        return True
+    if not (_TRACES_SIZES and torch.compiler.is_compiling()):
+        return False
+    # Loaded by the compiler, and by nobody else: it is large.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(size) for size in sizes)
 
 
 @cached
