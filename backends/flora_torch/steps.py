@@ -225,9 +225,10 @@ class Convolve(Step):
         """
         if len(self.stride) < 3 or x.shape[0] != 1 or self.own or self.transposed or self.groups > 1:
             return False
+        if torch.is_grad_enabled() or transforming():  # asked first: compilers trace nothing of what follows
+            return False
         known = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-        small = known and 0 < x.numel() <= _OVERLOOKED * x.shape[-1] and torch.backends.mkldnn.is_available()
-        return small and not torch.is_grad_enabled() and not transforming()
+        return known and 0 < x.numel() <= _OVERLOOKED * x.shape[-1] and torch.backends.mkldnn.is_available()
 
     def _is_mirrored(self, w: Tensor) -> bool:
         """Tell whether `input_gradient` can: one kernel a channel, stride 1, no more padding than kernel."""
