@@ -4,7 +4,7 @@ They take tensors that `_prepared.prepare` has checked and scaled, and hand each
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,12 +25,16 @@ from flora_tensor._bases import Basis, Keep, below_reach, by_gram, grams_of, mod
 from flora_tensor._checks import feasible_ranks
 from flora_tensor._gram import SHORT, is_long_pass
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import contract, multi_mode_dot
+from flora_tensor.algebra import LARGE, contract, multi_mode_dot
 
 # HOOI stops when the sweeps to come are expected to take less than this share off the squared error …
 ENOUGH = 3e-4
 # … and after this many in any case.
 MOST_SWEEPS = 100
+
+# A product of a large tensor with a factor is not held where it and a Gram matrix in float64 take more than this share
+# of the tensor's memory.
+_MUCH = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +116,11 @@ def st_hosvd_of(
 
 
 class _Rest:
-    """The tensor that the truncations of ST-HOSVD leave.
+    """A tensor multiplied by factors of some modes, as ST-HOSVD and HOOI meet it; formed where that is worth its memory.
 
     Short modes shrink it by little: by their factors it is multiplied along with that of the next long mode, and until
-    then only its Gram matrices are summed. A second tensor of nearly the same size is never held.
+    then only its Gram matrices are summed. So they are where the product is too large to be held beside one of them: it
+    is then made twice, in parts.
     """
 
     def __init__(self, xp: Namespace, x: Array) -> None:
@@ -125,19 +130,21 @@ class _Rest:
 
     def basis(self, mode: int, accuracy: float, keep: Keep) -> Basis:
         """Return the leading left singular vectors of an unfolding."""
-        size = math.prod(self.waiting[k].shape[1] if k in self.waiting else n for k, n in enumerate(self.x.shape))
-        if self.x.shape[mode] ** 2 > size or not by_gram(self.xp, self.x, mode, accuracy):
+        if self.x.shape[mode] ** 2 > self._size() or not by_gram(self.xp, self.x, mode, accuracy):
             self.formed()
         return mode_basis(self.xp, self.x, mode, accuracy, keep, self.grams)
 
     def truncate(self, mode: int, factor: Array) -> None:
         """Multiply by the conjugate transpose of a factor, now or later."""
-        self.waiting[mode] = factor
-        short = factor.shape[0] <= SHORT and 4 * factor.shape[1] > factor.shape[0] and is_long_pass(self.x)
-        if self.grams is not None and short and not is_differentiated(self.x):
-            self.grams = self.grams.after(mode, np.asarray(host_view(factor)))
-        else:
-            self.formed()
+        self._await({mode: factor})
+
+    def times(self, factors: Mapping[int, Array], *, shared: bool) -> "_Rest":
+        """Return the product with the conjugate transposes of factors; one ``shared`` by several modes is formed."""
+        product = _Rest(self.xp, self.formed())
+        product._await(factors)
+        if shared:
+            product.formed()
+        return product
 
     def formed(self) -> Array:
         """Return the tensor, multiplied by all factors."""
@@ -145,6 +152,27 @@ class _Rest:
             self.x = multi_mode_dot(self.x, list(self.waiting.values()), modes=list(self.waiting), transpose=True)
             self.waiting, self.grams = {}, grams_of(self.x)
         return self.x
+
+    def _await(self, factors: Mapping[int, Array]) -> None:
+        self.waiting |= factors
+        if self.grams is None or not self._may_wait(self.grams.x):
+            self.formed()
+            return
+        for mode, factor in factors.items():
+            self.grams = self.grams.after(mode, np.asarray(host_view(factor)))
+
+    def _size(self) -> int:
+        return math.prod(self.waiting[k].shape[1] if k in self.waiting else n for k, n in enumerate(self.x.shape))
+
+    def _may_wait(self, host: np.ndarray) -> bool:
+        if not is_long_pass(host) or is_differentiated(self.x):
+            return False
+        long = [u for u in self.waiting.values() if u.shape[0] > SHORT]
+        if not long:
+            return all(4 * u.shape[1] > u.shape[0] for u in self.waiting.values())
+        side = max((n for k, n in enumerate(host.shape) if k not in self.waiting), default=0)
+        held = self._size() * host.itemsize + side**2 * np.result_type(host, np.float64).itemsize
+        return len(long) == 1 and host.size >= LARGE and held > _MUCH * host.nbytes  # of two the product is small
 
 
 def _known(squares: float | None, where: str, xp: Namespace, x: Array) -> float:
@@ -158,27 +186,35 @@ def _quick_basis(rest: _Rest, mode: int, rank: int) -> Basis:
 
 
 def hooi_of(
-    xp: Namespace, x: Array, start: Truncation, most: int, enough: float, squares: float | None = None
+    xp: Namespace,
+    x: Array,
+    start: Truncation,
+    most: int,
+    enough: float,
+    squares: float | None = None,
+    captured: float | None = None,
 ) -> tuple[Truncation, int]:
     """Sweep until the squared error ‖X‖² − ‖G‖² stops falling; return the result and the number of sweeps.
 
-    ``squares`` is ‖X‖² where the caller knows it.
+    ``squares`` is ‖X‖² where the caller knows it, ``captured`` ‖G‖² of the start, whose core may then be missing: it is
+    not to be held beside its successors.
     """
     factors, core = list(start.factors), start.core
-    ranks = tuple(core.shape)
+    ranks = tuple(u.shape[1] for u in factors)
     if len(ranks) < 2 or 0 in x.shape or ranks == tuple(x.shape):
-        return start, 0
+        most = 0
     squares = squared_norm(xp, x) if squares is None else squares
     if squares is None:  # only a symbol under a trace: nothing to decide by
         most, squares = min(most, 5), math.inf
-    error = squares - float_squares("hooi", xp, core) if math.isfinite(squares) else math.inf
+    captured = float_squares("hooi", xp, core) if captured is None and most and math.isfinite(squares) else captured
+    error = math.inf if captured is None else squares - captured
     # A mode of full rank has nothing to improve, and turning the tensor along it changes no other mode's basis.
     full = [k for k, r in enumerate(ranks) if r == x.shape[k]]
     modes = [k for k in by_shrinkage(x.shape, ranks) if k not in full]
     last_gain, sweeps = math.inf, 0
     while sweeps < most:
         core = None  # no two are held
-        core, sweeps = _sweep(xp, x, modes, factors), sweeps + 1
+        core, sweeps = _sweep(_Rest(xp, x), modes, factors).formed(), sweeps + 1
         if not math.isfinite(squares):
             continue
         before, error = error, max(squares - float_squares("hooi", xp, core), 0.0)
@@ -188,24 +224,26 @@ def hooi_of(
         last_gain = gain
     if sweeps:
         core = multi_mode_dot(core, [factors[k] for k in full], modes=full, transpose=True)
+    elif core is None:
+        core = multi_mode_dot(x, factors, transpose=True)
     return replace(start, core=core, factors=factors), sweeps
 
 
-def _sweep(xp: Namespace, partial: Array, modes: list[int], factors: list[Array]) -> Array:
-    """Update the factors of ``modes`` in place and return the core after the last of them.
+def _sweep(rest: _Rest, modes: list[int], factors: list[Array]) -> _Rest:
+    """Update the factors of ``modes`` in place and return what the last of them leaves: the core.
 
-    ``partial`` is X multiplied by the transposed factors of all other modes. Each half of the modes is updated from
-    ``partial`` times the factors of the other half, so products are shared along a binary tree: two products with X a
+    ``rest`` is X multiplied by the transposed factors of all other modes. Each half of the modes is updated from
+    ``rest`` times the factors of the other half, so products are shared along a binary tree: two products with X a
     sweep, not N.
     """
     if len(modes) == 1:
         (mode,) = modes
-        factors[mode] = mode_basis(xp, partial, mode, 0.0, factors[mode].shape[1]).vectors
-        return multi_mode_dot(partial, [factors[mode]], modes=modes, transpose=True)
+        factors[mode] = rest.basis(mode, 0.0, factors[mode].shape[1]).vectors
+        rest.waiting[mode] = factors[mode]
+        return rest
     first, second = modes[0::2], modes[1::2]
-    _sweep(xp, multi_mode_dot(partial, [factors[m] for m in second], modes=second, transpose=True), first, factors)
-    rest = multi_mode_dot(partial, [factors[m] for m in first], modes=first, transpose=True)
-    return _sweep(xp, rest, second, factors)
+    _sweep(rest.times({m: factors[m] for m in second}, shared=len(first) > 1), first, factors)
+    return _sweep(rest.times({m: factors[m] for m in first}, shared=len(second) > 1), second, factors)
 
 
 def gain_to_come(gain: float, last_gain: float, steps: int) -> float:

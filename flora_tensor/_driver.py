@@ -104,14 +104,14 @@ def fit_to(
     del spectrum  # its bases are as large as all ranks
     if kept:  # a mode that is not cut may have more directions than the others now carry
         start = all_orthogonal(ready.xp, start)
-    result, sweeps = hooi_of(ready.xp, ready.x, start, MOST_SWEEPS, ENOUGH, ready.squares)
+    captured, start = float_squares("tucker", ready.xp, start.core), replace(start, core=None)
+    result, sweeps = hooi_of(ready.xp, ready.x, start, MOST_SWEEPS, ENOUGH, ready.squares, captured)
     if target.max_parameters is None:
         squares = ready.norm() ** 2
         spare = target.rtol**2 * squares - squared_residual(ready.xp, stop_gradient(ready.x), result, squares)
         if spare < 0:  # where the error is all but rounding, sweeps may raise it
-            result = start
+            result = replace(start, core=multi_mode_dot(ready.x, start.factors, transpose=True))
         else:
-            del start
             result, kept = _trimmed(ready.xp, result, shape, spare, whole, kept)
     return Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi{why}", kept)
 
@@ -175,7 +175,8 @@ def _fit_directly(ready: Prepared, target: Target, method: Method, rng: Random) 
     if method == "st_hosvd" or len(x.shape) <= 2:
         return Fit(result, lower, upper, f"st_hosvd: {why}")
     if is_differentiated(x) or math.prod(x.shape) > _SMALL:
-        result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares)
+        captured, result = float_squares("tucker", xp, result.core), replace(result, core=None)
+        result, sweeps = hooi_of(xp, x, result, MOST_SWEEPS, ENOUGH, squares, captured)
         return Fit(result, lower, upper, f"st_hosvd, then {sweeps} sweeps of hooi: {why}")
     starts = {"st_hosvd": result, "hosvd": hosvd_of(xp, x, target, squares)}
     ends = {s: hooi_of(xp, x, t, MOST_SWEEPS, _SHARE_OF_ENOUGH * ENOUGH, squares) for s, t in starts.items()}

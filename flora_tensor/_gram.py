@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import mode_dot, multi_mode_dot
+from flora_tensor.algebra import mode_dot, multi_mode_dot, product_slabs
 
 # Matrices from this size on go to SciPy.
 _LARGE = 128
@@ -90,16 +90,26 @@ class Grams:
 
     def _sum(self, run: range) -> Any:
         """Sum the Gram matrix of a run of modes, seen as one, over parts of the tensor; without the run's factors."""
-        factors = {k: u for k, u in self.factors.items() if k not in run}
-        free = [k for k in range(self.x.ndim) if k not in factors and k not in run]
-        if not factors or not free:
-            return gram_of(_joined(_projected(self.x, factors), run), run.start)
-        along, gram = max(free, key=lambda k: self.x.shape[k]), None
-        rows = max(1, 2 * _BLOCK * self.x.shape[along] // self.x.size)
-        for start in range(0, self.x.shape[along], rows):
-            part = self.x[(*(slice(None),) * along, slice(start, start + rows))]
-            gram = gram_of(_joined(_projected(part, factors), run), run.start, gram)
+        gram = None
+        for part in self._parts({k: u for k, u in self.factors.items() if k not in run}, run):
+            gram = gram_of(_joined(part, run), run.start, gram)
+            del part  # before the next one is made
         return gram
+
+    def _parts(self, factors: Mapping[int, Any], run: range) -> Iterator[Any]:
+        """Cut the product with factors along a long mode of them, or along a mode without one, but not along a run."""
+        x, free = self.x, [k for k in range(self.x.ndim) if k not in factors and k not in run]
+        long = max(factors, key=lambda k: factors[k].shape[0], default=None)
+        if long is not None and factors[long].shape[0] > SHORT:
+            steps = [(k, u.conj().T) for k, u in factors.items()]
+            yield from (slab for _, slab in product_slabs(array_api_compat.array_namespace(x), x, steps, long))
+        elif not factors or not free:
+            yield _projected(x, factors)
+        else:
+            along = max(free, key=lambda k: x.shape[k])
+            rows = max(1, 2 * _BLOCK * x.shape[along] // x.size)
+            for start in range(0, x.shape[along], rows):
+                yield _projected(x[(*(slice(None),) * along, slice(start, start + rows))], factors)
 
 
 def is_long_pass(x: Any) -> bool:

@@ -24,6 +24,7 @@ from flora_tensor._algorithms import (
 )
 from flora_tensor._arrays import (
     array_namespace,
+    float_squares,
     result_dtype,
     times_power_of_two,
     widest_dtype,
@@ -219,7 +220,9 @@ def hooi(
     if not enough >= 0:
         raise ValueError(f"hooi: tolerance is {enough}; pass 0 or more")
     start = _start(ready, wanted, init)
-    result, _ = hooi_of(ready.xp, ready.x, start, most, enough, ready.squares)
+    captured = None if ready.squares is None else float_squares("hooi", ready.xp, start.core)
+    start = replace(start, core=None)  # no two are held
+    result, _ = hooi_of(ready.xp, ready.x, start, most, enough, ready.squares, captured)
     result = left_whole(ready.xp, all_orthogonal(ready.xp, result), whole_modes(ranks))
     return finished("hooi", x, result, ready.exponent)
 
