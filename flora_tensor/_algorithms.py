@@ -116,7 +116,7 @@ def st_hosvd_of(
 
 
 class _Rest:
-    """A tensor multiplied by factors of some modes, as ST-HOSVD and HOOI meet it; formed where that is worth its memory.
+    """A product with factors, as ST-HOSVD and HOOI meet it, formed where that is worth its memory.
 
     Short modes shrink it by little: by their factors it is multiplied along with that of the next long mode, and until
     then only its Gram matrices are summed. So they are where the product is too large to be held beside one of them: it

@@ -102,13 +102,13 @@ def mode_basis(
     return _first(Basis(vectors, values), keep)
 
 
-def mode_values(xp: Namespace, x: Array, mode: int, grams: Grams | None = None) -> Array:
+def mode_values(xp: Namespace, x: Array, mode: int, accuracy: float = 0.0, grams: Grams | None = None) -> Array:
     """Return only the singular values of an unfolding, as `mode_basis` would, for a fraction of its cost."""
     grams = grams or grams_of(x)
-    if grams is None or is_differentiated(x) or not by_gram(xp, x, mode, 0.0):
-        return mode_basis(xp, x, mode, 0.0, 0).values
+    if grams is None or is_differentiated(x) or not by_gram(xp, x, mode, accuracy):
+        return mode_basis(xp, x, mode, accuracy, 0).values
     if _is_long(x, mode):
-        return mode_values(xp, hermitian(xp, unfold(x, mode)), 0)
+        return mode_values(xp, hermitian(xp, unfold(x, mode)), 0, accuracy)
     gram = grams.of(mode)
     k = settle(gram.T, epsilon(xp, x.dtype) ** 4)
     return _roots(xp, x, grams, eigenvalues(gram), k)
@@ -117,7 +117,7 @@ def mode_values(xp: Namespace, x: Array, mode: int, grams: Grams | None = None) 
 def all_mode_values(xp: Namespace, x: Array) -> list[Array]:
     """Return the singular values of every unfolding; short modes side by side share a pass over the tensor."""
     grams = grams_of(x)
-    return [mode_values(xp, x, mode, grams) for mode in range(len(x.shape))]
+    return [mode_values(xp, x, mode, 0.0, grams) for mode in range(len(x.shape))]
 
 
 def by_gram(xp: Namespace, x: Array, mode: int, accuracy: float) -> bool:

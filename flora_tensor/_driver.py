@@ -30,16 +30,13 @@ from flora_tensor._rank_search import partial_ranks
 from flora_tensor._residual import residual_norm as host_residual_norm
 from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
-from flora_tensor._unformed import UnformedSpectrum
+from flora_tensor._unformed import RELIABLE, UnformedSpectrum
 from flora_tensor.algebra import LARGE, multi_mode_dot
 from flora_tensor.spectra import spectrum_of
 from flora_tensor.tucker_tensor import TuckerTensor, reconstruct
 
 Method = Literal["auto", "hosvd", "st_hosvd", "hooi", "randomized"]
 Random = int | np.random.Generator | None
-
-# ‖X‖² − ‖G‖² is a squared error to four digits while it stands this many ε above the rounding of ‖X‖².
-RELIABLE = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,8 @@ def fit_to(
         why = ": their bases are not small beside the sizes"
     else:
         why = ", differentiable" if method == "auto" else ", as asked"
-    spectrum = _spectrum(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy)
+    allowed = None if target.max_parameters is not None else target.rtol**2
+    spectrum = _spectrum(ready._replace(x=stop_gradient(ready.x), exponent=0), target.accuracy, allowed)
     chosen, kept = _best_ranks(spectrum, shape, target, whole)
     if method not in ("auto", "hooi"):
         return _fit_directly(ready, Target(chosen), method, rng)
@@ -116,10 +114,15 @@ def fit_to(
     return Fit(result, lower, upper, f"hosvd at the best ranks, then {sweeps} sweeps of hooi{why}", kept)
 
 
-def _spectrum(ready: Prepared, accuracy: float = 0.0) -> Spectrum:
-    """Compute the full HOSVD; of a large tensor without its core, which takes as much memory."""
-    large = len(ready.x.shape) > 2 and array_api_compat.is_numpy_array(ready.x) and ready.x.size >= LARGE
-    return UnformedSpectrum.of(ready, accuracy) if large else spectrum_of(ready, accuracy)
+def _spectrum(ready: Prepared, accuracy: float, allowed: float | None) -> Spectrum:
+    """Compute the full HOSVD; of a large tensor without its core, which takes as much memory.
+
+    ``allowed`` is the share of the squared norm that a choice of ranks may lose, where it is known.
+    """
+    if len(ready.x.shape) <= 2 or not array_api_compat.is_numpy_array(ready.x) or ready.x.size < LARGE:
+        return spectrum_of(ready, accuracy)
+    cut = allowed is None or allowed > RELIABLE * epsilon(ready.xp, ready.x.dtype)
+    return UnformedSpectrum.of(ready, accuracy, cut=cut)
 
 
 def _best_ranks(
@@ -244,7 +247,7 @@ def _truncated(xp: Namespace, x: Array, spectrum: Spectrum, ranks: tuple[int, ..
     """Truncate a full HOSVD; recompute the bases of ``x`` where somebody differentiates through it."""
     if is_differentiated(x):
         return hosvd_of(xp, x, Target(ranks))
-    factors = [u[:, :r] for u, r in zip(spectrum.factors, ranks)]
+    factors = spectrum.leading(ranks)
     if spectrum.core is None:  # not formed
         factors = [xp.asarray(u, copy=True) for u in factors]  # nor is more of the bases to be held from here on
         core = multi_mode_dot(x, factors, transpose=True)
@@ -265,7 +268,7 @@ def _trimmed(
     left = float_squares("tucker", xp, result.core)
     if spare <= 0 or left == 0:
         return result, kept
-    inner = _spectrum(Prepared(xp, stop_gradient(result.core), 0, left))
+    inner = _spectrum(Prepared(xp, stop_gradient(result.core), 0, left), 0.0, spare / left)
     chosen = partial_ranks(inner, shape, whole, relative_squares=spare / left)
     if chosen is None or chosen[0] == tuple(result.core.shape):
         return result, kept

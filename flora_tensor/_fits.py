@@ -19,10 +19,11 @@ from flora_tensor._arrays import (
     working_dtype,
 )
 from flora_tensor._checks import feasible_ranks
-from flora_tensor._driver import RELIABLE, Fit, Method, Random, fit_to, residual_norm
+from flora_tensor._driver import Fit, Method, Random, fit_to, residual_norm
 from flora_tensor._prepared import Prepared, like, on_host
 from flora_tensor._spectrum import ModeSpectra
 from flora_tensor._typing import Array
+from flora_tensor._unformed import RELIABLE
 from flora_tensor.ranks import certificate_of
 from flora_tensor.tucker_tensor import TuckerTensor
 

@@ -28,10 +28,10 @@ _BLOCK, _COLUMNS = 1 << 17, 256
 # that a pass over it counts.
 SHORT, _LONG_PASS = 64, 1 << 16
 
-# Up to this share of its eigenvectors, inverse iteration takes less time than divide and conquer for all of them
-# (measured on flat, decaying, graded and clustered spectra and on low rank). LAPACK's MRRR is as fast, but fails (code
-# 22) on some spectra that consist of clusters.
-_FEW = 1 / 3
+# Up to this share of its eigenvectors, inverse iteration takes about the time of divide and conquer for all of them (up
+# to a third, less; measured on flat, decaying, graded and clustered spectra and on low rank), and half of its memory.
+# LAPACK's MRRR is as fast, but fails (code 22) on some spectra that consist of clusters.
+_FEW = 1 / 2
 
 # Eigenvectors that are copied at a time.
 _TOGETHER = 32

@@ -91,6 +91,10 @@ class Spectrum:
         """The type that the numbers were computed in, as NumPy's."""
         return to_numpy(self.values[0] if self.core is None else self.core).dtype
 
+    def leading(self, ranks: Sequence[int]) -> list[Array]:
+        """Return the leading left singular vectors of every mode, (I_k, r_k), so many as the ranks say."""
+        return [u[:, :r] for u, r in zip(self.factors, ranks)]
+
     @cached_property
     def exponent(self) -> int:
         """The power of two near ‖X‖; squares are kept in units of 4**exponent, whatever the magnitude of the data."""
