@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import array_api_compat
 import numpy as np
 
 from flora_tensor._arrays import (
@@ -208,7 +209,8 @@ def hooi_of(
         most, squares = min(most, 5), math.inf
     captured = float_squares("hooi", xp, core) if captured is None and most and math.isfinite(squares) else captured
     error = math.inf if captured is None else squares - captured
-    # A mode of full rank has nothing to improve, and turning the tensor along it changes no other mode's basis.
+    # A mode of full rank has nothing to improve, and turning the tensor along it changes no other mode's basis: it is
+    # left as it is.
     full = [k for k, r in enumerate(ranks) if r == x.shape[k]]
     modes = [k for k in by_shrinkage(x.shape, ranks) if k not in full]
     last_gain, sweeps = math.inf, 0
@@ -223,7 +225,8 @@ def hooi_of(
             break
         last_gain = gain
     if sweeps:
-        core = multi_mode_dot(core, [factors[k] for k in full], modes=full, transpose=True)
+        for k in full:
+            factors[k] = xp.eye(x.shape[k], dtype=x.dtype, device=array_api_compat.device(x))
     elif core is None:
         core = multi_mode_dot(x, factors, transpose=True)
     return replace(start, core=core, factors=factors), sweeps
@@ -266,9 +269,11 @@ def all_orthogonal(xp: Namespace, result: Truncation) -> Truncation:
     if _is_diagonal(result.core):
         return with_fixed_factors(xp, result)
     inner = [basis.vectors for basis in mode_bases(xp, result.core)]
-    core = multi_mode_dot(result.core, inner, transpose=True)
     factors = [xp.matmul(u, v) for u, v in zip(result.factors, inner)]
-    return with_fixed_factors(xp, replace(result, core=core, factors=factors))
+    # Signs are fixed before the core is made: no third one is held.
+    phases = [None if 0 in u.shape else phases_of(xp, stop_gradient(u))[None, :] for u in factors]
+    inner, factors = ([u if p is None else u * p for u, p in zip(each, phases)] for each in (inner, factors))
+    return replace(result, core=multi_mode_dot(result.core, inner, transpose=True), factors=factors)
 
 
 def _is_diagonal(core: Array) -> bool:

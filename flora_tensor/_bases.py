@@ -33,13 +33,19 @@ from flora_tensor._arrays import (
     stop_gradient,
     times_power_of_two,
 )
-from flora_tensor._gram import Grams, eigenvalues, leading_eigenvectors, settle
+from flora_tensor._gram import Grams, eigenvalues, leading_eigenvectors, orthonormal_factor, settle
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import unfold
 
 # Relative size of the smallest singular value that a Gram matrix in float64 still resolves, with a margin.
 GRAM_FLOOR = 1e-7
 
+
+# Matrices from so many entries on are factorized in place: NumPy's `qr` holds them four times in float64.
+_LARGE_QR = 1 << 16
+
+# Random numbers that are drawn at a time.
+_DRAWN = 1 << 16
 
 # Entries of an unfolding on a device that are cast to float64 at a time.
 _DEVICE_BLOCK = 1 << 24
@@ -225,6 +231,8 @@ def below_reach(xp: Namespace, basis: Basis, rank: int) -> bool:
 
 def orthonormal_columns(xp: Namespace, matrix: Array) -> Array:
     """Return Q of the QR factorization of a tall matrix."""
+    if array_api_compat.is_numpy_array(matrix) and matrix.shape[0] >= matrix.shape[1] and matrix.size >= _LARGE_QR:
+        return orthonormal_factor(matrix, epsilon(xp, matrix.dtype) ** 4)
     return xp.linalg.qr(_near_one(xp, matrix)[0])[0]
 
 
@@ -264,6 +272,14 @@ def complement(xp: Namespace, old: Array, new: Array) -> Array:
 
 def gaussian(xp: Namespace, x: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
     """Draw a matrix of standard normal numbers, of the type and on the device of ``x``; the same for every library."""
+    if array_api_compat.is_numpy_array(x):
+        drawn: Any = np.empty(shape, x.dtype)
+        step = max(1, _DRAWN // max(shape[1], 1))
+        for part in (drawn.real, drawn.imag) if np.iscomplexobj(drawn) else (drawn,):
+            for start in range(0, shape[0], step):  # never all in float64
+                rows = part[start : start + step]
+                rows[...] = generator.standard_normal(rows.shape)
+        return drawn
     real = generator.standard_normal(shape)
     drawn = real + 1j * generator.standard_normal(shape) if is_complex(xp, x.dtype) else real
     return xp.astype(xp.asarray(drawn, device=array_api_compat.device(x)), x.dtype, copy=False)

@@ -286,6 +286,19 @@ def _times_reflectors(reflectors: Any, tau: Any, vectors: Any) -> Any:
     return _lapack(name, reflectors, "L", "N", below, tau, vectors, lwork=work, overwrite_c=1)[0]
 
 
+def orthonormal_factor(matrix: Any, floor: float) -> Any:
+    """Return Q of the QR factorization of a tall matrix, in float64 (complex128) and in place of a copy.
+
+    Entries up to ``floor`` of the largest are dropped, as by `settle`.
+    """
+    wide = np.array(matrix, np.result_type(matrix, np.float64), order="F")
+    settle(wide.T, floor)
+    work = 64 * wide.shape[1]
+    reflectors, tau, _ = _lapack("geqrf", wide, wide, lwork=work, overwrite_a=1)
+    name = "ungqr" if np.iscomplexobj(wide) else "orgqr"
+    return np.ascontiguousarray(_lapack(name, wide, reflectors, tau, lwork=work, overwrite_a=1)[0], matrix.dtype)
+
+
 def _lapack(name: str, like: Any, *arguments: Any, **options: Any) -> tuple[Any, ...]:
     """Call a routine of LAPACK for the type of ``like``; return what it found, without its code of success."""
     from scipy.linalg import get_lapack_funcs

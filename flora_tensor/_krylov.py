@@ -59,13 +59,15 @@ class KrylovSpace:
         self.xp, self.x, self.mode, self.block = xp, x, mode, block
         self.generator = generator
         self.basis: Array = None
-        self.rows: list[Array] = []  # X projected onto the blocks of the basis
+        self.rows: list[
+            Array
+        ] = []  # X projected onto the blocks of the basis, without the first ones that were dropped
         self.products = 0
 
     @property
     def width(self) -> int:
         """How many directions the basis holds."""
-        return self.block * len(self.rows)
+        return 0 if self.basis is None else self.basis.shape[1]
 
     def grow(self, *, fresh: bool = False) -> None:
         """Add a block of directions; ``fresh`` ones do not follow from those before."""
@@ -74,22 +76,42 @@ class KrylovSpace:
             columns = math.prod(x.shape) // x.shape[mode]
             across = gaussian(xp, x, (columns, self.block), self.generator)
         else:
-            # Orthonormal, not the rows themselves: these would square the singular values of what is sought, and lose
-            # below √ε of the largest.
-            rows = hermitian(xp, unfold(self.rows[-1], mode))
-            across = _normalized(rows)[0] if isinstance(rows, np.ndarray) else None
-            across = orthonormal_columns(xp, rows) if across is None else across
-        new = _extension(xp, self.basis, _times_rest(xp, x, mode, across))
+            across = orthonormal_rows(xp, unfold(self.rows[-1], mode))
+        new = _extension(xp, self.basis, times_rest(xp, x, mode, across))
         self.basis = new if self.basis is None else xp.concat([self.basis, new], axis=1)
         self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
         self.products += 2
 
     def joined(self) -> Array:
-        """Return X projected onto the whole basis; ``rows`` become views of it, so that both are held once."""
-        whole = self.xp.concat(self.rows, axis=self.mode)
-        before, ends = (slice(None),) * self.mode, range(0, self.width, self.block)
-        self.rows = [whole[(*before, slice(start, start + self.block))] for start in ends]
+        """Return X projected onto the whole basis, of which no block is held any longer."""
+        rows, self.rows = self.rows, [self.rows[-1]]
+        here = (slice(None),) * self.mode
+        if not array_api_compat.is_numpy_array(self.x):
+            first = self.basis[:, : self.width - self.block * len(rows)]
+            known = [multi_mode_dot(self.x, [first], modes=[self.mode], transpose=True)] if first.shape[1] else []
+            return self.xp.concat([*known, *rows], axis=self.mode)
+        whole = np.empty([self.width if k == self.mode else n for k, n in enumerate(self.x.shape)], self.x.dtype)
+        stop = self.width
+        while rows:
+            part = rows.pop()  # free once it is copied
+            whole[(*here, slice(stop - self.block, stop))] = part
+            stop -= self.block
+        if stop:
+            whole[(*here, slice(stop))] = multi_mode_dot(
+                self.x, [self.basis[:, :stop]], modes=[self.mode], transpose=True
+            )
         return whole
+
+
+def orthonormal_rows(xp: Namespace, rows: Array) -> Array:
+    """Return orthonormal columns (p, b) that span the conjugate transpose of rows (b, p).
+
+    Products with these, not with the rows themselves: they would square the singular values of what is sought, and lose
+    those below √ε of the largest.
+    """
+    columns = hermitian(xp, rows)
+    across = _normalized(columns)[0] if isinstance(columns, np.ndarray) else None
+    return orthonormal_columns(xp, columns) if across is None else across
 
 
 def _extension(xp: Namespace, basis: Array | None, new: Array) -> Array:
@@ -244,7 +266,7 @@ def columns_at_a_time(x: Array, mode: int) -> int:
     return max(1, max(_AT_A_TIME, math.prod(x.shape) // 16) // x.shape[mode])
 
 
-def _times_rest(xp: Namespace, x: Array, mode: int, matrix: Array) -> Array:
+def times_rest(xp: Namespace, x: Array, mode: int, matrix: Array) -> Array:
     """Multiply an unfolding (n, p) by a matrix (p, b) from the right, without copying the unfolding."""
     total, at = None, 0
     for part in column_blocks(xp, x, mode, columns_at_a_time(x, mode)):

@@ -17,12 +17,12 @@ from functools import cached_property
 
 import numpy as np
 
-from flora_tensor._arrays import epsilon, float_squares, hermitian, suffix_sums, to_numpy
+from flora_tensor._arrays import epsilon, float_squares, suffix_sums, to_numpy
 from flora_tensor._bases import gaussian, orthonormal_columns
 from flora_tensor._gram import column_blocks
-from flora_tensor._krylov import KrylovSpace, columns_at_a_time
+from flora_tensor._krylov import KrylovSpace, columns_at_a_time, orthonormal_rows, times_rest
 from flora_tensor._prepared import Prepared
-from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray
+from flora_tensor._rank_errors import ErrorTable, FloatArray, IntArray, rank_grid
 from flora_tensor._spectrum import Spectrum
 from flora_tensor._typing import Array, Namespace
 from flora_tensor.algebra import multi_mode_dot, unfold
@@ -66,14 +66,15 @@ class PartialSpectrum(Spectrum):
     @cached_property
     def table(self) -> ErrorTable:
         """The errors of all rank tuples within the core, and of some beyond it."""
-        inside = Spectrum(self.values, self.core, (), self.norm, tuple(self.core.shape)).table
-        total, sizes = inside.total + self._missed, [len(points) for points in inside.grid]
         beyond = [self._beyond(mode, most) for mode, most in enumerate(self.max_ranks)]
-        grid = tuple(np.concatenate([g, points]) for g, (points, _) in zip(inside.grid, beyond))
-        errors = np.empty([len(g) for g in grid])  # filled in place: nothing beside the core is as large
+        grid, room = rank_grid(self.core.shape), [len(points) for points, _ in beyond]
+        inside = ErrorTable.of_core(
+            to_numpy(self.core), self.exponent, grid, room
+        )  # nothing beside the core is as large
+        errors, total, sizes = inside.errors, inside.total + self._missed, [len(points) for points in grid]
+        grid = tuple(np.concatenate([g, points]) for g, (points, _) in zip(grid, beyond))
         here = [slice(size) for size in sizes]
-        np.add(inside.errors, self._missed, out=errors[tuple(here)])
-        del inside
+        errors[tuple(here)] += self._missed
         for mode, (size, (_, gains)) in enumerate(zip(sizes, beyond)):
             last = errors[(*here[:mode], slice(size - 1, size), *here[mode + 1 :])]
             shape = [-1 if k == mode else 1 for k in range(errors.ndim)]
@@ -251,7 +252,7 @@ def _spectrum(
     for k in sorted(range(len(core.shape)), key=lambda k: -core.shape[k]):
         if k == mode or 2 * widths[k] >= core.shape[k]:
             continue
-        bases[k] = _leading_range(xp, unfold(core, k), widths[k], generator)
+        bases[k] = _leading_range(xp, core, k, widths[k], generator)
         projected = multi_mode_dot(core, [bases[k]], modes=[k], transpose=True)
         missed += _outside(xp, core, k, bases[k], projected, space.squares)
         core = projected
@@ -270,15 +271,16 @@ def _outside(xp: Namespace, x: Array, mode: int, basis: Array, projected: Array,
     return sum(float_squares("tucker", xp, part - xp.matmul(basis, inside)) for part, inside in parts)
 
 
-def _leading_range(xp: Namespace, matrix: Array, size: int, generator: np.random.Generator) -> Array:
-    """Return an orthonormal basis that nearly holds the leading left singular vectors of a matrix.
+def _leading_range(xp: Namespace, x: Array, mode: int, size: int, generator: np.random.Generator) -> Array:
+    """Return an orthonormal basis that nearly holds the leading left singular vectors of an unfolding.
 
     Halko, Martinsson and Tropp, *Finding structure with randomness*, SIAM Review 53 (2011), algorithm 4.4.
     """
-    if matrix.shape[1] <= size:
-        return orthonormal_columns(xp, matrix)
-    basis = orthonormal_columns(xp, xp.matmul(matrix, gaussian(xp, matrix, (matrix.shape[1], size), generator)))
+    columns = math.prod(x.shape) // x.shape[mode]
+    if columns <= size:
+        return orthonormal_columns(xp, unfold(x, mode))
+    basis = orthonormal_columns(xp, times_rest(xp, x, mode, gaussian(xp, x, (columns, size), generator)))
     for _ in range(2):
-        across = orthonormal_columns(xp, xp.matmul(hermitian(xp, matrix), basis))
-        basis = orthonormal_columns(xp, xp.matmul(matrix, across))
+        across = orthonormal_rows(xp, unfold(multi_mode_dot(x, [basis], modes=[mode], transpose=True), mode))
+        basis = orthonormal_columns(xp, times_rest(xp, x, mode, across))
     return basis

@@ -35,7 +35,7 @@ _MAX_TABLE = 1 << 25
 _SMALL_TABLE = 1 << 16
 
 # Entries of the core that are squared at a time.
-_SLAB = 1 << 18
+_SLAB = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +47,24 @@ class ErrorTable:
     total: float
 
     @classmethod
-    def of_core(cls, core: npt.NDArray[Any], exponent: int, grid: tuple[IntArray, ...]) -> "ErrorTable":
-        """Build the table of a core at the points of ``grid``, each from 0 to the core's size."""
+    def of_core(
+        cls, core: npt.NDArray[Any], exponent: int, grid: tuple[IntArray, ...], room: Sequence[int] = ()
+    ) -> "ErrorTable":
+        """Build the table of a core at the points of ``grid``, each from 0 to the core's size; see `of_slabs`."""
         mode = longest_mode(core.shape)
-        return cls.of_slabs(((slab[mode].start, core[slab]) for slab in _slabs(core.shape)), exponent, grid, mode)
+        slabs = ((slab[mode].start, core[slab]) for slab in _slabs(core.shape))
+        return cls.of_slabs(slabs, exponent, grid, mode, room)
 
     @classmethod
-    def of_slabs(cls, slabs: Slabs, exponent: int, grid: tuple[IntArray, ...], mode: int) -> "ErrorTable":
-        """Build the table of a core that is given as slabs of ``mode``, each with the index that it starts at."""
+    def of_slabs(
+        cls, slabs: Slabs, exponent: int, grid: tuple[IntArray, ...], mode: int, room: Sequence[int] = ()
+    ) -> "ErrorTable":
+        """Build the table of a core that is given as slabs of ``mode``, each with the index that it starts at.
+
+        ``room`` for so many points more of each mode is left in its memory, for the caller to fill.
+        """
         shape = tuple(len(points) - 1 for points in grid)
-        errors = _table(shape, lambda out: _add_blocks(out, slabs, exponent, grid, mode))
+        errors = _table(shape, lambda out: _add_blocks(out, slabs, exponent, grid, mode), room)
         return cls(errors, grid, float(errors[(0,) * errors.ndim]))
 
     def up_to(self, caps: Sequence[int]) -> "ErrorTable":
@@ -126,7 +134,7 @@ def discarded(core: npt.NDArray[Any], exponent: int, ranks: tuple[int, ...]) -> 
     return total
 
 
-def _table(shape: tuple[int, ...], write: Callable[[FloatArray], None]) -> FloatArray:
+def _table(shape: tuple[int, ...], write: Callable[[FloatArray], None], room: Sequence[int] = ()) -> FloatArray:
     """Sum the boxes of `spectra.error_table`; ``write`` fills an array of ``shape`` with the core's squares.
 
     The longest mode is worked on last, where sums run along contiguous memory. Its box is as large as the table: the
@@ -134,7 +142,9 @@ def _table(shape: tuple[int, ...], write: Callable[[FloatArray], None]) -> Float
     """
     order = sorted(range(len(shape)), key=lambda k: (shape[k], k))
     last, back = len(shape) - 1, np.argsort(order)
-    errors = np.zeros(tuple(shape[k] + 1 for k in order))
+    sizes = tuple(shape[k] + 1 for k in order)
+    whole = np.zeros(tuple(size + room[k] for size, k in zip(sizes, order)) if room else sizes)
+    errors = whole[tuple(slice(size) for size in sizes)]
     squares = errors[(*(slice(1, None),) * last, slice(None, -1))]
     write(np.transpose(squares, back))
     # `free` of a mode has shape (n_0, …, n_mode), summed over the modes behind it; its box has one entry more a mode.
@@ -145,13 +155,17 @@ def _table(shape: tuple[int, ...], write: Callable[[FloatArray], None]) -> Float
         box = errors if mode == last else np.zeros(tuple(n + 1 for n in free[mode].shape))
         if mode < last:
             box[(*(slice(1, None),) * mode, slice(None, -1))] = free[mode]
-        reverse = box[..., ::-1]
-        np.cumsum(reverse, axis=-1, out=reverse)
+        # NumPy sums up in place by way of a copy of the whole.
+        for at in np.ndindex(box.shape[:-2]):
+            reverse = box[at][..., ::-1]
+            np.cumsum(reverse, axis=-1, out=reverse)
         for before in range(mode):
-            np.cumsum(box, axis=before, out=box)
+            rows = np.moveaxis(box, before, 0)
+            for i in range(1, len(rows)):
+                rows[i] += rows[i - 1]
         if mode < last:
             errors += box.reshape(box.shape + (1,) * (last - mode))
-    return np.transpose(errors, back)
+    return np.transpose(whole, back)
 
 
 def _add_blocks(sums: FloatArray, slabs: Slabs, exponent: int, grid: tuple[IntArray, ...], longest: int) -> None:

@@ -44,7 +44,7 @@ _SHORT, _JOINED = 64, 1 << 12
 _BAND, _BAND_ROWS, _BAND_INNER = 1 << 21, 64, 128
 
 # Tensors from this many entries on are multiplied along several modes in so many parts, to save memory.
-LARGE, PARTS = 1 << 20, 16
+LARGE, PARTS = 1 << 19, 16
 
 
 def unfold(x: Array, mode: int) -> Array:
