@@ -5,11 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import flora_tensor as ft
+from flora_tensor import _algorithms
+from flora_tensor._arrays import array_namespace
+from flora_tensor._bases import gaussian, orthonormal_columns
 from flora_tensor._gram import Grams, eigenvalues, leading_eigenvectors
+from flora_tensor._krylov import KrylovSpace
 from support import (
+    as_array,
     distance,
+    for_all,
     frobenius,
     normal,
     orthonormal,
@@ -159,3 +166,61 @@ def test_products_that_are_copied_for_speed_are_the_products(dtype: str):
     matrix = normal(rng, (520, 260), dtype).astype(dtype)
     expected = np.moveaxis(np.tensordot(matrix.astype(complex), x, axes=(1, 1)), 0, 1)
     assert distance(ft.mode_dot(x, matrix, 1), expected) <= tolerance(dtype, norm=frobenius(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("ranks", [(90, 80, 3, 3), (90, 80, 2, 3)])
+def test_a_product_that_is_not_held_gives_what_a_formed_one_does(ranks, dtype, monkeypatch):
+    """Gram matrices of the truncations of ST-HOSVD and HOOI, summed over slabs, against those of the whole product."""
+    x = normal(np.random.default_rng(0), (150, 140, 3, 3), dtype).astype(dtype)
+    runs = {"st_hosvd": lambda: ft.st_hosvd(x, ranks), "hooi": lambda: ft.hooi(x, ranks, max_sweeps=2)}
+    formed = {name: run() for name, run in runs.items()}
+    slabs: list[int] = []
+    monkeypatch.setattr(_algorithms, "LARGE", 1)
+    monkeypatch.setattr(_algorithms, "_MUCH", 0.0)
+    parts = Grams._parts
+
+    def counted(self: Grams, factors: Any, run: range) -> Any:
+        slabs.append(0)
+        for part in parts(self, factors, run):
+            slabs[-1] += 1
+            yield part
+
+    monkeypatch.setattr(Grams, "_parts", counted)
+    for name, run in runs.items():
+        assert distance(run().to_tensor(), formed[name].to_tensor()) <= tolerance(dtype, 150, 140, norm=frobenius(x))
+        assert max(slabs) > 1
+        slabs.clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("shape", [(700, 100), (300, 300)])
+def test_large_orthonormal_columns_span_what_they_should(shape, dtype):
+    matrix = normal(np.random.default_rng(0), shape, dtype) * np.geomspace(1, 1e-3, shape[1])
+    matrix = matrix.astype(dtype)
+    q = orthonormal_columns(np, matrix)
+    assert (q.shape, q.dtype) == (matrix.shape, matrix.dtype)
+    assert distance(q.conj().T @ q, np.eye(shape[1])) <= tolerance(dtype, *shape)
+    assert distance(q @ (q.conj().T @ matrix), matrix) <= tolerance(dtype, *shape, norm=frobenius(matrix))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_random_numbers_drawn_in_parts_are_those_drawn_at_once(dtype):
+    drawn = gaussian(np, np.zeros(1, dtype), (9000, 20), np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    whole = rng.standard_normal((9000, 20))
+    whole = whole + 1j * rng.standard_normal((9000, 20)) if dtype == "complex128" else whole
+    assert same_bits(drawn, whole.astype(dtype))
+
+
+@for_all(mode=st.integers(0, 2))
+def test_rows_of_a_krylov_space_that_were_dropped_come_again(xp, mode):
+    x = as_array(xp, np.random.default_rng(0).standard_normal((20, 18, 16)))
+    space = KrylovSpace(array_namespace("test", x), x, mode, 3, np.random.default_rng(0))
+    for _ in range(2):
+        for _ in range(2):
+            space.grow()
+        joined = to_numpy(space.joined())
+        expected = ft.mode_dot(to_numpy(x), to_numpy(space.basis).T, mode)
+        assert joined.shape[mode] == space.width
+        assert distance(joined, expected) <= tolerance("float64", *x.shape, norm=frobenius(x))

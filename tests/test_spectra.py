@@ -28,6 +28,7 @@ from support import (
     dtype_name,
     for_all,
     frobenius,
+    normal,
     orthonormal,
     same_bits,
     samples,
@@ -331,6 +332,30 @@ def test_errors_are_those_of_the_core_that_is_not_formed(shape, dtype):
     for _ in range(5):
         ranks = tuple(int(rng.integers(0, m + 1)) for m in formed.max_ranks)
         assert unformed.error(ranks) == pytest.approx(formed.error(ranks), rel=1e-4, abs=tolerance(dtype, sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_errors_within_bounds_take_no_more_vectors_than_the_bounds_leave(share, dtype):
+    """What is left out is ‖X‖² − ‖G‖², which rounding moves by c ε ‖X‖²: at 10⁴ ε, 1e-3 of the error allows c = 20."""
+    x = normal(np.random.default_rng(0), (150, 140, 3, 3), dtype).astype(dtype)
+    unformed, full = UnformedSpectrum.of(prepare("test", x), 0.0), ft.error_table(ft.hosvd_spectrum(x).core)
+    low, high = (20, 10, 3, 2), (int(share * 150), int(share * 140), 3, 3)
+    table = unformed.table_within(low, high)
+    assert table is not None
+    assert [u.shape[1] for u in unformed.bases.values()] == [3, 3, *high[:2]]
+    assert [int(points[-1]) for points in table.grid] == list(high)
+    errors = np.ldexp(table.errors, 2 * (unformed.exponent + prepare("test", x).exponent))
+    assert errors == pytest.approx(full[np.ix_(*table.grid)], rel=1e-3, abs=tolerance(dtype, norm=full.flat[0]))
+    assert unformed.error((30, 30, 2, 3)) == pytest.approx(math.sqrt(full[30, 30, 2, 3] / full.flat[0]), rel=1e-3)
+
+
+@given(core=cores(min_dim=1, min_ndim=1), room=st.integers(1, 3))
+def test_a_table_may_have_room_for_more(core, room):
+    grid = tuple(np.arange(n + 1) for n in core.shape)
+    errors = ErrorTable.of_core(core, 0, grid, [room] * core.ndim).errors
+    assert errors.shape == tuple(n + 1 + room for n in core.shape)
+    assert same_bits(np.array(errors[tuple(slice(n + 1) for n in core.shape)]), ft.error_table(core))
 
 
 @given(shape=shapes(min_dim=1, max_dim=300, max_size=10**9, max_ndim=4), most=st.sampled_from((100, 10_000, 1 << 20)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import flora_tensor as ft
 from decomposition_cases import FORCED, for_all, slack, small
-from flora_tensor._driver import RELIABLE
+from flora_tensor._unformed import RELIABLE
 from support import (
     EVERY_DTYPE,
     FLOATING,
