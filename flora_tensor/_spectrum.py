@@ -92,7 +92,22 @@ class Spectrum:
         return to_numpy(self.values[0] if self.core is None else self.core).dtype
 
     def leading(self, ranks: Sequence[int]) -> list[Array]:
-        """Return the leading left singular vectors of every mode, (I_k, r_k), so many as the ranks say."""
+        """Return the leading left singular vectors of every mode.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            How many, one number a mode.
+
+        Returns
+        -------
+        list of array, shape (I_k, r_k)
+            Orthonormal columns: the factors of the truncation to these ranks.
+
+        References
+        ----------
+        De Lathauwer, De Moor and Vandewalle (2000), theorem 2.
+        """
         return [u[:, :r] for u, r in zip(self.factors, ranks)]
 
     @cached_property
