@@ -33,6 +33,9 @@ SHORT, _LONG_PASS = 64, 1 << 16
 # LAPACK's MRRR is as fast, but fails (code 22) on some spectra that consist of clusters.
 _FEW = 1 / 2
 
+# A product that is not held is made in so many slabs at most: along a mode in the middle, each copies the whole tensor.
+_SLABS = 4
+
 # Eigenvectors that are copied at a time.
 _TOGETHER = 32
 
@@ -101,8 +104,8 @@ class Grams:
         x, free = self.x, [k for k in range(self.x.ndim) if k not in factors and k not in run]
         long = max(factors, key=lambda k: factors[k].shape[0], default=None)
         if long is not None and factors[long].shape[0] > SHORT:
-            steps = [(k, u.conj().T) for k, u in factors.items()]
-            yield from (slab for _, slab in product_slabs(array_api_compat.array_namespace(x), x, steps, long))
+            steps, rows = [(k, u.conj().T) for k, u in factors.items()], -(-factors[long].shape[1] // _SLABS)
+            yield from (slab for _, slab in product_slabs(array_api_compat.array_namespace(x), x, steps, long, rows))
         elif not factors or not free:
             yield _projected(x, factors)
         else:

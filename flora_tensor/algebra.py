@@ -384,16 +384,16 @@ def _put_together(xp: Namespace, x: Any, steps: Sequence[tuple[int, Any]]) -> An
 
 
 def product_slabs(
-    xp: Namespace, x: Array, steps: Sequence[tuple[int, Array]], mode: int
+    xp: Namespace, x: Array, steps: Sequence[tuple[int, Array]], mode: int, rows: int = 0
 ) -> Iterator[tuple[int, Array]]:
     """Multiply along several modes, ``mode`` among them, and give the result slab by slab of it, with where it starts.
 
     It takes what multiplying along that mode first takes; of the result and of what lies between no more than a slab is
-    held, a sixteenth of the tensor at most where no mode grows.
+    held, a sixteenth of the tensor at most where no mode grows, or ``rows`` where these are more.
     """
     matrices = dict(steps)
     first = matrices.pop(mode)
-    rows = -(-x.shape[mode] // PARTS)
+    rows = max(rows, -(-x.shape[mode] // PARTS))
     for start in range(0, first.shape[0], rows):
         part, m = promote(xp, x, first[start : start + rows, :])
         yield start, multiply(xp, contract(xp, part, m, mode), list(matrices.items()))
