@@ -65,19 +65,18 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def compute_dtype(x: Tensor, core: Tensor) -> torch.dtype:
-    """Return the type that products are computed in: autocast's, or the parameters'."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if autocasts(x) else core.dtype
-
-
-@dataclass(frozen=True)
-class Frozen:
+class Frozen(NamedTuple):
     """A frozen layer's own product, beside which a chain runs: a step with its weight and bias."""
 
     step: Step
     weight: Tensor
     bias: Tensor | None
+
+
+_NOTHING = contextlib.nullcontext()
+
+# Below so many entries, what a product takes is the calls, and those of ordinary operations take least.
+_SMALL = 2**15
 
 
 class _Plan(NamedTuple):
@@ -126,23 +125,19 @@ def run_chain(
     """
     core = parameters[0]
     assert core is not None
-    dtype = compute_dtype(x, core)
-    beside, added = (out, None) if isinstance(out, Frozen) else (None, out)
-    if transforming():
-        if beside is not None:
-            added = run_step(beside.step, x, beside.weight, beside.bias)
-        with exactly(x):
-            result = _run_plain(chain, x, parameters, scale, dtype)
-            return result if added is None else (added + result).to(added.dtype)
-    narrow = step = weight = bias = None
-    if beside is not None:
-        step, weight, bias = beside.step, beside.weight, beside.bias
-        if weight.dtype != torch.float64 and autocasts(x):
-            narrow = dtype  # autocast leaves float64 alone
+    cast = autocasts(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else core.dtype
+    (step, weight, bias), added = (out, None) if isinstance(out, Frozen) else ((None, None, None), out)
+    # Autocast leaves float64 alone.
+    narrow = dtype if cast and weight is not None and weight.dtype != torch.float64 else None
     plan = _Plan(chain, memory == "low", scale, dtype, narrow, step)
-    if not torch.is_grad_enabled():
-        return _run(plan, x, added, weight, bias, parameters)[0]
-    return _Product.apply(plan, x, added, weight, bias, *parameters)  # type: ignore[no-any-return]
+    with exactly(x) if cast else _NOTHING:
+        known = transforming()
+        if known or (not plan.low and (x if added is None else added).numel() < _SMALL):
+            return _run_plain(plan, x, added, weight, bias, parameters, small=not known)
+        if not torch.is_grad_enabled():
+            return _run(plan, x, added, weight, bias, parameters)[0]
+        return _Product.apply(plan, x, added, weight, bias, *parameters)  # type: ignore[no-any-return]
 
 
 def run_step(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,14 +208,13 @@ def _stages(chain: Chain, parameters: Parameters, scale: float) -> list[list[Ten
     return [made.stages(parameters, scale) for made in chain.made]
 
 
-# From so many entries of the input on, and below this rank, copying a factor costs less than it saves.
-_WORTH_A_COPY = 2**15
+# Below this rank, copying a factor costs less than it saves where the input is not small.
 _THIN = 16
 
 
 def _laid_out(weights: list[Tensor], x: Tensor) -> list[Tensor]:
     """Lay very thin matrices out along their long axis: along the other, BLAS on a CPU takes 1.5 to 5 times as long."""
-    if x.device.type != "cpu" or is_exporting() or x.numel() < _WORTH_A_COPY:
+    if x.device.type != "cpu" or is_exporting() or x.numel() < _SMALL:
         return weights
     return [_along(w) if w.dim() == 2 and min(w.shape) < _THIN else w for w in weights]
 
@@ -229,39 +223,56 @@ def _along(w: Tensor) -> Tensor:
     return w.contiguous() if w.shape[0] < w.shape[1] else w.mT.contiguous().mT
 
 
-def _run_plain(chain: Chain, x: Tensor, parameters: Parameters, scale: float, dtype: torch.dtype) -> Tensor:
-    """Run a chain by ordinary operations, which autograd and all transformations know."""
-    y = _cast(x, dtype)
-    for step, w in zip(chain.steps, _weights(chain, _stages(chain, parameters, scale), dtype)):
-        y = step.run(y, w)
-    if chain.blocked is None:
-        return y
-    # Cutting only the row of the table off would still let these positions move the other parameters.
-    return torch.where((x == chain.blocked).unsqueeze(-1), y.detach(), y)
+def _run_plain(
+    plan: _Plan,
+    x: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    parameters: Parameters,
+    *,
+    small: bool,
+) -> Tensor:
+    """Do what `_run` does by ordinary operations, which autograd and, unless ``small``, all transformations know."""
+    chain, y = plan.chain, _cast(x, plan.dtype)
+    if plan.beside is not None:
+        out, _ = _run_frozen(plan, x, y, weight, bias)
+    for step, made in zip(chain.steps, chain.made):
+        w = _cast(made.weight(parameters, plan.scale), plan.dtype)
+        y = step.run_small(y, w) if small else step.run(y, w)
+    if chain.blocked is not None:
+        # Cutting only the row of the table off would still let these positions move the other parameters.
+        y = torch.where((x == chain.blocked).unsqueeze(-1), y.detach(), y)
+    return y if out is None else _cast(out + y, out.dtype)
+
+
+def _run_frozen(
+    plan: _Plan, x: Tensor, entry: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run the frozen layer, narrowed where autocast narrows it; also return its weight as used."""
+    assert plan.beside is not None and weight is not None
+    if plan.narrow is not None:
+        x, weight, bias = entry, _cast(weight, plan.narrow), None if bias is None else _cast(bias, plan.narrow)
+    return plan.beside.run(x, weight, bias), weight
 
 
 def _run(
     plan: _Plan, x: Tensor, out: Tensor | None, weight: Tensor | None, bias: Tensor | None, parameters: Parameters
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Run a chain, into ``out`` or the frozen layer's output; also return what is between its steps and W as used."""
-    chain, _, scale, dtype, narrow, beside = plan
-    with exactly(x):
-        entry = _cast(x, dtype)
-        given = out is not None
-        weights = _laid_out(_weights(chain, _stages(chain, parameters, scale), dtype), entry)
-        # The thin products first: what has just been made is still in the cache, until the frozen layer fills it.
-        hidden = _between(chain, entry, weights)
-        if beside is not None:
-            assert weight is not None
-            if narrow is not None:
-                weight, bias = _cast(weight, narrow), None if bias is None else _cast(bias, narrow)
-            out = beside.run(x if narrow is None else entry, weight, bias)
-        if out is None:
-            return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:], weight
-        chain.steps[-1].add_to(out, hidden[-1], weights[-1])
-        # The sum under a name of its own: `out` may be a view, and a view that is written to costs autograd a copy.
-        result = torch.ops.aten._unsafe_view.default(out, out.shape) if given or out._is_view() else out
-        return result, hidden[1:], weight
+    chain, entry = plan.chain, _cast(x, plan.dtype)
+    given = out is not None
+    weights = _laid_out(_weights(chain, _stages(chain, parameters, plan.scale), plan.dtype), entry)
+    # The thin products first: what has just been made is still in the cache, until the frozen layer fills it.
+    hidden = _between(chain, entry, weights)
+    if plan.beside is not None:
+        out, weight = _run_frozen(plan, x, entry, weight, bias)
+    if out is None:
+        return chain.steps[-1].run(hidden[-1], weights[-1]), hidden[1:], weight
+    chain.steps[-1].add_to(out, hidden[-1], weights[-1])
+    # The sum under a name of its own: `out` may be a view, and a view that is written to costs autograd a copy.
+    result = torch.ops.aten._unsafe_view.default(out, out.shape) if given or out._is_view() else out
+    return result, hidden[1:], weight
 
 
 class _Product(torch.autograd.Function):

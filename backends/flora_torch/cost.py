@@ -10,7 +10,7 @@ from torch import Tensor
 from flora_tensor.algebra import contraction_order
 from flora_torch._caching import cached, is_exporting
 from flora_torch.geometry import ConvGeometry
-from flora_torch.plans import Shapes, Sides, Split
+from flora_torch.plans import Shapes, Sides, Split, full_sizes, joins
 
 __all__ = [
     "Work",
@@ -156,7 +156,7 @@ def conv_rule(
 
 
 def _size(shapes: Shapes) -> int:
-    return math.prod([r if f is None else f[0] for r, f in zip(*shapes)])
+    return math.prod(full_sizes(shapes))
 
 
 def forming_work(core_shape: Sequence[int], factor_shapes: Sequence[tuple[int, int] | None]) -> Work:
@@ -175,10 +175,13 @@ def linear_work(tokens: int, shapes: Shapes, sides: Sides) -> Work:
     """Count what the steps of `flora_torch.plans.linear_chain` take."""
     core, factors = shapes
     (*out_rest, out_last), (*in_rest, in_last) = sides
-    full = [r if f is None else f[0] for r, f in zip(core, factors)]
+    full = full_sizes(shapes)
     outer, inner = math.prod([full[k] for k in out_rest]), math.prod([full[k] for k in in_rest])
     rows, columns = outer * core[out_last], inner * core[in_last]
     first = 0 if factors[in_last] is None else columns * full[in_last]
+    if joins(tokens, shapes, sides):
+        last = full[out_last] * columns
+        return Work(tokens * (first + last) + rows * last, tokens * (columns + full[out_last]) + last)
     last = 0 if factors[out_last] is None else rows * full[out_last]
     written = columns * bool(first) + rows * bool(last) + outer * full[out_last]
     return Work(tokens * (first + rows * columns + last), tokens * written)

@@ -8,10 +8,12 @@ Everything here is a pure function of tensors: no module, no state. A factor tha
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from flora_tensor.arrangement import Arrangement
 from flora_torch.chain import Chain, Frozen, Memory, exactly, form, run_chain
+from flora_torch.cost import n_rows
 from flora_torch.geometry import ConvGeometry
 from flora_torch.plans import Shapes, Sides, Split, conv_chain, embedding_chain, linear_chain
 
@@ -66,8 +68,9 @@ def tucker_linear(
     >>> tucker_linear(x, core, [torch.ones(3, 2), torch.ones(4, 2)]).shape
     torch.Size([5, 3])
     """
-    chain = linear_chain(shapes_of(core, factors), _MATRIX_TRANSPOSED if transposed else _MATRIX)
-    return run_chain(chain, x, (core, *factors), memory=memory)
+    sides = _MATRIX_TRANSPOSED if transposed else _MATRIX
+    chain = linear_chain(n_rows(x.shape[:-1]), shapes_of(core, factors), sides)
+    return run_rows(chain, x, (core, *factors), memory=memory)
 
 
 def tucker_embedding(
@@ -322,6 +325,26 @@ def sides_of(arrangement: Arrangement) -> Sides | None:
             return None
         found.append(tuple(mine))
     return (found[0], found[1]) if len(found) == 2 else None
+
+
+def run_rows(
+    chain: Chain,
+    x: Tensor,
+    parameters: Factors,
+    *,
+    scale: float = 1.0,
+    memory: Memory = "normal",
+    out: Tensor | Frozen | None = None,
+) -> Tensor:
+    """Run a chain of products with rows on any number of axes before them, which are made one axis once for all."""
+    # What would be copied for that, the backward pass would keep.
+    if x.dim() == 2 or not x.is_contiguous():
+        return run_chain(chain, x, parameters, scale=scale, memory=memory, out=out)
+    target = out.reshape(-1, out.shape[-1]) if isinstance(out, Tensor) else out
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    result = run_chain(chain, rows, parameters, scale=scale, memory=memory, out=target)
+    # Not a view: one that is written to costs autograd a copy.
+    return torch.ops.aten._unsafe_view.default(result, (*x.shape[:-1], result.shape[-1]))
 
 
 def run_conv(

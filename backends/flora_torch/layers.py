@@ -22,7 +22,7 @@ from flora_torch.calling import call_method, call_with, is_own_method
 from flora_torch.chain import Chain, Frozen
 from flora_torch.cost import conv_rule, embedding_rule, linear_rule, n_rows, sizes_of
 from flora_torch.flora_layer import FloraLayer
-from flora_torch.functional import Factors, run_conv, shapes_of, tucker_embedding
+from flora_torch.functional import Factors, run_conv, run_rows, shapes_of, tucker_embedding
 from flora_torch.geometry import ConvGeometry, kept_geometry
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain, own_convolution
@@ -92,7 +92,8 @@ class FloraLinear(WeightLayer):
 
     @property
     def _transposed(self) -> bool:
-        return not isinstance(self._base, nn.Linear) and is_conv1d_of_transformers(self._base)
+        base = self._base
+        return not isinstance(base, nn.Linear) and is_conv1d_of_transformers(base)
 
     @override
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,13 +106,24 @@ class FloraLinear(WeightLayer):
 
     def _sides(self, update: TuckerUpdate) -> Sides:
         # The output's side first; a transposed weight is (in, out).
-        assert update.sides is not None
-        first, second = update.sides
-        return (second, first) if self._transposed else (first, second)
+        sides = update.sides
+        assert sides is not None
+        return sides[::-1] if self._transposed else sides
 
     @override
-    def _chain(self, update: TuckerUpdate, shapes: Shapes) -> Chain:
-        return linear_chain(shapes, self._sides(update))
+    def _product(
+        self,
+        update: TuckerUpdate,
+        x: Tensor,
+        core: Tensor,
+        factors: Factors,
+        weight: float,
+        out: Tensor | Frozen | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        chain = linear_chain(n_rows(x.shape[:-1]), shapes_of(core, factors), self._sides(update))
+        return run_rows(chain, x, (core, *factors), scale=weight, memory=self.memory, out=out)
 
     @override
     def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:

@@ -17,7 +17,7 @@ from flora_torch._caching import cached
 from flora_torch.chain import Chain
 from flora_torch.geometry import ConvGeometry
 from flora_torch.step_weights import Made, Product, in_order
-from flora_torch.steps import Channels, Convolve, Lookup, Rows, Step
+from flora_torch.steps import Channels, Columns, Convolve, Lookup, Rows, Step
 
 __all__ = ["Shapes", "Sides", "Split", "conv_chain", "embedding_chain", "linear_chain", "own_convolution"]
 
@@ -29,36 +29,67 @@ Sides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, int] | None, ...]]
 
 
+# What the calls of a thin product take, in multiply-adds.
+_CALLS = 2**18
+
+
+def joins(tokens: int, shapes: Shapes, sides: Sides) -> bool:
+    """Tell whether the core of a matrix is multiplied into U_0 first, rather than with every row in between.
+
+    Either way takes r_0 · r_1 multiply-adds, for each output or for each row; joined, it is a product of rows less.
+
+    Examples
+    --------
+    >>> shapes = ((8, 8), ((512, 8), (256, 8)))
+    >>> joins(16, shapes, ((0,), (1,))), joins(16, ((64, 64), ((512, 64), (256, 64))), ((0,), (1,)))
+    (True, False)
+    """
+    core, factors = shapes
+    outer, _ = sides
+    if len(core) != 2 or len(outer) != 1 or any(f is None for f in factors):
+        return False
+    (out,) = outer
+    rows = full_sizes(shapes)[out]
+    # The rank that is left is the input's.
+    return core[1 - out] <= core[out] and (rows * math.prod(core) <= _CALLS or rows <= tokens)
+
+
 @cached
-def linear_chain(shapes: Shapes, sides: Sides) -> Chain:
+def linear_chain(tokens: int, shapes: Shapes, sides: Sides) -> Chain:
     """Plan y = x ΔWᵀ for a matrix whose rows and columns may be split into several modes, such as heads.
 
-    With one mode a side: by U_1, by the core, by U_0.
+    With one mode a side: by U_1, then by U_0 G; or by U_1, the core and U_0, where that takes fewer multiply-adds.
 
     The last mode of each side is the one that runs fastest in memory, so its factor multiplies rows. The core times
     all other factors is a small matrix between the two: as many rows as there are heads, times a rank.
     """
     outer, inner = sides
     core, factors = shapes
-    full = [r if f is None else f[0] for r, f in zip(core, factors)]
+    full = full_sizes(shapes)
+    joined = joins(tokens, shapes, sides)
     steps: list[Step] = []
     made: list[Made] = []
     last_out, last_in = factors[outer[-1]], factors[inner[-1]]
     if last_in is not None:
         n, r = last_in
-        steps.append(Rows(math.prod([full[k] for k in inner[:-1]])))
-        made.append(Made(1 + inner[-1], (), (n, r), (1, 0), (r, n)))
-    rest = (*outer[:-1], *inner[:-1])
+        steps.append(Columns(math.prod([full[k] for k in inner[:-1]])))
+        made.append(Made(1 + inner[-1], (), (n, r), (0, 1), (n, r)))
+    rest = (*(outer if joined else outer[:-1]), *inner[:-1])
     sizes = tuple(full[k] if k in rest else core[k] for k in range(len(core)))
     products = in_order(rest, core, factors)
     rows, columns = (math.prod([sizes[k] for k in side]) for side in sides)
     steps.append(Rows())
     made.append(Made(0, products, sizes, (*outer, *inner), (rows, columns)))
-    if last_out is not None:
+    if last_out is not None and not joined:
         n, r = last_out
         steps.append(Rows(math.prod([full[k] for k in outer[:-1]])))
         made.append(Made(1 + outer[-1], (), (n, r), (0, 1), (n, r)))
     return Chain(tuple(steps), tuple(made))
+
+
+def full_sizes(shapes: Shapes) -> list[int]:
+    """Return the sizes of the arranged tensor that a core and factors of these shapes make."""
+    return [r if f is None else f[0] for r, f in zip(*shapes)]
 
 
 @cached

@@ -123,6 +123,8 @@ class Made:
 
 def _kronecker(parameters: Parameters, modes: tuple[int, ...]) -> list[Tensor]:
     """Return the Kronecker product of some modes' factors, of those without the first, and so on."""
+    if len(modes) == 1:
+        return [parameters[1 + modes[0]]]  # type: ignore[list-item]
     products: list[Tensor] = []
     for k in reversed(modes):
         factor = parameters[1 + k]
@@ -190,7 +192,7 @@ def _times(x: Tensor, matrix: Tensor, behind: int) -> Tensor:
     if behind == 1:
         return x.reshape(-1, n) @ matrix.mT
     if x.numel() == n * behind:
-        return matrix @ x.reshape(n, behind)
+        return matrix @ (x if x.dim() == 2 else x.reshape(n, behind))
     slabs = x.reshape(-1, n, behind)
     return torch.bmm(matrix.expand(slabs.shape[0], *matrix.shape), slabs)
 

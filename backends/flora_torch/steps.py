@@ -13,7 +13,7 @@ from flora_torch._caching import transforming
 from flora_torch.depthwise import has_slow_kernel_gradient, input_gradient, kernel_gradient
 from flora_torch.geometry import Pads, pad, unpad
 
-__all__ = ["Channels", "Convolve", "Lookup", "Rows", "Step"]
+__all__ = ["Channels", "Columns", "Convolve", "Lookup", "Rows", "Step"]
 
 
 class Step:
@@ -22,6 +22,10 @@ class Step:
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the product; only steps that a layer's own base may be take a bias."""
         raise NotImplementedError
+
+    def run_small(self, x: Tensor, w: Tensor) -> Tensor:
+        """Return the product by what takes least where input and weight are small; autograd alone knows it."""
+        return self.run(x, w)
 
     def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
         """Add the product to ``out``, in place."""
@@ -78,6 +82,31 @@ class Rows(Step):
     @override
     def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
         return _thin_first(_as_rows(g, w.shape[0]), _as_rows(x, w.shape[1]))
+
+
+@dataclass(frozen=True)
+class Columns(Rows):
+    """Multiply the last axis by a matrix (in, out), as factors are stored: transposed, autograd would have one more view."""
+
+    @override
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x @ w if self.parts == 1 else super().run(x, w.mT)
+
+    @override
+    def add_to(self, out: Tensor, x: Tensor, w: Tensor) -> None:
+        super().add_to(out, x, w.mT)
+
+    @override
+    def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return super().grad_input(g, x, w.mT)
+
+    @override
+    def add_grad_input(self, total: Tensor, g: Tensor, x: Tensor, w: Tensor) -> None:
+        Rows.add_to(self, total, g, w)
+
+    @override
+    def grad_weight(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return super().grad_weight(g, x, w.mT).mT
 
 
 def _as_rows(x: Tensor, n: int) -> Tensor:
@@ -143,6 +172,9 @@ class Channels(Step):
 # Up to so many entries, the last axis left out, PyTorch convolves one image or volume itself.
 _OVERLOOKED = 20480
 
+# So many entries has the input of a convolution as a matrix, each once for every tap, that is tiny.
+_TINY = 2**16
+
 
 @dataclass(frozen=True)
 class Convolve(Step):
@@ -172,6 +204,18 @@ class Convolve(Step):
         if self._is_overlooked(x):
             return self._unfold(torch.convolution(x.to_mkldnn(), w, bias, *self._options).to_dense())
         return self._unfold(torch.convolution(x, w, bias, *self._options))
+
+    @override
+    def run_small(self, x: Tensor, w: Tensor) -> Tensor:
+        if not self._is_tiny(x, w):
+            return self.run(x, w)
+        plain: Any = torch.ops.aten.thnn_conv2d.default
+        return plain(x, w, w.shape[2:], None, self.stride, self.padding)
+
+    def _is_tiny(self, x: Tensor, w: Tensor) -> bool:
+        """Tell whether a convolution takes less as a matrix product than what oneDNN needs to begin with one."""
+        plain = x.dim() == 4 and self.groups == 1 and not self.transposed and self.dilation == (1, 1)
+        return plain and x.device.type == "cpu" and x.numel() * math.prod(w.shape[2:]) < _TINY
 
     @override
     def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:

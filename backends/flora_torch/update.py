@@ -224,17 +224,18 @@ class TuckerUpdate(nn.Module):
         self.sides = sides_of(arrangement)
 
     @property
-    def parts(self) -> tuple[Any, ...]:
-        """The core and the factor matrices, ``None`` for a mode that is left whole."""
+    def core_and_factors(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The core, and the factor matrices."""
         own = self._parameters
         # Looked up where nn.Module keeps them: its own search takes longer than a small product. One that is computed,
         # as by an orthogonal parametrization, is not there.
-        return tuple([own[name] if name in own else getattr(self, name) for name in self._part_names])
+        parts: Any = [own[name] if name in own else getattr(self, name) for name in self._part_names]
+        return parts[0], tuple(parts[1:])
 
     @property
     def factors(self) -> tuple[Tensor | None, ...]:
         """The factor matrices, ``None`` for a mode that is left whole."""
-        return self.parts[1:]
+        return self.core_and_factors[1]
 
     @property
     def has_start(self) -> bool:
@@ -298,9 +299,9 @@ class TuckerUpdate(nn.Module):
         [(1.0, 3.0)]
         """
         plain = dtype is None and not (self.has_start or self.has_magnitude)
-        core, *factors = self.parts
+        core, factors = self.core_and_factors
         if plain and not (drop and (self.rank_dropout or self.module_dropout)):
-            return [(core, tuple(factors), self.scale * self.multiplier)]
+            return [(core, factors, self.scale * self.multiplier)]
 
         def cast(x: Tensor | None) -> Any:
             return x if x is None or dtype is None else x.to(dtype)

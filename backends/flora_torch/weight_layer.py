@@ -249,7 +249,7 @@ class WeightLayer(FloraLayer):
             return False
         if self.path != "auto" or not self._has_factored(update):
             return self.path != "factored"
-        core, *factors = update.parts
+        core, factors = update.core_and_factors
         training = torch.is_grad_enabled()
         if update.has_magnitude and not training:
             return True  # its norms need ΔW formed in any case
