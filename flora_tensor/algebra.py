@@ -290,8 +290,8 @@ def kronecker(a: Array, b: Array) -> Array:
     NumPy's own takes several times as long where they are small, and PyTorch's refuses a matrix beside one in the other
     order of memory.
     """
-    product = a[:, None, :, None] * b[None, :, None, :]
-    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+    (n, p), (m, q) = a.shape, b.shape
+    return (a.reshape(n, 1, p, 1) * b.reshape(m, 1, q)).reshape(n * m, p * q)
 
 
 def contraction_order(inner: Sequence[int], outer: Sequence[int]) -> list[int]:

@@ -23,7 +23,9 @@ from flora_torch.functional import (
     tucker_embedding,
     tucker_linear,
 )
+from flora_torch.plans import joins
 from support import tolerance
+from torch_models import small_products
 
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -123,17 +125,19 @@ def check_case(case: ConvCase) -> None:
     x = case.input(base.in_channels)
     direction = None
     results = []
-    for output in (layer(x), functional_call(base, {"weight": base.weight + update.delta()}, (x,))):
+    with small_products():
+        small = layer(x)
+    for output in (small, layer(x), functional_call(base, {"weight": base.weight + update.delta()}, (x,))):
         direction = torch.randn_like(output) if direction is None else direction
         results.append((output, *torch.autograd.grad(output, [x, *update.parameters()], direction)))
     size = base.weight.numel()
-    for ours, theirs in zip(*results):
+    for *both, theirs in zip(*results):
         bound = tolerance("float64", size, norm=float(theirs.detach().norm()) + 1.0, factor=1e3)
-        assert float((ours - theirs).detach().norm()) <= bound
+        assert all(float((ours - theirs).detach().norm()) <= bound for ours in both)
     merged = layer.merged()
     assert type(merged) is type(base)
-    difference = (merged(x) - results[1][0]).detach()
-    assert float(difference.norm()) <= tolerance("float64", size, norm=float(results[1][0].detach().norm()) + 1.0)
+    difference = (merged(x) - results[-1][0]).detach()
+    assert float(difference.norm()) <= tolerance("float64", size, norm=float(results[-1][0].detach().norm()) + 1.0)
 
 
 # torch tells that an even kernel with padding="same" copies its input.
@@ -236,6 +240,26 @@ def test_transformations_of_one_volume_see_ordinary_operations():
         assert float((mapped[0] - alone).norm()) <= bound
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             assert layer(fake.from_tensor(x)).shape == alone.shape
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("outputs", "joined"), [(6, True), (1024, False)])
+def test_the_core_of_a_matrix_is_joined_with_a_factor_where_that_is_small(outputs: int, joined: bool, small: bool):
+    x, core = torch.randn(2, 1, 8).double(), torch.randn(17, 17).double()
+    parts = [x, core, torch.randn(outputs, 17).double(), torch.randn(8, 17).double()]
+    for part in parts:
+        part.requires_grad_()
+    shapes = ((17, 17), ((outputs, 17), (8, 17)))
+    assert joins(2, shapes, ((0,), (1,))) == joined
+    with small_products(small):
+        output = tucker_linear(x, core, parts[2:])
+    reference = x @ dense_delta(core, parts[2:]).mT
+    direction = torch.randn_like(output)
+    results = [(y, *torch.autograd.grad(y, parts, direction)) for y in (output, reference)]
+    for ours, theirs in zip(*results):
+        # Gradients sum over all outputs, and both ways round at each of the two ranks.
+        bound = tolerance("float64", 17 * outputs, norm=float(theirs.detach().norm()) * 17, factor=1e2)
+        assert float((ours - theirs).detach().norm()) <= bound
 
 
 def test_padding_position_gets_its_value_and_no_gradient():

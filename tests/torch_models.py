@@ -1,11 +1,23 @@
 """Small models, and what their tests do to them and compare."""
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flora_torch import adapter_parameters
+from flora_torch import adapter_parameters, chain
 from support import same_bits, tolerance
+
+
+@contextlib.contextmanager
+def small_products(small: bool = True) -> Iterator[None]:
+    """Run products with tiny inputs as they are run outside the tests, by ordinary operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain, "_SMALL", 2**15 if small else 0)
+        yield
 
 
 class TiedCNN(nn.Module):

@@ -79,6 +79,11 @@ _NOTHING = contextlib.nullcontext()
 _SMALL = 2**15
 
 
+def _is_small(x: Tensor) -> bool:
+    # Autograd records volumes as PyTorch convolves them itself, which takes longer than calls.
+    return x.numel() < _SMALL and x.dim() < 5
+
+
 class _Plan(NamedTuple):
     """What a product is, apart from tensors."""
 
@@ -133,7 +138,7 @@ def run_chain(
     plan = _Plan(chain, memory == "low", scale, dtype, narrow, step)
     with exactly(x) if cast else _NOTHING:
         known = transforming()
-        if known or (not plan.low and (x if added is None else added).numel() < _SMALL):
+        if known or (not plan.low and _is_small(x if added is None else added)):
             return _run_plain(plan, x, added, weight, bias, parameters, small=not known)
         if not torch.is_grad_enabled():
             return _run(plan, x, added, weight, bias, parameters)[0]
@@ -208,13 +213,14 @@ def _stages(chain: Chain, parameters: Parameters, scale: float) -> list[list[Ten
     return [made.stages(parameters, scale) for made in chain.made]
 
 
-# Below this rank, copying a factor costs less than it saves where the input is not small.
+# From so many entries of the input on, and below this rank, copying a factor costs less than it saves.
+_WORTH_A_COPY = 2**15
 _THIN = 16
 
 
 def _laid_out(weights: list[Tensor], x: Tensor) -> list[Tensor]:
     """Lay very thin matrices out along their long axis: along the other, BLAS on a CPU takes 1.5 to 5 times as long."""
-    if x.device.type != "cpu" or is_exporting() or x.numel() < _SMALL:
+    if x.device.type != "cpu" or is_exporting() or x.numel() < _WORTH_A_COPY:
         return weights
     return [_along(w) if w.dim() == 2 and min(w.shape) < _THIN else w for w in weights]
 
@@ -250,7 +256,8 @@ def _run_frozen(
     plan: _Plan, x: Tensor, entry: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the frozen layer, narrowed where autocast narrows it; also return its weight as used."""
-    assert plan.beside is not None and weight is not None
+    assert plan.beside is not None
+    assert weight is not None
     if plan.narrow is not None:
         x, weight, bias = entry, _cast(weight, plan.narrow), None if bias is None else _cast(bias, plan.narrow)
     return plan.beside.run(x, weight, bias), weight

@@ -336,9 +336,9 @@ def run_rows(
     memory: Memory = "normal",
     out: Tensor | Frozen | None = None,
 ) -> Tensor:
-    """Run a chain of products with rows on any number of axes before them, which are made one axis once for all."""
-    # What would be copied for that, the backward pass would keep.
-    if x.dim() == 2 or not x.is_contiguous():
+    """Run a chain of products with rows on any number of axes before them: for autograd, as one axis."""
+    # Each product would record these axes on its own; but what had to be copied, the backward pass would keep.
+    if x.dim() == 2 or not (torch.is_grad_enabled() and x.is_contiguous()):
         return run_chain(chain, x, parameters, scale=scale, memory=memory, out=out)
     target = out.reshape(-1, out.shape[-1]) if isinstance(out, Tensor) else out
     rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)

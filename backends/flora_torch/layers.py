@@ -106,9 +106,9 @@ class FloraLinear(WeightLayer):
 
     def _sides(self, update: TuckerUpdate) -> Sides:
         # The output's side first; a transposed weight is (in, out).
-        sides = update.sides
-        assert sides is not None
-        return sides[::-1] if self._transposed else sides
+        assert update.sides is not None
+        first, second = update.sides
+        return (second, first) if self._transposed else (first, second)
 
     @override
     def _product(

@@ -192,7 +192,7 @@ def _times(x: Tensor, matrix: Tensor, behind: int) -> Tensor:
     if behind == 1:
         return x.reshape(-1, n) @ matrix.mT
     if x.numel() == n * behind:
-        return matrix @ (x if x.dim() == 2 else x.reshape(n, behind))
+        return matrix @ (x if x.shape == (n, behind) else x.reshape(n, behind))
     slabs = x.reshape(-1, n, behind)
     return torch.bmm(matrix.expand(slabs.shape[0], *matrix.shape), slabs)
 

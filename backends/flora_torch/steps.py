@@ -86,7 +86,7 @@ class Rows(Step):
 
 @dataclass(frozen=True)
 class Columns(Rows):
-    """Multiply the last axis by a matrix (in, out), as factors are stored: transposed, autograd would have one more view."""
+    """Multiply the last axis by a matrix (in, out), as factors are stored: transposed, it is a view more to record."""
 
     @override
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -214,8 +214,12 @@ class Convolve(Step):
 
     def _is_tiny(self, x: Tensor, w: Tensor) -> bool:
         """Tell whether a convolution takes less as a matrix product than what oneDNN needs to begin with one."""
-        plain = x.dim() == 4 and self.groups == 1 and not self.transposed and self.dilation == (1, 1)
-        return plain and x.device.type == "cpu" and x.numel() * math.prod(w.shape[2:]) < _TINY
+        apart = self.groups > 1 or self.folded > 1 or self.pads or self.transposed or self.dilation != (1, 1)
+        if apart or x.dim() != 4 or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        # The operation reads the order of memory off the strides: there must be no doubt about it.
+        sure = x.is_contiguous() and w.is_contiguous() and min(x.shape[1], x.shape[3], w.shape[3]) > 1
+        return sure and 0 < x.numel() * math.prod(w.shape[2:]) < _TINY
 
     @override
     def grad_input(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
