@@ -73,8 +73,6 @@ class Frozen(NamedTuple):
     bias: Tensor | None
 
 
-_NOTHING = contextlib.nullcontext()
-
 # Below so many entries, what a product takes is the calls, and those of ordinary operations take least.
 _SMALL = 2**15
 
@@ -136,7 +134,7 @@ def run_chain(
     # Autocast leaves float64 alone.
     narrow = dtype if cast and weight is not None and weight.dtype != torch.float64 else None
     plan = _Plan(chain, memory == "low", scale, dtype, narrow, step)
-    with exactly(x) if cast else _NOTHING:
+    with exactly(x) if cast else contextlib.nullcontext():
         known = transforming()
         if known or (not plan.low and _is_small(x if added is None else added)):
             return _run_plain(plan, x, added, weight, bias, parameters, small=not known)
