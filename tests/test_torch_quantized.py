@@ -1,5 +1,6 @@
 """Weights that are quantized: in a tensor, in a layer, in bytes, and in ways that nothing is known of."""
 
+import copy
 import sys
 import types
 import warnings
@@ -12,6 +13,7 @@ from torch import nn
 
 from flora_tensor import Arrangement, FloraWarning
 from flora_torch import (
+    FloraConv,
     adapter_parameters,
     attach,
     detach,
@@ -22,6 +24,7 @@ from flora_torch import (
     save_adapter,
 )
 from flora_torch.base_weight import dense_value, describe
+from support import tolerance
 from torch_models import close, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -292,3 +295,28 @@ def test_descriptions_of_weights():
     assert describe(linear, "scale") is None
     assert describe(quantized_tensor(linear), "weight").storage == "quantized"
     assert describe(UnpackedLinear(nn.Linear(3, 2)), "weight").shape == (2, 3)
+
+
+@pytest.mark.parametrize("path", ["auto", "dense", "factored"])
+@pytest.mark.parametrize("arrangement", [None, "o (i w)"])
+def test_a_base_that_its_hooks_keep_in_8_bits(path: Any, arrangement: str | None):
+    """As `enable_layerwise_casting` of diffusers does, after adapters were put on."""
+    base = nn.Conv1d(8, 8, 3, groups=2)
+    layer = FloraConv(base, 2, path=path, arrangement=arrangement)
+    for parameter in adapter_parameters(layer):
+        nn.init.normal_(parameter, std=0.3)
+    base.to(torch.float8_e4m3fn)
+    stored = copy.deepcopy(base).float()
+    base.register_forward_pre_hook(lambda module, _: module.float() and None)
+    base.register_forward_hook(lambda module, _, output: (module.to(torch.float8_e4m3fn), output)[1])
+    x = torch.randn(2, 8, 9)
+    weight = stored.weight + layer.updates("default")["weight"].delta()
+    expected = nnf.conv1d(x, weight, stored.bias, groups=2)
+    bound = tolerance("float32", 12, norm=float(expected.detach().norm()))
+    for trains in (False, True):
+        with torch.set_grad_enabled(trains):
+            assert float((layer(x) - expected).detach().norm()) <= bound
+    wanted = list(adapter_parameters(layer))
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (layer(x), expected))):
+        assert float((ours - theirs).norm()) <= tolerance("float32", 100, norm=float(theirs.norm()))
+    assert base.weight.dtype == torch.float8_e4m3fn

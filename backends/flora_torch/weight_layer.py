@@ -236,6 +236,12 @@ class WeightLayer(FloraLayer):
         narrow = self._is_plain and autocasts(weight) and weight.dtype == torch.float32
         return weight.to(torch.get_autocast_dtype(weight.device.type)) if narrow else weight
 
+    @property
+    def _is_packed(self) -> bool:
+        """Whether the weight is quantized, or of 8 bits until hooks of the base widen it, as diffusers does."""
+        weight = self._base._parameters.get("weight")
+        return self._is_quantized or (weight is not None and weight.dtype.itemsize < 2)
+
     def _drops(self, update: TuckerUpdate) -> bool:
         return self.training and update.dropout > 0.0
 
@@ -244,8 +250,8 @@ class WeightLayer(FloraLayer):
         if is_sharded(self._base._parameters.get("weight")):
             self._check_parallel(update, input)
             return False
-        # Nothing can be added to a quantized weight: the change stays a product of its own.
-        if self._is_quantized or self._drops(update):
+        # Nothing can be added to what is no weight to compute with: the change stays a product of its own.
+        if self._is_packed or self._drops(update):
             return False
         if self.path != "auto" or not self._has_factored(update):
             return self.path != "factored"
@@ -326,7 +332,7 @@ class WeightLayer(FloraLayer):
 
     def _dense_change(self, update: TuckerUpdate, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute s·ΔW·x on its own, by the base with ΔW as its weight."""
-        dtype: torch.dtype = x.dtype if self._is_quantized else self.base_layer.weight.dtype  # type: ignore[assignment]
+        dtype: torch.dtype = x.dtype if self._is_packed else self.base_layer.weight.dtype  # type: ignore[assignment]
         if self.training and (update.rank_dropout or update.module_dropout):
             return self._change_by(update.delta(drop=True).to(dtype), x, *args, **kwargs)
         with rebuilding(lambda: self._as_used(update.delta().to(dtype)), [*update.parameters()]) as delta:
@@ -334,7 +340,9 @@ class WeightLayer(FloraLayer):
 
     def _change_by(self, delta: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute ΔW·x by the base itself: without its bias, it is the product with its weight."""
-        step = None if _is_watched(self.base_layer) else self._own_step(x, *args, **kwargs)
+        # Hooks that widen a weight of 8 bits are for that weight alone.
+        called = _is_watched(self.base_layer) and not self._is_packed
+        step = None if called else self._own_step(x, *args, **kwargs)
         if step is not None:
             return run_step(step, x, delta, None)
         base: Any = self.base_layer
