@@ -169,8 +169,9 @@ def hooi(
 ) -> TuckerTensor:
     """Decompose a tensor by higher-order orthogonal iteration: the best factors found by alternating improvement.
 
-    Every update of a factor is optimal given the others, so the error never exceeds that of the start. The result is
-    rotated so that its core is all-orthogonal.
+    Every update of a factor is optimal given the others, so the error never exceeds that of the start. Between sweeps
+    the factors are extrapolated, which halves their number on flat spectra; a sweep that loses by that is taken back.
+    The result is rotated so that its core is all-orthogonal.
 
     Parameters
     ----------
@@ -201,7 +202,9 @@ def hooi(
     ----------
     De Lathauwer, De Moor and Vandewalle, *On the best rank-1 and rank-(R1, …, RN) approximation of higher-order
     tensors*, SIMAX 21 (2000), algorithm 4.2. Partial products are shared along a binary tree of the modes, as in Kaya
-    and Uçar, *Parallel Candecomp/Parafac decomposition using dimension trees*, SISC 40 (2018).
+    and Uçar, *Parallel Candecomp/Parafac decomposition using dimension trees*, SISC 40 (2018). The steps between sweeps
+    are those of Nesterov, *A method for solving the convex programming problem with convergence rate O(1/k²)*, Soviet
+    Mathematics Doklady 27 (1983), k/(k + 3) of the last one, begun anew where the error rises.
 
     Examples
     --------
