@@ -73,10 +73,14 @@ def _no_arrays(where: str, given: Sequence[Any]) -> str:
 _NUMBERS = frozenset("?bBhHiIlLqQefdFD")
 
 
+def _is_plain(x: Any) -> bool:
+    return type(x) is np.ndarray and x.dtype.char in _NUMBERS
+
+
 def _refuse_unfit(where: str, arrays: Sequence[Array]) -> None:
     """Refuse arrays that the array-API functions take, but without dense numbers that LAPACK could factorize."""
     for a in arrays:
-        if type(a) is np.ndarray and a.dtype.char in _NUMBERS:  # most are
+        if _is_plain(a):  # most are
             continue
         if isinstance(a, int | float | complex) and not isinstance(a, np.generic):  # array_api_compat skips them
             raise TypeError(_no_arrays(where, arrays))
@@ -190,6 +194,8 @@ def promote(xp: Namespace, *arrays: Array) -> list[Array]:
 
 def to_numpy(x: Array) -> Any:
     """Copy or view any array as a NumPy array on the host, detached from a gradient graph; bfloat16 as float32."""
+    if _is_plain(x):  # most are, and the names of types take long
+        return x
     if array_api_compat.is_torch_array(x):
         x = x.detach().resolve_conj().resolve_neg().cpu()
         return (x.float() if "bfloat16" in str(x.dtype) else x).numpy()

@@ -18,15 +18,15 @@ from flora_tensor._bases import Basis, below_reach, complement, gaussian, orthon
 from flora_tensor._gram import column_blocks
 from flora_tensor._rank_errors import FloatArray
 from flora_tensor._typing import Array, Namespace
-from flora_tensor.algebra import multi_mode_dot, unfold
+from flora_tensor.algebra import contract, multi_mode_dot, unfold
 
 # Columns of the unfolding that are worked on at a time, in numbers: at least this many, or a 16th of the tensor.
 _AT_A_TIME = 1 << 17
 
-# A block holds this share of the wanted ranks and so many directions more: wider ones need fewer of them, but more
-# arithmetic (measured). One of a matrix's space holds all of ranks up to `_WHOLE`: a product with so many columns costs
-# hardly more than reading the matrix.
-_SHARE, _MORE, _WHOLE = 1 / 4, 8, 16
+# A block holds this share of the wanted ranks and about so many directions more, in all a multiple of `_STEP`, which
+# fills registers: wider ones need fewer of them, but more arithmetic (measured). One of a matrix's space holds all of
+# ranks up to `_WHOLE`: a product with so many columns costs hardly more than reading the matrix.
+_SHARE, _MORE, _WHOLE, _STEP = 1 / 4, 8, 16, 8
 
 # Blocks of a matrix's space: at least, as what rounding hides of a very small error is found by doing, not by
 # measuring; and at most, so that a spectrum without an end stays within memory.
@@ -79,7 +79,7 @@ class KrylovSpace:
             across = orthonormal_rows(xp, unfold(self.rows[-1], mode))
         new = _extension(xp, self.basis, times_rest(xp, x, mode, across))
         self.basis = new if self.basis is None else xp.concat([self.basis, new], axis=1)
-        self.rows.append(multi_mode_dot(x, [new], modes=[mode], transpose=True))
+        self.rows.append(contract(xp, x, hermitian(xp, new), mode))
         self.products += 2
 
     def joined(self) -> Array:
@@ -142,12 +142,12 @@ def _normalized(matrix: Any) -> tuple[Any | None, float]:
     for start in range(0, matrix.shape[0], _ROWS):
         part = matrix[start : start + _ROWS].astype(gram.dtype)
         gram += part.conj().T @ part
-    deviation = float(np.abs(gram - np.eye(size)).max())
     try:
         triangle = np.linalg.cholesky(gram)
     except np.linalg.LinAlgError:
-        return None, deviation
-    lengths = np.diagonal(triangle).real
+        return None, math.inf
+    gram.reshape(-1)[:: size + 1] -= 1.0
+    deviation, lengths = float(np.abs(gram).max()), np.diagonal(triangle).real
     if not lengths.min() > _DEPENDENT * lengths.max():
         return None, deviation
     return matrix @ np.linalg.inv(triangle).conj().T.astype(matrix.dtype), deviation
@@ -155,7 +155,7 @@ def _normalized(matrix: Any) -> tuple[Any | None, float]:
 
 def block_width(rank: float) -> int:
     """Return how many directions a block holds where so many in all are sought."""
-    return math.ceil(_SHARE * rank) + _MORE
+    return _STEP * round((_SHARE * rank + _MORE) / _STEP)
 
 
 def matrix_of(
@@ -225,7 +225,8 @@ def fill(space: KrylovSpace, rank: int, squares: float, floor: float = 0.0, riva
         before, captured = captured, np.cumsum(np.where(values > floor, values, 0.0))
         if len(space.rows) < _FEWEST_BLOCKS or (len(values) < rank and values[-1] > floor):
             continue
-        before = np.pad(before, (0, len(captured) - len(before)), mode="edge")
+        if len(before) < len(captured):
+            before = np.pad(before, (0, len(captured) - len(before)), mode="edge")
         gains, left = captured - before, squares - captured
         settled = gains <= np.maximum(WORTHWHILE * left, rounding)
         if settled[-1] and (fresh or space.block >= rank):
@@ -268,6 +269,8 @@ def columns_at_a_time(x: Array, mode: int) -> int:
 
 def times_rest(xp: Namespace, x: Array, mode: int, matrix: Array) -> Array:
     """Multiply an unfolding (n, p) by a matrix (p, b) from the right, without copying the unfolding."""
+    if mode == 0 or (mode == len(x.shape) - 1 and isinstance(x, np.ndarray)):  # a view
+        return xp.matmul(unfold(x, mode), matrix)
     total, at = None, 0
     for part in column_blocks(xp, x, mode, columns_at_a_time(x, mode)):
         product = xp.matmul(part, matrix[at : at + part.shape[1], :])
