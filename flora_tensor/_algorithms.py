@@ -195,12 +195,13 @@ def hooi_of(
     enough: float,
     squares: float | None = None,
     captured: float | None = None,
+    order: Sequence[int] | None = None,
 ) -> tuple[Truncation, int]:
     """Sweep until the squared error ‖X‖² − ‖G‖² stops falling; return the result and the number of sweeps.
 
     Between sweeps the bases go on in the direction that the last one took; one that loses by that is taken back.
     ``squares`` is ‖X‖² where the caller knows it, ``captured`` ‖G‖² of the start, whose core may then be missing: it is
-    not to be held beside its successors.
+    not to be held beside its successors. ``order`` is a sweep's; by default the tensor shrinks early.
     """
     factors, core = list(start.factors), start.core
     ranks = tuple(u.shape[1] for u in factors)
@@ -214,7 +215,7 @@ def hooi_of(
     # A mode of full rank has nothing to improve, and turning the tensor along it changes no other mode's basis: it is
     # left as it is.
     full = [k for k, r in enumerate(ranks) if r == x.shape[k]]
-    modes = [k for k in by_shrinkage(x.shape, ranks) if k not in full]
+    modes = [k for k in order or _taking_turns(by_shrinkage(x.shape, ranks)) if k not in full]
     accepted, streak, ahead, last_gain, sweeps = list(factors), 0, False, math.inf, 0
     while sweeps < most:
         core = None  # no two are held
@@ -263,9 +264,14 @@ def _sweep(rest: _Rest, modes: list[int], factors: list[Array]) -> _Rest:
         factors[mode] = rest.basis(mode, 0.0, factors[mode].shape[1]).vectors
         rest.waiting[mode] = factors[mode]
         return rest
-    first, second = modes[0::2], modes[1::2]
+    first, second = modes[: (len(modes) + 1) // 2], modes[(len(modes) + 1) // 2 :]
     _sweep(rest.times({m: factors[m] for m in second}, shared=len(first) > 1), first, factors)
     return _sweep(rest.times({m: factors[m] for m in first}, shared=len(second) > 1), second, factors)
+
+
+def _taking_turns(modes: Sequence[int]) -> list[int]:
+    """Return the order of a sweep whose halves, and halves of halves, each take the modes in turns."""
+    return list(modes) if len(modes) < 2 else _taking_turns(modes[0::2]) + _taking_turns(modes[1::2])
 
 
 def gain_to_come(gain: float, last_gain: float, sweeps: int) -> float:

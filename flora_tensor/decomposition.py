@@ -261,10 +261,11 @@ def tucker(
        rank up to 16: four blocks of two products at least, until one lowers the squared error by less than 0.07 %.
     3. For a matrix: ST-HOSVD, which is its truncated SVD.
     4. ST-HOSVD, then HOOI until all further sweeps are expected to gain less than 0.03 % of the squared error. Up to
-       16384 entries HOOI starts from HOSVD too, goes on to 0.001 %, and the better end is returned.
+       16384 entries HOOI starts from HOSVD too, with the modes in two orders, and goes on from the best end to 0.001 %.
 
-    The error is then hardly ever 0.1 % above that of HOOI run to convergence from HOSVD, on flat spectra too (measured
-    over random shapes, ranks and spectra; HOOI converges to a local optimum, so this is no theorem).
+    The error is then hardly ever 0.1 % above that of HOOI run to convergence from HOSVD, on flat spectra too. HOOI
+    converges to a local optimum, so this is no theorem: of 12,000 random small tensors nine ended higher, by 0.4 % at
+    most.
 
     float32 data goes through Gram matrices in float64, which resolve what float32 holds; float64 data does so only
     where the singular values that matter lie above 1e-5 of the largest. HOOI differentiates its unrolled sweeps.

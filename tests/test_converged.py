@@ -1,6 +1,6 @@
 """At equal ranks `tucker` ends at most 0.1 % above HOOI that is run to convergence, on whatever spectrum.
 
-Where the randomized method is forced on tensors too small for it, on white noise at most 0.15 %.
+Where the randomized method is forced on tensors too small for it, on white noise at most 0.2 %.
 The oracle is a plain HOOI in float64: the modes in turn, each from an eigendecomposition, until a sweep gains nothing.
 """
 
@@ -71,7 +71,7 @@ def assert_converged(x: np.ndarray, ranks: tuple[int, ...], method: str) -> None
     wide = fit.tucker.map(lambda a: a.astype(np.complex128 if np.iscomplexobj(x) else np.float64))
     error = float(np.linalg.norm(x - wide.to_tensor()) / np.linalg.norm(x))
     assert fit.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
-    share = 1.0015 if method == "randomized" else 1.001
+    share = 1.002 if method == "randomized" else 1.001
     starts = [[np.linalg.qr(u)[0] for u in wide.factors if u is not None]]
     # A random start may end in another optimum than the HOSVD.
     for start in starts if method == "randomized" else [*starts, None]:
