@@ -40,7 +40,6 @@ from flora_tensor.algebra import unfold
 # Relative size of the smallest singular value that a Gram matrix in float64 still resolves, with a margin.
 GRAM_FLOOR = 1e-7
 
-
 # Matrices from so many entries on are factorized in place: NumPy's `qr` holds them four times in float64.
 _LARGE_QR = 1 << 16
 

@@ -59,9 +59,8 @@ class KrylovSpace:
         self.xp, self.x, self.mode, self.block = xp, x, mode, block
         self.generator = generator
         self.basis: Array = None
-        self.rows: list[
-            Array
-        ] = []  # X projected onto the blocks of the basis, without the first ones that were dropped
+        # X projected onto the blocks of the basis, without the first ones that were dropped.
+        self.rows: list[Array] = []
         self.products = 0
 
     @property

@@ -264,7 +264,7 @@ def tucker(
        16384 entries HOOI starts from HOSVD too, with the modes in two orders, and goes on from the best end to 0.001 %.
 
     The error is then hardly ever 0.1 % above that of HOOI run to convergence from HOSVD, on flat spectra too. HOOI
-    converges to a local optimum, so this is no theorem: of 12,000 random small tensors nine ended higher, by 0.4 % at
+    converges to a local optimum, so this is no theorem: of 9,000 random small tensors nine ended higher, by 0.4 % at
     most.
 
     float32 data goes through Gram matrices in float64, which resolve what float32 holds; float64 data does so only

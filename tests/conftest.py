@@ -44,12 +44,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module")
 def large_products():
     """Let tiny layers run as large ones do, which they stand for; see `torch_models.small_products`."""
-    if torch is None:
-        yield
-        return
     from flora_torch import chain
 
     with pytest.MonkeyPatch.context() as patch:

@@ -35,7 +35,7 @@ SEPARABLE = {
     5: ("o i d h w", "o (i d h w)", "(o d) (i h w)", "(h o) (w i d)"),
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "large_products")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from support import bfloat16_tolerance, tolerance
 
 ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="it stands in for oneDNN's gradient")
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -23,7 +23,7 @@ from flora_torch.scaling import resolve_scale
 from flora_torch.update import DROPOUTS
 from test_torch_layers import ScaledLinear, close, randomize
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 
 LAYERS = {

@@ -25,7 +25,7 @@ from flora_torch import (
 from support import same_bits
 from test_torch_layers import close
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 
 def net(dtype=torch.float64):

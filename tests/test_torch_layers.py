@@ -29,7 +29,7 @@ from flora_torch.calling import call_with
 from support import bfloat16_tolerance, tolerance
 from torch_models import small_products
 
-pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded", "large_products")
 
 
 def randomize(layer: nn.Module) -> None:

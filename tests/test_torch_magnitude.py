@@ -29,7 +29,7 @@ from flora_torch.update import DROPOUTS
 from support import same_bits
 from test_torch_layers import close, randomize
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 
 def rescaled(weight: torch.Tensor, update: TuckerUpdate) -> torch.Tensor:

@@ -22,6 +22,8 @@ from flora_torch.geometry import pad, unpad
 from flora_torch.rebuild import rebuilding
 from support import bfloat16_tolerance, tolerance
 
+pytestmark = pytest.mark.usefixtures("large_products")
+
 HEADS = Arrangement("(heads d) i -> heads d i", {"heads": 4})
 
 
@@ -359,7 +361,7 @@ def test_memory_is_an_option_of_models_and_layers():
     flora_torch.attach(model, ranks=2, memory="low")
     assert [layer.memory for layer in model if isinstance(layer, FloraLayer)] == ["low", "low"]
     assert "memory='low'" in repr(model)
-    with pytest.raises(ValueError, match="FloraLinear: memory is 'tiny'; pass one of normal, low"):
+    with pytest.raises(ValueError, match="FloraLinear: memory is 'tiny'; pass one of 'normal', 'low'"):
         FloraLinear(nn.Linear(2, 2), ranks=1, memory="tiny")
     assert copy.deepcopy(model)[0].memory == "low"
 

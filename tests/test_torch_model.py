@@ -224,7 +224,7 @@ class TestSelection:
             ({"ranks": 1.5}, "the fraction 1.5 for mode 0; pass one above 0 and at most 1"),
             ({"scale": float("nan")}, "scale is nan; pass a finite number"),
             ({"dropout": 1.0}, "dropout is 1.0; pass a number from 0 to below 1"),
-            ({"init": "zeros"}, "there is no start 'zeros'; pass one of orthonormal"),
+            ({"init": "zeros"}, "there is no start 'zeros'; pass one of 'orthonormal'"),
             ({"init": "from_delta"}, "'from_delta' needs the tensor to decompose"),
             ({"init_tensors": {"head.weight": torch.ones(1)}}, "init_tensors with init 'orthonormal'"),
             (
@@ -242,7 +242,7 @@ class TestSelection:
                 "attach: embed.weight: Arrangement 'a b c' is for weights with 3 axes",
             ),
             ({"adapter_name": "a.b"}, "an adapter cannot be named 'a.b'"),
-            ({"path": "fast"}, "path is 'fast'; pass one of auto, factored, dense"),
+            ({"path": "fast"}, "path is 'fast'; pass one of 'auto', 'factored', 'dense'"),
         ],
     )
     def test_refusals_change_nothing(self, options, message):

@@ -16,7 +16,7 @@ from test_torch_layers import ScaledLinear, close
 
 ROWS = ["a", "b", None, ("b", "a"), "a", ()]
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 
 def adapted(model, dtype=torch.float64, names=("a", "b"), **options):

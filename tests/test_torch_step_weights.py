@@ -8,7 +8,7 @@ from flora_torch.chain import form
 from flora_torch.step_weights import in_order
 from support import tolerance
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "large_products")
 
 # The core's shape, the sizes that the factors give (None: left whole), and the modes that are multiplied at once.
 CASES: dict[str, tuple[tuple[int, ...], tuple[int | None, ...], set[tuple[int, ...]]]] = {

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from flora_tensor import Arrangement
+from flora_tensor._checks import check_choice
 from flora_torch._sharding import refuse_sharded
 from flora_torch.adapted_module import AdaptedModule
 from flora_torch.base_weight import adaptable, own_parameter, plain_with
@@ -20,13 +21,11 @@ from flora_torch.update import TuckerUpdate, widest_float
 
 __all__ = ["FloraLayer"]
 
-_PATHS = ("auto", "factored", "dense")
-
 
 class FloraLayer(AdaptedModule):
     """What all layers share: a frozen ``base_layer``, the updates of its parameters, and how they are switched.
 
-    Not made directly; use `FloraLinear`, `FloraConv`, `FloraConvTranspose`, `FloraEmbedding` or `FloraParameter`.
+    Not made directly: `FloraLinear` and `FloraConv` are two of its kinds, `FloraParameter` the one for all else.
 
     Parameters
     ----------
@@ -79,10 +78,8 @@ class FloraLayer(AdaptedModule):
     """
 
     def __init__(self, base_layer: nn.Module, *, path: Path = "auto", memory: Memory = "normal") -> None:
-        if path not in _PATHS:
-            raise ValueError(f"{type(self).__name__}: path is {path!r}; pass one of {', '.join(_PATHS)}")
-        if memory not in MEMORIES:
-            raise ValueError(f"{type(self).__name__}: memory is {memory!r}; pass one of {', '.join(MEMORIES)}")
+        check_choice(type(self).__name__, "path", path, get_args(Path))
+        check_choice(type(self).__name__, "memory", memory, MEMORIES)
         super().__init__(base_layer)
         self.path: Path = path
         self.memory: Memory = memory

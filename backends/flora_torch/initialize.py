@@ -247,7 +247,7 @@ def _check_start_tensor(
     init: str, tensor: Tensor | TuckerTensor | None, weight: Tensor, arrangement: Arrangement
 ) -> None:
     if init not in INITS:
-        raise ValueError(f"init: there is no start {init!r}; pass one of {', '.join(INITS)}")
+        raise ValueError(f"init: there is no start {init!r}; pass one of {', '.join(map(repr, INITS))}")
     if init not in DECOMPOSING and tensor is not None:
         raise ValueError(f"init: {init!r} decomposes no tensor; pass init='from_delta', or leave the tensor out")
     if init in DECOMPOSING and tensor is None:

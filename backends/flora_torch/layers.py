@@ -419,8 +419,8 @@ class FloraEmbedding(WeightLayer):
 class FloraParameter(FloraLayer):
     """Any module, with W + Σ s·ΔW in the place of some of its parameters, by their names.
 
-    For what no other layer covers: the ``in_proj_weight`` of nn.MultiheadAttention, one 3-D weight for all experts,
-    nn.Bilinear, recurrent layers. ΔW is always formed. Reading such a parameter from this module gives the effective
+    For what no other layer covers: the ``in_proj_weight`` of nn.MultiheadAttention, recurrent layers, modules that
+    nothing is known of. ΔW is always formed. Reading such a parameter from this module gives the effective
     one, and methods that the base's own class has run with it too; its properties see the frozen one.
 
     Parameters

@@ -149,7 +149,7 @@ def random_start(
     ([(6, 2), (4, 2), None], 0.0)
     """
     if preset not in PRESETS:
-        raise ValueError(f"random_start: there is no start {preset!r}; pass one of {', '.join(PRESETS)}")
+        raise ValueError(f"random_start: there is no start {preset!r}; pass one of {', '.join(map(repr, PRESETS))}")
     device = torch.get_default_device() if device is None else device
     square_is_whole = preset == "orthonormal"
     factors: list[Tensor | None] = []

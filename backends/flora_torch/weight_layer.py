@@ -3,8 +3,8 @@
 Two ways lead there. *Factored*: add the product ΔW·x, computed without forming ΔW. *Dense*: form ΔW and run the base
 once with the effective weight. With ``path="auto"`` the cheaper of the two runs, by the rule in
 `flora_torch.cost.Work`; depthwise kernels and tiny inputs are cheaper dense. (A program of `torch.export`, which is for
-any batch, decides for a single row.) A base whose class, or which itself,
-has a `forward` of its own always runs dense, since nothing is known of what it does with its weight.
+any batch, decides for a single row.) A base whose class, or which itself, has a `forward` of its own always runs dense,
+since nothing is known of what it does with its weight.
 """
 
 import sys
