@@ -5,13 +5,27 @@ tensor. These are of one weight, and are compared to the rounding of the narrowe
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from flora_tensor._checks import check_choice
 from flora_tensor._safetensors import FLOATS
 
-__all__ = ["LAYERS", "SAMPLES", "noted_layer", "noted_names", "sample_positions", "samples_agree", "text_of_samples"]
+__all__ = [
+    "LAYERS",
+    "SAMPLES",
+    "VerifyBase",
+    "check_verify_base",
+    "noted_layer",
+    "noted_names",
+    "sample_positions",
+    "samples_agree",
+    "text_of_samples",
+]
+
+# What happens where a base is not the one that was noted.
+VerifyBase: TypeAlias = Literal["warn", "error", "ignore"]
 
 # Under these names a config holds the layer and the samples of each weight.
 LAYERS, SAMPLES = "layer_pattern", "base_samples"
@@ -19,6 +33,11 @@ _N_SAMPLES = 16
 # The distance from 1 to the next number of a type; float64 is noted as float32.
 _EPSILON = {"F64": 2.0**-23, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 _SUBNORMAL = 2.0**-24  # the smallest step of float16
+
+
+def check_verify_base(where: str, value: Any) -> None:
+    """Refuse what is none of the three choices of `VerifyBase`."""
+    check_choice(where, "verify_base", value, get_args(VerifyBase))
 
 
 def noted_layer(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

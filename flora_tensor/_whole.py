@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._checks import check_choice
+from flora_tensor._base_notes import check_verify_base
 from flora_tensor._errors import InputError
 from flora_tensor._safetensors import dtype_code
 from flora_tensor._typing import PathLike
@@ -108,7 +108,7 @@ class WholeTensors:
 
     def _reader(self) -> Any:
         """Compare the bases, and return how to read a tensor of the one that was passed."""
-        check_choice(self.where, "verify_base", self.verify_base, ("warn", "error", "ignore"))
+        check_verify_base(self.where, self.verify_base)
         recorded = {s.config.get("base_fingerprint") for s in self.sources} - {None}
         if isinstance(self.base, str | os.PathLike):
             checkpoint = open_checkpoint(self.base)

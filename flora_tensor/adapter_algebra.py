@@ -5,10 +5,11 @@ All work is done in float64 on cores and factors. The error that is reported is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from flora_tensor._adapter_rounding import rounded, unrounded
 from flora_tensor._adapter_sums import Sum, apart_or_joined
+from flora_tensor._base_notes import VerifyBase
 from flora_tensor._checks import check_finite, check_limit, exactly_one
 from flora_tensor._whole import BaseLike, WholeTensors
 from flora_tensor.adapter import Adapter, check_scale
@@ -94,7 +95,7 @@ def add_adapters(
     *,
     weights: Sequence[float] | None = None,
     base: BaseLike | None = None,
-    verify_base: Literal["warn", "error", "ignore"] = "warn",
+    verify_base: VerifyBase = "warn",
     max_parameters: int | None = None,
     max_ratio: float | None = None,
     max_bytes: int | None = None,
@@ -170,7 +171,7 @@ def subtract_adapters(
     b: AdapterLike,
     *,
     base: BaseLike | None = None,
-    verify_base: Literal["warn", "error", "ignore"] = "warn",
+    verify_base: VerifyBase = "warn",
 ) -> AdapterFit:
     """Subtract one adapter from another, exactly: the change that leads from ``b`` to ``a``.
 
@@ -215,7 +216,7 @@ def scale_adapter(
     factor: float,
     *,
     base: BaseLike | None = None,
-    verify_base: Literal["warn", "error", "ignore"] = "warn",
+    verify_base: VerifyBase = "warn",
 ) -> Adapter:
     """Multiply an adapter's changes by a number: only the scales change, every core and factor keeps its bits.
 

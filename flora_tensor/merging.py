@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from flora_tensor._arrays import to_numpy
-from flora_tensor._base_notes import noted_names
-from flora_tensor._checks import check_choice, check_shard_size, prefix_between, some_names
+from flora_tensor._base_notes import VerifyBase, check_verify_base, noted_names
+from flora_tensor._checks import check_shard_size, prefix_between, some_names
 from flora_tensor._code_names import naming_hint
 from flora_tensor._deltas import check_distinct
 from flora_tensor._errors import InputError
@@ -77,7 +77,7 @@ def merge_checkpoint(
     out: PathLike,
     *,
     max_shard_size: int | None = None,
-    verify_base: Literal["warn", "error", "ignore"] = "warn",
+    verify_base: VerifyBase = "warn",
     overwrite: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -145,7 +145,7 @@ def merge_checkpoint(
     >>> load_file(here / "merged.safetensors")["fc.weight"].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    check_choice("merge", "verify_base", verify_base, ("warn", "error", "ignore"))
+    check_verify_base("merge", verify_base)
     check_shard_size("merge", max_shard_size)
     if Path(out).suffix in PICKLE_SUFFIXES:
         raise ValueError(f"merge: {out} is no name of a safetensors file; pass one, or a directory")

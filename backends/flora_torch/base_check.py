@@ -4,13 +4,20 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora_tensor._base_notes import LAYERS, SAMPLES, noted_layer, sample_positions, samples_agree, text_of_samples
-from flora_tensor._checks import check_choice
+from flora_tensor._base_notes import (
+    LAYERS,
+    SAMPLES,
+    VerifyBase,
+    noted_layer,
+    sample_positions,
+    samples_agree,
+    text_of_samples,
+)
 from flora_tensor._warnings import warn_user
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import gathered, is_sharded
@@ -21,9 +28,8 @@ from flora_torch.layers import FloraConv, FloraConvTranspose, FloraEmbedding, Fl
 from flora_torch.model_weights import Holder, Site
 from flora_torch.weight_layer import is_conv1d_of_transformers
 
-__all__ = ["VerifyBase", "check_layer", "check_option", "check_samples", "describe_bases", "dtype_codes"]
+__all__ = ["check_layer", "check_samples", "describe_bases", "dtype_codes"]
 
-VerifyBase: TypeAlias = Literal["warn", "error", "ignore"]
 dtype_codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """How files call the types of weights."""
 _KINDS = {
@@ -109,16 +115,6 @@ def _samples(site: Site, *, gather: bool = False) -> str | None:
     # Indexed by axes: flattening would copy a weight in another memory format.
     values = weight[torch.unravel_index(places, weight.shape)]
     return text_of_samples(values.to(torch.float32).cpu().numpy(), dtype_codes[weight.dtype])
-
-
-def check_option(where: str, verify_base: str) -> None:
-    """Refuse a mode of checking that there is not.
-
-    Examples
-    --------
-    >>> check_option("here", "warn")
-    """
-    check_choice(where, "verify_base", verify_base, get_args(VerifyBase))
 
 
 def check_layer(where: str, adapter: Adapter, name: str, site: Site) -> None:

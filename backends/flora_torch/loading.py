@@ -13,17 +13,12 @@ from torch import Tensor, nn
 
 import flora_tensor as ft
 from flora_tensor import TuckerTensor
+from flora_tensor._base_notes import VerifyBase, check_verify_base
 from flora_tensor._typing import PathLike
 from flora_tensor.adapter import Adapter
 from flora_torch._sharding import as_parts, assign_, is_sharded
 from flora_torch.attachment import AttachReport, Plan, install, n_model_parameters, report_of
-from flora_torch.base_check import (
-    VerifyBase,
-    check_layer,
-    check_option,
-    check_samples,
-    dtype_codes,
-)
+from flora_torch.base_check import check_layer, check_samples, dtype_codes
 from flora_torch.base_weight import adaptable
 from flora_torch.chain import Memory
 from flora_torch.freezing import all_or_nothing
@@ -116,7 +111,7 @@ def attach_adapter(
     >>> model[0].tucker_update["default"].delta().tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    check_option("attach_adapter", verify_base)
+    check_verify_base("attach_adapter", verify_base)
     as_parts("attach_adapter", model)
     given = as_adapter(source)
     settings: _Settings = {"dtype": dtype, "dropout": dropout, "verify_base": verify_base}
@@ -386,7 +381,7 @@ def load_adapter(
     >>> other[0].tucker_update["default"].scale
     3.0
     """
-    check_option("load_adapter", verify_base)
+    check_verify_base("load_adapter", verify_base)
     as_parts("load_adapter", model)
     adapter = ft.load_adapter(path, strict=strict)
     keys = {"missing_keys": adapter.missing_keys, "unexpected_keys": adapter.unexpected_keys}
