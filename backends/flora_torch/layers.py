@@ -22,14 +22,14 @@ from flora_torch.calling import call_method, call_with, is_own_method
 from flora_torch.chain import Chain, Frozen
 from flora_torch.cost import conv_rule, embedding_rule, linear_rule, n_rows, sizes_of
 from flora_torch.flora_layer import FloraLayer
-from flora_torch.functional import Factors, run_conv, run_rows, shapes_of, tucker_embedding
+from flora_torch.functional import run_conv, run_rows, shapes_of, tucker_embedding
 from flora_torch.geometry import ConvGeometry, kept_geometry
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes, Sides, conv_chain, embedding_chain, linear_chain, own_convolution
 from flora_torch.reading import effective_weight
 from flora_torch.rows import RowPlan
 from flora_torch.steps import Rows, Step
-from flora_torch.update import TuckerUpdate, widest_float
+from flora_torch.update import Term, TuckerUpdate, widest_float
 from flora_torch.weight_layer import WeightLayer, is_conv1d_of_transformers
 
 __all__ = [
@@ -112,16 +112,9 @@ class FloraLinear(WeightLayer):
 
     @override
     def _product(
-        self,
-        update: TuckerUpdate,
-        x: Tensor,
-        core: Tensor,
-        factors: Factors,
-        weight: float,
-        out: Tensor | Frozen | None,
-        *args: Any,
-        **kwargs: Any,
+        self, update: TuckerUpdate, x: Tensor, term: Term, out: Tensor | Frozen | None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        core, factors, weight = term
         chain = linear_chain(n_rows(x.shape[:-1]), shapes_of(core, factors), self._sides(update))
         return run_rows(chain, x, (core, *factors), scale=weight, memory=self.memory, out=out)
 
@@ -199,16 +192,9 @@ class FloraConv(WeightLayer):
 
     @override
     def _product(
-        self,
-        update: TuckerUpdate,
-        x: Tensor,
-        core: Tensor,
-        factors: Factors,
-        weight: float,
-        out: Tensor | Frozen | None,
-        *args: Any,
-        **kwargs: Any,
+        self, update: TuckerUpdate, x: Tensor, term: Term, out: Tensor | Frozen | None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        core, factors, weight = term
         split = None if update.is_native else update.split_axes
         geometry = self._geometry_for(x, *args, **kwargs)
         chain = conv_chain(shapes_of(core, factors), geometry, split, update.shape)

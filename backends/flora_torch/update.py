@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from flora_tensor.magnitudes import by_channel, channel_count, channel_ratio, sp
 from flora_torch._sharding import gathered
 from flora_torch.functional import dense_delta, sides_of, split_of
 
-__all__ = ["DROPOUTS", "TuckerUpdate", "widest_float"]
+__all__ = ["DROPOUTS", "Term", "TuckerUpdate", "widest_float"]
+
+# A summand w · T of ΔW: the core and the factors of T, and w.
+Term: TypeAlias = tuple[Tensor, tuple[Tensor | None, ...], float]
 
 # Kinds of devices without float64.
 NO_FLOAT64 = ("mps",)
@@ -271,9 +274,7 @@ class TuckerUpdate(nn.Module):
             return None
         return TuckerTensor(self.start_core, tuple(getattr(self, f"start_factor_{m}") for m in range(self.core.dim())))
 
-    def terms(
-        self, dtype: torch.dtype | None = None, *, drop: bool = False
-    ) -> list[tuple[Tensor, tuple[Tensor | None, ...], float]]:
+    def terms(self, dtype: torch.dtype | None = None, *, drop: bool = False) -> list[Term]:
         """Return ΔW as a sum of terms w · T: the trained one with w = s times the multiplier, the start with −w.
 
         The start is a term of its own, computed in the same way as the trained one, so that both cancel bit for bit as

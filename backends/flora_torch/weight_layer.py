@@ -21,14 +21,14 @@ from flora_torch.base_weight import dense_value, is_quantized
 from flora_torch.calling import call_with
 from flora_torch.chain import Chain, Frozen, Memory, autocasts, run_chain, run_step
 from flora_torch.flora_layer import FloraLayer
-from flora_torch.functional import Factors, Path, shapes_of
+from flora_torch.functional import Path, shapes_of
 from flora_torch.initialize import Ranks
 from flora_torch.plans import Shapes
 from flora_torch.reading import effective_weight
 from flora_torch.rebuild import rebuilding
 from flora_torch.rows import RowPlan
 from flora_torch.steps import Step
-from flora_torch.update import TuckerUpdate
+from flora_torch.update import Term, TuckerUpdate
 
 __all__ = ["WeightLayer", "is_conv1d_of_transformers", "is_read_by_its_parent"]
 
@@ -180,8 +180,8 @@ class WeightLayer(FloraLayer):
         step, weight, bias = self._own_step(input, *args, **kwargs), own.get("weight"), own.get("bias")
         if step is None or not _is_still(weight) or not (bias is None or _is_still(bias)):
             return None
-        ((core, factors, scale),) = update.terms(drop=self.training)
-        return self._product(update, input, core, factors, scale, Frozen(step, weight, bias))
+        (term,) = update.terms(drop=self.training)
+        return self._product(update, input, term, Frozen(step, weight, bias))
 
     def _own_step(self, input: Tensor, *args: Any, **kwargs: Any) -> Step | None:
         """Return what the base does with its weight and this input; ``None`` where it has to be called to know."""
@@ -266,9 +266,8 @@ class WeightLayer(FloraLayer):
     ) -> Tensor:
         """Add what an update changes to ``result``, in place if that is ``alone`` and the update allows it."""
         if alone and self._adds_in_place(update):
-            ((core, factors, weight),) = update.terms(drop=self.training)
-            x = self._dropped(update, input)
-            return self._product(update, x, core, factors, weight, result, *args, **kwargs)
+            (term,) = update.terms(drop=self.training)
+            return self._product(update, self._dropped(update, input), term, result, *args, **kwargs)
         change = self._contribution(update, base, input, *args, **kwargs)
         if change.shape != result.shape:
             refuse_part("output", tuple(result.shape), tuple(change.shape))
@@ -320,9 +319,9 @@ class WeightLayer(FloraLayer):
             return self._dense_change(update, x, *args, **kwargs)
         # A trained term and its start are summed before anything else, so that they cancel bit for bit.
         total: Tensor | None = None
-        for core, factors, weight in update.terms(drop=self.training):
-            term = self._product(update, x, core, factors, weight, None, *args, **kwargs)
-            total = term if total is None else total + term
+        for term in update.terms(drop=self.training):
+            product = self._product(update, x, term, None, *args, **kwargs)
+            total = product if total is None else total + product
         assert total is not None
         return total
 
@@ -355,18 +354,11 @@ class WeightLayer(FloraLayer):
         return self._is_plain and update.is_native
 
     def _product(
-        self,
-        update: TuckerUpdate,
-        x: Tensor,
-        core: Tensor,
-        factors: Factors,
-        weight: float,
-        out: Tensor | Frozen | None,
-        *args: Any,
-        **kwargs: Any,
+        self, update: TuckerUpdate, x: Tensor, term: Term, out: Tensor | Frozen | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return weight · T·x without forming T, added to ``out`` if that is given, with T's core and factors."""
+        """Return a term's w · T·x without forming T, added to ``out`` if that is given."""
         del args, kwargs  # of those that a call may have, only a convolution's change the product
+        core, factors, weight = term
         chain = self._chain(update, shapes_of(core, factors))
         return run_chain(chain, x, (core, *factors), scale=weight, memory=self.memory, out=out)
 
