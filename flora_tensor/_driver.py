@@ -58,7 +58,7 @@ _SMALL_STEPS = 1e8
 # HOOI converges to a local optimum. On tensors of up to so many entries, where a sweep costs little more than its calls
 # do, those that two starts or two orders of the modes lead to lie up to 1 % apart (measured; on larger ones hardly
 # 0.1 %), and a sweep that gains little may be followed by better ones: both starts are tried, HOSVD also with the modes
-# in turn as in the textbook, and sweeps go on until this share of what is enough.
+# in turn as in the textbook, and from the best end sweeps go on until this share of what is enough.
 _SMALL, _SHARE_OF_ENOUGH = 1 << 14, 1 / 30
 
 # What a pass over the tensor costs, an entry, in multiply-adds of float64 matrix products (measured).

@@ -68,9 +68,8 @@ class PartialSpectrum(Spectrum):
         """The errors of all rank tuples within the core, and of some beyond it."""
         beyond = [self._beyond(mode, most) for mode, most in enumerate(self.max_ranks)]
         grid, room = rank_grid(self.core.shape), [len(points) for points, _ in beyond]
-        inside = ErrorTable.of_core(
-            to_numpy(self.core), self.exponent, grid, room
-        )  # nothing beside the core is as large
+        # Filled in place: nothing beside the core is as large.
+        inside = ErrorTable.of_core(to_numpy(self.core), self.exponent, grid, room)
         errors, total, sizes = inside.errors, inside.total + self._missed, [len(points) for points in grid]
         grid = tuple(np.concatenate([g, points]) for g, (points, _) in zip(grid, beyond))
         here = [slice(size) for size in sizes]

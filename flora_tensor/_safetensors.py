@@ -141,9 +141,14 @@ class Header:
     data_start: int
 
 
+def dtype_name(dtype: Any) -> str:
+    """Return the name of an array's data type, alike in all libraries and for either order of bytes."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).rsplit(".", maxsplit=1)[-1]
+
+
 def dtype_code(dtype: Any) -> str:
     """Return the format's name of an array's data type, of any library; a TypeError where it has none."""
-    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).rsplit(".", maxsplit=1)[-1]
+    name = dtype_name(dtype)
     if name not in CODES:
         raise TypeError(f"safetensors: arrays of type {name} cannot be stored; cast to one of {', '.join(CODES)}")
     return CODES[name]

@@ -98,8 +98,9 @@ class UnformedSpectrum(Spectrum):
         return ErrorTable(inside.errors + (total - inside.total), inside.grid, total)
 
     def _table_on(self, grid: tuple[IntArray, ...]) -> ErrorTable:
-        mode = longest_mode([points[-1] for points in grid])
-        return ErrorTable.of_slabs(self._core_slabs(mode, [points[-1] for points in grid]), self.exponent, grid, mode)
+        ranks = [int(points[-1]) for points in grid]
+        mode = longest_mode(ranks)
+        return ErrorTable.of_slabs(self._core_slabs(mode, ranks), self.exponent, grid, mode)
 
     def _core_slabs(self, mode: int, ranks: Sequence[int]) -> Iterator[tuple[int, Any]]:
         steps = [(k, hermitian(self.xp, u)) for k, u in enumerate(self.leading(ranks))]

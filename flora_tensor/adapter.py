@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from flora_tensor._arrays import to_numpy
 from flora_tensor._checks import check_loaded, type_text
-from flora_tensor._safetensors import FLOATS, READABLE
+from flora_tensor._safetensors import FLOATS, READABLE, dtype_name
 from flora_tensor.arrangement import Arrangement
 from flora_tensor.magnitudes import channel_count, magnitude_change
 from flora_tensor.stacking import TuckerStack, member_arrangement
@@ -359,7 +357,7 @@ def _check_change(name: Any, tensor: Any) -> None:
         raise TypeError(f"Adapter: {name!r} is {kind}; pass a TuckerTensor, such as tucker(x, ranks).tucker")
     for array in (tensor.core, *(u for u in tensor.factors if u is not None)):
         check_loaded("Adapter", array, repr(name))
-        kind = array.dtype.name if isinstance(array.dtype, np.dtype) else str(array.dtype).rsplit(".", maxsplit=1)[-1]
+        kind = dtype_name(array.dtype)
         if kind not in ("float64", "float32", "float16", "bfloat16"):
             raise TypeError(f"Adapter: {name!r} is of type {kind}; pass real floats, as weights are")
 

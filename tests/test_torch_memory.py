@@ -22,18 +22,9 @@ from flora_torch.geometry import pad, unpad
 from flora_torch.rebuild import rebuilding
 from support import bfloat16_tolerance, tolerance
 
-pytestmark = pytest.mark.usefixtures("large_products")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded", "large_products")
 
 HEADS = Arrangement("(heads d) i -> heads d i", {"heads": 4})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def conv(n: int, arrangement: str | None = None, **options: Any) -> Callable[..., FloraLayer]:

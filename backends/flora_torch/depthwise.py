@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["has_slow_kernel_gradient", "input_gradient", "kernel_gradient"]
+__all__ = ["HAS_ONEDNN", "has_slow_kernel_gradient", "input_gradient", "kernel_gradient"]
 
 # What is convolved at once should stay in the cache: elements of the input, 2 MiB in float32.
 _AT_ONCE = 2**19
 # A property of the build, asked once: compilers do not trace the question.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Up to so many taps, not dilated, the library's own gradient is as fast.
 _FEW_TAPS = 9
 
@@ -55,7 +55,7 @@ def has_slow_kernel_gradient(x: Tensor, kernel: Sequence[int], dilation: Sequenc
     """
     if groups == 1 or groups != x.shape[1] or x.device.type != "cpu" or x.numel() == 0:
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or not _HAS_ONEDNN:
+    if x.dtype not in (torch.float32, torch.bfloat16) or not HAS_ONEDNN:
         return False
     return math.prod(kernel) > _FEW_TAPS or max(dilation) > 1
 

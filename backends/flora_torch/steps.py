@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flora_torch._caching import transforming
-from flora_torch.depthwise import has_slow_kernel_gradient, input_gradient, kernel_gradient
+from flora_torch.depthwise import HAS_ONEDNN, has_slow_kernel_gradient, input_gradient, kernel_gradient
 from flora_torch.geometry import Pads, pad, unpad
 
 __all__ = ["Channels", "Columns", "Convolve", "Lookup", "Rows", "Step"]
@@ -276,7 +276,7 @@ class Convolve(Step):
         if torch.is_grad_enabled() or transforming():  # asked first: compilers trace nothing of what follows
             return False
         known = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-        return known and 0 < x.numel() <= _OVERLOOKED * x.shape[-1] and torch.backends.mkldnn.is_available()
+        return known and 0 < x.numel() <= _OVERLOOKED * x.shape[-1] and HAS_ONEDNN
 
     def _is_mirrored(self, w: Tensor) -> bool:
         """Tell whether `input_gradient` can: one kernel a channel, stride 1, no more padding than kernel."""
